@@ -1,0 +1,243 @@
+"""The typed configuration tree of a run: YAML in, YAML out, and errors that name the key.
+
+Every field has a default and a one-line meaning, so that `--help` can show both.  A section validates when it is
+built; an unknown key is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+OBJECTIVE_NAMES = ("cma", "imc", "lmi", "itm", "mlm")
+
+
+class Section(BaseModel):
+    """A frozen part of the tree that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class VisionConfig(Section):
+    """The vision transformer."""
+
+    image_size: int = Field(256, ge=8, description="side of the square input in pixels")
+    patch_size: int = Field(16, ge=2, description="side of a patch in pixels")
+    width: int = Field(768, ge=8, description="channels of a token")
+    depth: int = Field(12, ge=1, description="number of blocks")
+    heads: int = Field(12, ge=1, description="attention heads")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP over the token width")
+
+    @model_validator(mode="after")
+    def _divides(self) -> VisionConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+
+class TextConfig(Section):
+    """The BERT-layout stack: the lower layers encode the text, the upper ones fuse it with the image."""
+
+    vocabulary_size: int = Field(30522, ge=8, description="word pieces; taken from the tokenizer when one is trained")
+    max_positions: int = Field(512, ge=4, description="rows of the position table")
+    width: int = Field(768, ge=8, description="channels of a token")
+    mlp_width: int = Field(3072, ge=8, description="hidden width of the MLP")
+    depth: int = Field(12, ge=2, description="layers of text encoder and fusion encoder together")
+    fusion_layer: int = Field(6, ge=1, description="index of the first layer with cross-attention to the image")
+    heads: int = Field(12, ge=1, description="attention heads")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout of hidden states and attention while training")
+    pad_id: int = Field(0, ge=0, description="token id of padding")
+    cls_id: int = Field(101, ge=0, description="token id of [CLS]")
+    sep_id: int = Field(102, ge=0, description="token id of [SEP]")
+    mask_id: int = Field(103, ge=0, description="token id of [MASK]")
+
+    @model_validator(mode="after")
+    def _divides(self) -> TextConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.fusion_layer >= self.depth:
+            raise ValueError(f"fusion_layer {self.fusion_layer} leaves no fusion layers below depth {self.depth}")
+        return self
+
+
+MODEL_SIZES: dict[str, dict[str, Any]] = {
+    "base": {},
+    "small": {
+        "vision": {"width": 384, "depth": 12, "heads": 6},
+        "text": {"width": 384, "mlp_width": 1536, "depth": 8, "fusion_layer": 4, "heads": 6},
+    },
+    "tiny": {
+        "vision": {"image_size": 64, "patch_size": 8, "width": 128, "depth": 4, "heads": 4},
+        "text": {
+            "width": 128,
+            "mlp_width": 512,
+            "depth": 4,
+            "fusion_layer": 2,
+            "heads": 4,
+            "max_positions": 64,
+        },
+        "embed_dim": 64,
+    },
+}
+
+
+class ModelConfig(Section):
+    """A model's sizes.  `size` names a preset; every other key given beside it overrides the preset."""
+
+    size: Literal["base", "small", "tiny"] = Field("base", description="preset of sizes that the other keys refine")
+    vision: VisionConfig = Field(default_factory=VisionConfig, description="the vision transformer")
+    text: TextConfig = Field(default_factory=TextConfig, description="text encoder and fusion encoder")
+    embed_dim: int = Field(256, ge=2, description="width of the space shared by image_feats and text_feats")
+    temperature: float = Field(0.07, gt=0, description="start of the learned temperature")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        preset = MODEL_SIZES.get(data.get("size", "base"))
+        if preset is None:
+            return data  # the Literal on `size` words the error
+        return _merge(preset, data)
+
+
+class ObjectivesConfig(Section):
+    """How the model learns.  A weight of 0 switches a loss off, and the work that only it needs with it."""
+
+    cma: float = Field(1.0, ge=0, description="weight of cross-modal alignment (image to text and back)")
+    imc: float = Field(1.0, ge=0, description="weight of intra-modal contrast (image to its other view, text to its twin)")
+    lmi: float = Field(1.0, ge=0, description="weight of local-global mutual information")
+    itm: float = Field(1.0, ge=0, description="weight of image-text matching with hard negatives")
+    mlm: float = Field(1.0, ge=0, description="weight of masked language modelling")
+    teacher: bool = Field(True, description="keep an EMA teacher; without one only cma, itm and mlm can be on")
+    momentum: float = Field(0.995, ge=0, le=1, description="share of the teacher kept at each step")
+    alpha: float = Field(0.4, ge=0, le=1, description="weight of the teacher's soft targets in cma and mlm")
+    alpha_ramp: float = Field(1.0, ge=0, description="epochs over which alpha rises from 0")
+    queue_size: int = Field(65536, ge=0, description="features kept from earlier batches as further negatives")
+    mask_probability: float = Field(0.15, ge=0, le=1, description="share of word pieces that mlm hides")
+    local_grid: int | None = Field(None, ge=1, description="side of the pooled patch grid of lmi; default the root of the grid")
+    temperature_min: float = Field(0.001, gt=0, description="lower clamp of the temperature")
+    temperature_max: float = Field(0.5, gt=0, description="upper clamp of the temperature")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ObjectivesConfig:
+        if not any(getattr(self, name) for name in OBJECTIVE_NAMES):
+            raise ValueError(f"every objective is off; give one of {', '.join(OBJECTIVE_NAMES)} a weight above 0")
+        if not self.teacher and (self.imc or self.lmi):
+            raise ValueError("imc and lmi read the teacher; set teacher: true, or imc: 0 and lmi: 0")
+        if not self.teacher and self.queue_size:
+            raise ValueError("the queue holds the teacher's features; set queue_size: 0 when teacher is false")
+        return self
+
+    @property
+    def enabled(self) -> tuple[str, ...]:
+        """Names of the objectives with a weight above 0, in the order of the paper."""
+        return tuple(name for name in OBJECTIVE_NAMES if getattr(self, name))
+
+
+class DataConfig(Section):
+    """Where the pairs lie and how they become batches."""
+
+    train: list[str] = Field(default_factory=list, description="training sources: files, folders, globs, URLs, or 'scenes'")
+    validation: list[str] = Field(default_factory=list, description="sources to evaluate on while training")
+    test: list[str] = Field(default_factory=list, description="sources to evaluate on at the end")
+    image_root: str | None = Field(None, description="folder that relative image paths start from; default the source's own")
+    image_column: str = Field("image", description="column or key that holds the image")
+    caption_column: str = Field("caption", description="column or key that holds the caption")
+    caption_choice: Literal["random", "each"] = Field(
+        "random", description="an image with several captions: one at random an epoch, or every pair once an epoch"
+    )
+    max_words: int = Field(30, ge=1, description="words of a caption that are kept")
+    max_tokens: int = Field(25, ge=2, description="word pieces of a caption that are kept, [CLS] included")
+    tokenizer: str | None = Field(None, description="tokenizer.json, vocab.txt or a folder of one; default: train one on the captions")
+    tokenizer_size: int = Field(8192, ge=64, description="word pieces of a tokenizer trained on the captions")
+    workers: int = Field(2, ge=0, description="processes that read and augment")
+    augment: Literal["full", "light", "none"] = Field(
+        "full", description="full: as published; light: crop and flip; none: resize only"
+    )
+    crop_scale: tuple[float, float] = Field((0.2, 1.0), description="share of the image's area that a random crop keeps")
+    pixel_limit: int = Field(89_478_485, ge=1, description="images with more pixels are refused")
+    scenes: int = Field(4000, ge=8, description="training scenes drawn when the source is 'scenes'")
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the cosine")
+    warmup_lr: float = Field(1e-5, ge=0, description="learning rate of the first step")
+    warmup_steps: int = Field(2000, ge=0, description="steps from warmup_lr to lr")
+    schedule: Literal["cosine", "constant", "published"] = Field(
+        "cosine", description="cosine by step, constant after the warm-up, or the published step/epoch hybrid"
+    )
+    warmup_epochs: int = Field(20, ge=0, description="published schedule only: its warm-up, in hundreds of steps")
+    weight_decay: float = Field(0.02, ge=0, description="decoupled weight decay of matrices")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment decay")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    clip_norm: float | None = Field(1.0, gt=0, description="largest norm of the gradient; none: no clipping")
+    accumulate: int = Field(1, ge=1, description="batches whose gradients are summed before a step")
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    epochs: int = Field(30, ge=1, description="passes over the data")
+    max_steps: int | None = Field(None, ge=1, description="stop after this many steps, whatever epochs says")
+    batch_size: int = Field(64, ge=1, description="pairs a step on each device")
+    seed: int = Field(0, ge=0, description="every random choice follows from this and the step")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto takes bf16 where the device has it natively")
+    compile: bool = Field(False, description="torch.compile the encoders")
+    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
+    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    evaluate_every: int | None = Field(None, ge=1, description="steps between evaluations on data.validation; none: only at the end")
+    max_bad_steps: int = Field(10, ge=1, description="non-finite steps in a row after which the run gives up")
+
+
+class EvaluateConfig(Section):
+    """Retrieval evaluation."""
+
+    rerank: int = Field(128, ge=0, description="candidates that the fusion encoder re-ranks; 0: dual encoder alone")
+    batch_size: int = Field(64, ge=1, description="images or texts a batch")
+    limit: int | None = Field(None, ge=1, description="evaluate on the first so many images only")
+
+
+class Config(Section):
+    """A run."""
+
+    name: str = Field("run", description="name of the run; its folder when `output` is not given is runs/NAME")
+    task: Literal["pretrain", "retrieval", "vqa", "entailment", "nlvr_pretrain", "nlvr", "grounding"] = Field(
+        "pretrain", description="what is trained"
+    )
+    output: str | None = Field(None, description="run folder; default runs/NAME")
+    init: str | None = Field(None, description="model folder or hub id to start from; default: random weights")
+    compat: Literal["tercet", "published"] = Field(
+        "tercet", description="'published' reproduces the published code's defects as well"
+    )
+    model: ModelConfig = Field(default_factory=ModelConfig, description="sizes")
+    objectives: ObjectivesConfig = Field(default_factory=ObjectivesConfig, description="losses, teacher and queue")
+    data: DataConfig = Field(default_factory=DataConfig, description="pairs")
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="optimizer and schedule")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="the loop")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="retrieval evaluation")
+
+
+def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `base` with `override` laid over it, section by section."""
+    merged = dict(base)
+    for key, value in override.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged

@@ -1,0 +1,39 @@
+"""Where the shared inputs of the tests lie.  Tests that need them skip, saying so, where they are absent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def _folder(variable: str, default: str) -> Path:
+    folder = Path(os.environ.get(variable, REPOSITORY.parent / "shared" / default))
+    if not folder.is_dir():
+        pytest.skip(f"no {default} data at {folder}; set {variable} to its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parity_dir() -> Path:
+    """Folder of the numbers that the published method gives."""
+    return _folder("TERCET_PARITY", "parity")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Folder of real images with captions."""
+    return _folder("TERCET_DATA", "data")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
