@@ -1,0 +1,278 @@
+"""Attention, MLP and the two kinds of transformer layer.  The only place that calls scaled dot-product attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass
+class AttentionTap:
+    """Keeps the attention weights of one layer, with their graph, for heatmaps.
+
+    Attributes:
+        weights: softmax probabilities `[batch, heads, queries, keys]` of the last pass; None before it.
+    """
+
+    weights: Tensor | None = None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    tap: AttentionTap | None = None,
+) -> Tensor:
+    """Scaled dot-product attention.
+
+    Args:
+        query: `[batch, heads, queries, head_width]`.
+        key: `[batch, heads, keys, head_width]`.
+        value: `[batch, heads, keys, head_width]`.
+        mask: bool, broadcastable to `[batch, heads, queries, keys]`; True where a query may look.
+        dropout: probability of dropping an attention weight.
+        tap: where to keep the weights; written out step by step then, since the fused kernels do not return them.
+
+    Returns:
+        `[batch, heads, queries, head_width]`.
+    """
+    if tap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    tap.weights = logits.softmax(dim=-1)
+    return F.dropout(tap.weights, dropout) @ value
+
+
+def split_heads(hidden: Tensor, heads: int) -> Tensor:
+    """`[batch, tokens, width]` to `[batch, heads, tokens, head_width]`."""
+    return hidden.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(hidden: Tensor) -> Tensor:
+    """`[batch, heads, tokens, head_width]` to `[batch, tokens, width]`."""
+    return hidden.transpose(1, 2).flatten(2)
+
+
+def take_rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    """The tokens that `rows` `[batch, slots]` names, of `hidden` `[batch, tokens, width]`: `[batch, slots, width]`."""
+    return hidden.gather(1, rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one matrix for queries, keys and values."""
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+        self.tap: AttentionTap | None = None
+
+    def forward(self, hidden: Tensor, mask: Tensor | None = None, queries: Tensor | None = None) -> Tensor:
+        """Attend within `hidden`.
+
+        Args:
+            hidden: `[batch, tokens, width]`.
+            mask: bool `[batch, 1, 1, tokens]`, True where a token may be looked at.
+            queries: `[batch, slots, width]`, the rows to compute; None computes all of them.
+
+        Returns:
+            `[batch, slots or tokens, width]`.
+        """
+        if queries is None:
+            query, key, value = self.qkv(hidden).chunk(3, dim=-1)
+        else:
+            width = hidden.shape[-1]
+            weight, bias = self.qkv.weight, self.qkv.bias
+            query = F.linear(queries, weight[:width], bias[:width])
+            key, value = F.linear(hidden, weight[width:], bias[width:]).chunk(2, dim=-1)
+        query, key, value = (split_heads(part, self.heads) for part in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        return self.output(merge_heads(attention(query, key, value, mask, dropout, self.tap)))
+
+
+class ImageMemory:
+    """Keys and values of the fusion layers for a set of images, computed once and read by every pass.
+
+    They depend on the image alone, so the matched pass, the unmatched passes, the masked pass and every re-ranked
+    caption share them.  Consecutive pairs share an image: with `images` images and `pairs` pairs, pair `p` reads
+    image `p // (pairs // images)`.
+
+    Attributes:
+        keys_values: for each fusion layer, keys and values `[images, heads, image_tokens, head_width]`.
+    """
+
+    def __init__(self, keys_values: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.keys_values = list(keys_values)
+
+    def __len__(self) -> int:
+        return self.keys_values[0][0].shape[0]
+
+    def select(self, index: Tensor) -> ImageMemory:
+        """The images that `index` `[images]` names, in that order."""
+        return ImageMemory(
+            [(key.index_select(0, index), value.index_select(0, index)) for key, value in self.keys_values]
+        )
+
+    def detach(self) -> ImageMemory:
+        """The same memory without its graph."""
+        return ImageMemory([(key.detach(), value.detach()) for key, value in self.keys_values])
+
+    def attend(self, layer: int, query: Tensor, dropout: float, tap: AttentionTap | None) -> Tensor:
+        """Attend from pairs to their images.
+
+        Args:
+            layer: index of the fusion layer.
+            query: `[pairs, heads, queries, head_width]`.
+            dropout: probability of dropping an attention weight.
+            tap: where to keep the weights.
+
+        Returns:
+            `[pairs, heads, queries, head_width]`.
+        """
+        key, value = self.keys_values[layer]
+        images, (pairs, heads, queries, head_width) = key.shape[0], query.shape
+        if pairs == images:
+            return attention(query, key, value, None, dropout, tap)
+        group = pairs // images
+        # Queries do not see one another here, so the pairs of an image are one long query and nothing is copied.
+        folded = query.unflatten(0, (images, group)).transpose(1, 2).flatten(2, 3)
+        folded = attention(folded, key, value, None, dropout, tap)
+        return folded.unflatten(2, (group, queries)).transpose(1, 2).reshape(pairs, heads, queries, head_width)
+
+
+class JoinedMemory(ImageMemory):
+    """Several memories behind one another, so that their pairs go through the fusion layers as one batch.
+
+    Attributes:
+        parts: the memories and the number of pairs that read each.
+    """
+
+    def __init__(self, parts: Sequence[tuple[ImageMemory, int]]) -> None:
+        self.parts = list(parts)
+
+    def __len__(self) -> int:
+        return sum(len(memory) for memory, _ in self.parts)
+
+    def select(self, index: Tensor) -> ImageMemory:
+        """Not offered: select from a part before joining."""
+        raise TypeError("select from a part of a joined memory, not from the whole")
+
+    def detach(self) -> ImageMemory:
+        """The same memories without their graph."""
+        return JoinedMemory([(memory.detach(), pairs) for memory, pairs in self.parts])
+
+    def attend(self, layer: int, query: Tensor, dropout: float, tap: AttentionTap | None) -> Tensor:
+        """As `ImageMemory.attend`, part by part."""
+        pieces = query.split([pairs for _, pairs in self.parts])
+        attended = [
+            memory.attend(layer, piece, dropout, tap) for (memory, _), piece in zip(self.parts, pieces, strict=True)
+        ]
+        return torch.cat(attended)
+
+
+class CrossAttention(nn.Module):
+    """Attention from text tokens to an image memory."""
+
+    def __init__(self, width: int, image_width: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(image_width, 2 * width)
+        self.output = nn.Linear(width, width)
+        self.tap: AttentionTap | None = None
+
+    def remember(self, image_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[images, heads, image_tokens, head_width]` of `[images, image_tokens, image_width]`."""
+        key, value = self.key_value(image_embeds).chunk(2, dim=-1)
+        return split_heads(key, self.heads), split_heads(value, self.heads)
+
+    def forward(self, hidden: Tensor, memory: ImageMemory, layer: int) -> Tensor:
+        """`hidden` `[pairs, tokens, width]` reads layer `layer` of `memory`: `[pairs, tokens, width]`."""
+        query = split_heads(self.query(hidden), self.heads)
+        dropout = self.dropout if self.training else 0.0
+        return self.output(merge_heads(memory.attend(layer, query, dropout, self.tap)))
+
+
+class Mlp(nn.Module):
+    """Two linear maps around an exact (erf) GELU."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden_width)
+        self.down = nn.Linear(hidden_width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[batch, tokens, width]` to the same."""
+        return self.down(F.gelu(self.up(hidden)))
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer block of the vision transformer."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, eps=1e-6)
+        self.attention = SelfAttention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, mlp_width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[batch, tokens, width]` to the same."""
+        hidden = hidden + self.attention(self.attention_norm(hidden))
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+
+class TextLayer(nn.Module):
+    """Post-norm BERT layer; with `image_width`, a fusion layer that also reads an image memory."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, dropout: float, image_width: int | None = None) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.attention = SelfAttention(width, heads, dropout)
+        self.attention_norm = nn.LayerNorm(width, eps=1e-12)
+        if image_width is not None:
+            self.cross_attention = CrossAttention(width, image_width, heads, dropout)
+            self.cross_norm = nn.LayerNorm(width, eps=1e-12)
+        self.mlp = Mlp(width, mlp_width)
+        self.mlp_norm = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        memory: ImageMemory | None = None,
+        layer: int = 0,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """One layer.
+
+        Args:
+            hidden: `[batch, tokens, width]`.
+            mask: bool `[batch, 1, 1, tokens]`, or `[batch, 1, tokens, tokens]` for a causal decoder.
+            memory: image memory that a fusion layer reads.
+            layer: index of this layer in the memory.
+            rows: `[batch, slots]` positions to compute; None computes all.
+
+        Returns:
+            `[batch, slots or tokens, width]`.
+        """
+        queries = None if rows is None else take_rows(hidden, rows)
+        residual = hidden if queries is None else queries
+        hidden = self.attention_norm(residual + self._drop(self.attention(hidden, mask, queries)))
+        if memory is not None:
+            hidden = self.cross_norm(hidden + self._drop(self.cross_attention(hidden, memory, layer)))
+        return self.mlp_norm(hidden + self._drop(self.mlp(hidden)))
+
+    def _drop(self, hidden: Tensor) -> Tensor:
+        return F.dropout(hidden, self.dropout, self.training)

@@ -1,0 +1,70 @@
+"""Tercet, the model: two encoders, a fusion encoder, and the heads that pre-training leaves behind."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tercet.config import ModelConfig
+from tercet.model.heads import MlmHead
+from tercet.model.layers import ImageMemory
+from tercet.model.text import FusionEncoder, TextEncoder, class_rows
+from tercet.model.vision import VisionTransformer
+
+
+class Tercet(nn.Module):
+    """Image encoder, text encoder and fusion encoder (arXiv 2202.10401, section 3.1).
+
+    `image_embeds` and `text_embeds` are the encoders' outputs for every token; `image_feats` and `text_feats` are the
+    L2-normalised projections of their `[CLS]` rows, which the dual encoder compares.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        vision, text = config.vision, config.text
+        self.vision = VisionTransformer(vision)
+        self.text = TextEncoder(text)
+        self.fusion = FusionEncoder(text, vision.width)
+        self.vision_projection = nn.Linear(vision.width, config.embed_dim)
+        self.text_projection = nn.Linear(text.width, config.embed_dim)
+        self.itm_head = nn.Linear(text.width, 2)
+        self.mlm_head = MlmHead(text.width, text.vocabulary_size)
+        self.temperature = nn.Parameter(torch.tensor(config.temperature))
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """`images` `[batch, 3, height, width]` (uint8, or normalised floats) to `image_embeds`
+        `[batch, 1 + patches, vision_width]`."""
+        return self.vision(images)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """`input_ids` and `attention_mask` `[batch, tokens]` to `text_embeds` `[batch, tokens, width]`."""
+        return self.text(input_ids, attention_mask)
+
+    def project_image(self, image_embeds: Tensor) -> Tensor:
+        """`image_feats` of any tokens: `[..., vision_width]` to unit vectors `[..., embed_dim]`."""
+        return F.normalize(self.vision_projection(image_embeds).float(), dim=-1)
+
+    def project_text(self, text_embeds: Tensor) -> Tensor:
+        """`text_feats` of any tokens: `[..., width]` to unit vectors `[..., embed_dim]`."""
+        return F.normalize(self.text_projection(text_embeds).float(), dim=-1)
+
+    def remember(self, image_embeds: Tensor) -> ImageMemory:
+        """Keys and values of `image_embeds` `[images, image_tokens, vision_width]` for every fusion layer."""
+        return self.fusion.remember(image_embeds)
+
+    def fuse(
+        self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory, rows: Tensor | None = None
+    ) -> Tensor:
+        """Fused texts `[pairs, slots or tokens, width]`; see `FusionEncoder.forward`."""
+        return self.fusion(text_embeds, attention_mask, memory, rows)
+
+    def match_logits(self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory) -> Tensor:
+        """`itm_logits` `[pairs, 2]`, class 1 a match, of `text_embeds` `[pairs, tokens, width]` and their images."""
+        fused = self.fuse(text_embeds, attention_mask, memory, class_rows(text_embeds))
+        return self.itm_head(fused[:, 0]).float()
+
+    def mlm_logits(self, fused: Tensor) -> Tensor:
+        """Vocabulary logits `[..., vocabulary]` of fused tokens `[..., width]`."""
+        return self.mlm_head(fused, self.text.word_embed.weight)

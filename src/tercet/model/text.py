@@ -1,0 +1,124 @@
+"""The text encoder and the fusion encoder: the lower and the upper layers of a BERT stack."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tercet.config import TextConfig
+from tercet.errors import TercetError
+from tercet.model.layers import ImageMemory, TextLayer
+
+
+def key_mask(attention_mask: Tensor) -> Tensor:
+    """Bool `[batch, tokens]` to the `[batch, 1, 1, tokens]` that attention broadcasts."""
+    return attention_mask[:, None, None, :].bool()
+
+
+def initialise_bert(module: nn.Module) -> None:
+    """Normal weights of standard deviation 0.02 and zero biases, as BERT starts."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+
+
+class TextEncoder(nn.Module):
+    """Embeddings and the lower layers of the stack."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.dropout = config.dropout
+        self.word_embed = nn.Embedding(config.vocabulary_size, width, padding_idx=config.pad_id)
+        self.position_embed = nn.Embedding(config.max_positions, width)
+        self.type_embed = nn.Embedding(2, width)
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.layers = nn.ModuleList(
+            TextLayer(width, config.heads, config.mlp_width, config.dropout) for _ in range(config.fusion_layer)
+        )
+        self.apply(initialise_bert)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Encode texts.
+
+        Args:
+            input_ids: `[batch, tokens]`; `[CLS]` first.
+            attention_mask: `[batch, tokens]`, true where a token is real.
+
+        Returns:
+            `text_embeds` `[batch, tokens, width]`.
+
+        Raises:
+            TercetError: the texts are longer than the position table.
+        """
+        tokens = input_ids.shape[1]
+        if tokens > self.position_embed.num_embeddings:
+            raise TercetError(
+                f"a text of {tokens} tokens is longer than the model's {self.position_embed.num_embeddings} positions; "
+                "lower data.max_tokens or raise model.text.max_positions"
+            )
+        # Token types are all 0 in this method; the table stays for BERT checkpoints.
+        fixed = self.position_embed.weight[:tokens] + self.type_embed.weight[0]
+        hidden = self.norm(self.word_embed(input_ids) + fixed)
+        hidden = F.dropout(hidden, self.dropout, self.training)
+        mask = key_mask(attention_mask)
+        for layer in self.layers:
+            hidden = layer(hidden, mask)
+        return hidden
+
+
+class FusionEncoder(nn.Module):
+    """The upper layers of the stack, each with cross-attention from the text to an image memory."""
+
+    def __init__(self, config: TextConfig, image_width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            TextLayer(config.width, config.heads, config.mlp_width, config.dropout, image_width)
+            for _ in range(config.depth - config.fusion_layer)
+        )
+        self.apply(initialise_bert)
+
+    def remember(self, image_embeds: Tensor) -> ImageMemory:
+        """Keys and values of every layer for `image_embeds` `[images, image_tokens, image_width]`."""
+        return ImageMemory([layer.cross_attention.remember(image_embeds) for layer in self._fusion_layers()])
+
+    def forward(
+        self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory, rows: Tensor | None = None
+    ) -> Tensor:
+        """Fuse texts with images.
+
+        Args:
+            text_embeds: `[pairs, tokens, width]` from the text encoder.
+            attention_mask: `[pairs, tokens]`.
+            memory: the images; see `ImageMemory` for which pair reads which image.
+            rows: `[pairs, slots]` positions that the last layer computes; None computes all.
+
+        Returns:
+            `[pairs, slots or tokens, width]`.
+        """
+        hidden = self.lower(text_embeds, attention_mask, memory)
+        return self.last(hidden, attention_mask, memory, rows)
+
+    def lower(self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory) -> Tensor:
+        """All layers but the last: `[pairs, tokens, width]` to the same."""
+        mask = key_mask(attention_mask)
+        hidden = text_embeds
+        for index, layer in enumerate(self._fusion_layers()[:-1]):
+            hidden = layer(hidden, mask, memory, index)
+        return hidden
+
+    def last(self, hidden: Tensor, attention_mask: Tensor, memory: ImageMemory, rows: Tensor | None) -> Tensor:
+        """The last layer, at `rows` `[pairs, slots]` or everywhere: `[pairs, slots or tokens, width]`."""
+        index = len(self.layers) - 1
+        return self.layers[index](hidden, key_mask(attention_mask), memory, index, rows)
+
+    def _fusion_layers(self) -> list[TextLayer]:
+        return [layer for layer in self.layers if isinstance(layer, TextLayer)]
+
+
+def class_rows(texts: Tensor) -> Tensor:
+    """Row indices `[batch, 1]` of `[CLS]`, on the device of `texts` `[batch, ...]`."""
+    return torch.zeros(texts.shape[0], 1, dtype=torch.long, device=texts.device)

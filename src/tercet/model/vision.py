@@ -1,0 +1,105 @@
+"""The vision transformer, for images of any size that its patches divide."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tercet.config import VisionConfig
+from tercet.errors import TercetError
+from tercet.model.layers import VisionBlock
+
+# Statistics of CLIP's training images, which the published models are normalised with.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class VisionTransformer(nn.Module):
+    """Patches and a class token through pre-norm blocks, with a final norm over all tokens (ViT, arXiv 2010.11929)."""
+
+    image_mean: Tensor
+    image_std: Tensor
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        width = config.width
+        self.patch_embed = nn.Linear(3 * config.patch_size**2, width)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position_embed = nn.Parameter(torch.zeros(1, 1 + config.grid**2, width))
+        mlp_width = int(width * config.mlp_ratio)
+        self.blocks = nn.ModuleList(VisionBlock(width, config.heads, mlp_width) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(1, 3, 1, 1), persistent=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for parameter in (self.class_token, self.position_embed):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode images.
+
+        Args:
+            images: `[batch, 3, height, width]`, uint8 from 0 to 255 or float already normalised.
+
+        Returns:
+            `image_embeds` `[batch, 1 + patches, width]`; row 0 is the class token, patches run row by row.
+
+        Raises:
+            TercetError: height or width is not a multiple of the patch size.
+        """
+        rows, columns = (side // self.patch_size for side in images.shape[-2:])
+        if (rows * self.patch_size, columns * self.patch_size) != tuple(images.shape[-2:]):
+            height, width = images.shape[-2:]
+            raise TercetError(
+                f"an image of {width}x{height} pixels does not divide into patches of {self.patch_size}; "
+                f"resize it to multiples of {self.patch_size}"
+            )
+        hidden = self.patch_embed(to_patches(self.normalise(images), self.patch_size))
+        hidden = torch.cat([self.class_token.expand(hidden.shape[0], -1, -1), hidden], dim=1)
+        hidden = hidden + resize_position_embed(self.position_embed, rows, columns)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.norm(hidden)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 images to normalised floats; floats pass as they are."""
+        if images.dtype != torch.uint8:
+            return images
+        return (images.to(self.image_mean.dtype) / 255.0 - self.image_mean) / self.image_std
+
+
+def to_patches(images: Tensor, patch_size: int) -> Tensor:
+    """`[batch, 3, height, width]` to flat patches `[batch, patches, 3 * patch_size**2]`, channel first, row by row."""
+    batch, channels, height, width = images.shape
+    patches = images.view(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def resize_position_embed(position_embed: Tensor, rows: int, columns: int) -> Tensor:
+    """Bicubic resize of a square grid of position embeddings; the class token's row is kept.
+
+    Args:
+        position_embed: `[1, 1 + side**2, width]`.
+        rows: patches from top to bottom.
+        columns: patches from left to right.
+
+    Returns:
+        `[1, 1 + rows * columns, width]`; the input itself when the grid already fits.
+    """
+    side = math.isqrt(position_embed.shape[1] - 1)
+    if (rows, columns) == (side, side):
+        return position_embed
+    class_row, grid = position_embed[:, :1], position_embed[:, 1:]
+    grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid.float(), size=(rows, columns), mode="bicubic", align_corners=False)
+    return torch.cat([class_row, grid.flatten(2).transpose(1, 2).to(class_row.dtype)], dim=1)
