@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,13 +15,22 @@ from tercet.model.layers import ImageMemory
 from tercet.model.text import FusionEncoder, TextEncoder, class_rows
 from tercet.model.vision import VisionTransformer
 
+if TYPE_CHECKING:
+    from tercet.data.texts import Tokenizer
+
 
 class Tercet(nn.Module):
     """Image encoder, text encoder and fusion encoder (arXiv 2202.10401, section 3.1).
 
     `image_embeds` and `text_embeds` are the encoders' outputs for every token; `image_feats` and `text_feats` are the
     L2-normalised projections of their `[CLS]` rows, which the dual encoder compares.
+
+    Attributes:
+        config: the sizes.
+        tokenizer: reads texts for this model; None while it is trained from captions, or where it was made without.
     """
+
+    tokenizer: Tokenizer | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -68,3 +80,23 @@ class Tercet(nn.Module):
     def mlm_logits(self, fused: Tensor) -> Tensor:
         """Vocabulary logits `[..., vocabulary]` of fused tokens `[..., width]`."""
         return self.mlm_head(fused, self.text.word_embed.weight)
+
+    def save(self, folder: str | Path, tokenizer: Tokenizer | None = None, card: str | None = None) -> Path:
+        """Write this model as a folder; see `tercet.model.folder.save_model`."""
+        from tercet.model.folder import save_model
+
+        return save_model(self, folder, tokenizer, card)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        tokenizer: Tokenizer | None = None,
+        card: str | None = None,
+        private: bool | None = None,
+        message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload this model to the Hugging Face Hub; see `tercet.model.folder.push_model`."""
+        from tercet.model.folder import push_model
+
+        return push_model(self, repo_id, tokenizer, card, private, message, token)
