@@ -6,7 +6,8 @@ built; an unknown key is refused.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,7 +17,29 @@ OBJECTIVE_NAMES = ("cma", "imc", "lmi", "itm", "mlm")
 class Section(BaseModel):
     """A frozen part of the tree that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, coerce_numbers_to_str=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_plain_forms(cls, data: Any) -> Any:
+        """Read what people write: `none` for nothing, one path for a list of one, a section with nothing under it."""
+        if not isinstance(data, dict):
+            return data
+        plain = {}
+        for key, value in data.items():
+            field = cls.model_fields.get(key)
+            annotation = field.annotation if field else None
+            if value is None and isinstance(annotation, type) and issubclass(annotation, Section):
+                continue
+            if isinstance(value, str) and NoneType in get_args(annotation) and value.lower() in ("none", "null"):
+                plain[key] = None
+            elif isinstance(value, str) and get_origin(annotation) is list:
+                plain[key] = [value]
+            else:
+                plain[key] = value
+        return plain
 
 
 class VisionConfig(Section):
@@ -103,17 +126,19 @@ class ModelConfig(Section):
     def _apply_preset(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        preset = MODEL_SIZES.get(data.get("size", "base"))
-        if preset is None:
+        size = data.get("size", "base")
+        if not isinstance(size, str) or size not in MODEL_SIZES:
             return data  # the Literal on `size` words the error
-        return _merge(preset, data)
+        return merge(MODEL_SIZES[size], data)
 
 
 class ObjectivesConfig(Section):
     """How the model learns.  A weight of 0 switches a loss off, and the work that only it needs with it."""
 
     cma: float = Field(1.0, ge=0, description="weight of cross-modal alignment (image to text and back)")
-    imc: float = Field(1.0, ge=0, description="weight of intra-modal contrast (image to its other view, text to its twin)")
+    imc: float = Field(
+        1.0, ge=0, description="weight of intra-modal contrast (image to its other view, text to its twin)"
+    )
     lmi: float = Field(1.0, ge=0, description="weight of local-global mutual information")
     itm: float = Field(1.0, ge=0, description="weight of image-text matching with hard negatives")
     mlm: float = Field(1.0, ge=0, description="weight of masked language modelling")
@@ -123,7 +148,9 @@ class ObjectivesConfig(Section):
     alpha_ramp: float = Field(1.0, ge=0, description="epochs over which alpha rises from 0")
     queue_size: int = Field(65536, ge=0, description="features kept from earlier batches as further negatives")
     mask_probability: float = Field(0.15, ge=0, le=1, description="share of word pieces that mlm hides")
-    local_grid: int | None = Field(None, ge=1, description="side of the pooled patch grid of lmi; default the root of the grid")
+    local_grid: int | None = Field(
+        None, ge=1, description="side of the pooled patch grid of lmi; default the root of the grid"
+    )
     temperature_min: float = Field(0.001, gt=0, description="lower clamp of the temperature")
     temperature_max: float = Field(0.5, gt=0, description="upper clamp of the temperature")
 
@@ -146,10 +173,14 @@ class ObjectivesConfig(Section):
 class DataConfig(Section):
     """Where the pairs lie and how they become batches."""
 
-    train: list[str] = Field(default_factory=list, description="training sources: files, folders, globs, URLs, or 'scenes'")
+    train: list[str] = Field(
+        default_factory=list, description="training sources: files, folders, globs, URLs, or 'scenes'"
+    )
     validation: list[str] = Field(default_factory=list, description="sources to evaluate on while training")
     test: list[str] = Field(default_factory=list, description="sources to evaluate on at the end")
-    image_root: str | None = Field(None, description="folder that relative image paths start from; default the source's own")
+    image_root: str | None = Field(
+        None, description="folder that relative image paths start from; default the source's own"
+    )
     image_column: str = Field("image", description="column or key that holds the image")
     caption_column: str = Field("caption", description="column or key that holds the caption")
     caption_choice: Literal["random", "each"] = Field(
@@ -157,13 +188,17 @@ class DataConfig(Section):
     )
     max_words: int = Field(30, ge=1, description="words of a caption that are kept")
     max_tokens: int = Field(25, ge=2, description="word pieces of a caption that are kept, [CLS] included")
-    tokenizer: str | None = Field(None, description="tokenizer.json, vocab.txt or a folder of one; default: train one on the captions")
+    tokenizer: str | None = Field(
+        None, description="tokenizer.json, vocab.txt or a folder of one; default: train one on the captions"
+    )
     tokenizer_size: int = Field(8192, ge=64, description="word pieces of a tokenizer trained on the captions")
     workers: int = Field(2, ge=0, description="processes that read and augment")
     augment: Literal["full", "light", "none"] = Field(
         "full", description="full: as published; light: crop and flip; none: resize only"
     )
-    crop_scale: tuple[float, float] = Field((0.2, 1.0), description="share of the image's area that a random crop keeps")
+    crop_scale: tuple[float, float] = Field(
+        (0.2, 1.0), description="share of the image's area that a random crop keeps"
+    )
     pixel_limit: int = Field(89_478_485, ge=1, description="images with more pixels are refused")
     scenes: int = Field(4000, ge=8, description="training scenes drawn when the source is 'scenes'")
 
@@ -195,12 +230,16 @@ class TrainConfig(Section):
     batch_size: int = Field(64, ge=1, description="pairs a step on each device")
     seed: int = Field(0, ge=0, description="every random choice follows from this and the step")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto takes bf16 where the device has it natively")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto takes bf16 where the device has it natively"
+    )
     compile: bool = Field(False, description="torch.compile the encoders")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
-    evaluate_every: int | None = Field(None, ge=1, description="steps between evaluations on data.validation; none: only at the end")
+    evaluate_every: int | None = Field(
+        None, ge=1, description="steps between evaluations on data.validation; none: only at the end"
+    )
     max_bad_steps: int = Field(10, ge=1, description="non-finite steps in a row after which the run gives up")
 
 
@@ -232,12 +271,12 @@ class Config(Section):
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="retrieval evaluation")
 
 
-def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `base` with `override` laid over it, section by section."""
+def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `base` with `override` laid over it, section by section; an empty section changes nothing."""
     merged = dict(base)
     for key, value in override.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merge(merged[key], value)
-        else:
+            merged[key] = merge(merged[key], value)
+        elif value is not None or not isinstance(merged.get(key), dict):
             merged[key] = value
     return merged
