@@ -1,0 +1,146 @@
+"""Contrast between global features: cross-modal alignment (`cma`) and intra-modal contrast (`imc`).
+
+Section 3.2 and 3.3 of arXiv 2202.10401.  Every student feature is compared with the teacher's features of the batch
+and with those of the queue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tercet.objectives.features import EMPTY_ID, FeatureQueue
+
+# Added to the logit of what must not count.  Finite, since -inf times a target of 0 is NaN.
+EXCLUDED = -1e9
+
+
+@dataclass
+class Candidates:
+    """What the features of a batch are compared with: the batch itself first, then the queue.
+
+    Attributes:
+        image_feats: `[candidates, embed_dim]`.
+        text_feats: `[candidates, embed_dim]`.
+        targets: `[batch, candidates]`; the positives of a row share a mass of 1.
+        excluded: bool `[candidates]`, true for slots of the queue that are still empty; None when none is.
+    """
+
+    image_feats: Tensor
+    text_feats: Tensor
+    targets: Tensor
+    excluded: Tensor | None = None
+
+
+def same_image(image_ids: Tensor | None, batch: int, device: torch.device) -> Tensor:
+    """Bool `[batch, batch]`: which pairs show the same image; the diagonal alone when ids are not given."""
+    if image_ids is None:
+        return torch.eye(batch, dtype=torch.bool, device=device)
+    return image_ids[:, None] == image_ids[None, :]
+
+
+def gather_candidates(
+    image_feats: Tensor,
+    text_feats: Tensor,
+    image_ids: Tensor | None,
+    queue: FeatureQueue | None,
+    exclude_empty: bool = True,
+) -> Candidates:
+    """Candidates of a batch.
+
+    Args:
+        image_feats: `[batch, embed_dim]`, the teacher's.
+        text_feats: `[batch, embed_dim]`, the teacher's.
+        image_ids: `[batch]`; captions of one image are positives of one another, through the queue too.  None makes
+            every pair its own only positive, as the published pre-training does.
+        queue: earlier features, as they were before this batch.
+        exclude_empty: leave out slots never written to; the published code compares with their random start.
+    """
+    batch, device = image_feats.shape[0], image_feats.device
+    targets = same_image(image_ids, batch, device).to(image_feats.dtype)
+    if queue is None or queue.size == 0:
+        return Candidates(image_feats, text_feats, targets / targets.sum(1, keepdim=True))
+    if image_ids is None:
+        queued = targets.new_zeros(batch, queue.size)
+    else:
+        queued = (image_ids[:, None] == queue.image_ids[None, :]).to(targets.dtype)
+    targets = torch.cat([targets, queued], dim=1)
+    excluded = None
+    if exclude_empty:
+        excluded = torch.cat([queue.image_ids.new_zeros(batch, dtype=torch.bool), queue.image_ids == EMPTY_ID])
+    return Candidates(
+        image_feats=torch.cat([image_feats, queue.image_feats.to(image_feats.dtype)]),
+        text_feats=torch.cat([text_feats, queue.text_feats.to(text_feats.dtype)]),
+        targets=targets / targets.sum(1, keepdim=True),
+        excluded=excluded,
+    )
+
+
+def similarity(feats: Tensor, candidates: Tensor, temperature: Tensor, excluded: Tensor | None = None) -> Tensor:
+    """Logits `[batch, candidates]`: cosines of `[batch, embed_dim]` and `[candidates, embed_dim]` over temperature."""
+    logits = feats @ candidates.T / temperature
+    return logits if excluded is None else logits.masked_fill(excluded, EXCLUDED)
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over rows of the cross-entropy of `logits` and `targets`, both `[batch, candidates]`."""
+    return -(logits.log_softmax(dim=1) * targets).sum(dim=1).mean()
+
+
+def cross_modal(
+    image_feats: Tensor,
+    text_feats: Tensor,
+    teacher_image_feats: Tensor | None,
+    teacher_text_feats: Tensor | None,
+    candidates: Candidates,
+    temperature: Tensor,
+    alpha: float,
+) -> tuple[Tensor, Tensor]:
+    """Cross-modal alignment: image to text and text to image.
+
+    Args:
+        image_feats: the student's, `[batch, embed_dim]`.
+        text_feats: the student's, `[batch, embed_dim]`.
+        teacher_image_feats: `[batch, embed_dim]`; None, with `alpha` 0, when there is no teacher.
+        teacher_text_feats: the same for text.
+        candidates: what both are compared with.
+        temperature: `[]`.
+        alpha: share of the teacher's own similarities in the targets.
+
+    Returns:
+        The two losses, `[]` each; `cma` is their mean.
+    """
+
+    def loss(feats: Tensor, teacher_feats: Tensor | None, others: Tensor) -> Tensor:
+        logits = similarity(feats, others, temperature, candidates.excluded)
+        targets = candidates.targets
+        if alpha > 0 and teacher_feats is not None:
+            with torch.no_grad():
+                believed = similarity(teacher_feats, others, temperature, candidates.excluded).softmax(dim=1)
+                targets = alpha * believed + (1 - alpha) * targets
+        return soft_cross_entropy(logits, targets)
+
+    image_to_text = loss(image_feats, teacher_image_feats, candidates.text_feats)
+    text_to_image = loss(text_feats, teacher_text_feats, candidates.image_feats)
+    return image_to_text, text_to_image
+
+
+def intra_modal(
+    image_feats: Tensor, text_feats: Tensor, candidates: Candidates, temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Intra-modal contrast: an image and its other view, a text and its dropout twin; hard targets.
+
+    Args:
+        image_feats: the student's, `[batch, embed_dim]`.
+        text_feats: the student's, `[batch, embed_dim]`.
+        candidates: what both are compared with.
+        temperature: `[]`.
+
+    Returns:
+        The two losses, `[]` each; `imc` is their mean.
+    """
+    image_logits = similarity(image_feats, candidates.image_feats, temperature, candidates.excluded)
+    text_logits = similarity(text_feats, candidates.text_feats, temperature, candidates.excluded)
+    return soft_cross_entropy(image_logits, candidates.targets), soft_cross_entropy(text_logits, candidates.targets)

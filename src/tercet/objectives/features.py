@@ -1,0 +1,107 @@
+"""What the losses read: the student's features, the teacher that follows it, and the queue of earlier features."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tercet.model.tercet import Tercet
+
+# Image id of a queue slot that nothing was written to yet; no image has it.
+EMPTY_ID = -100
+
+
+@dataclass
+class Features:
+    """Features of a batch of pairs.
+
+    Attributes:
+        image_embeds: `[batch, 1 + patches, vision_width]`.
+        text_embeds: `[batch, tokens, width]`.
+        attention_mask: bool `[batch, tokens]`.
+        image_feats: unit vectors `[batch, embed_dim]`.
+        text_feats: unit vectors `[batch, embed_dim]`.
+    """
+
+    image_embeds: Tensor
+    text_embeds: Tensor
+    attention_mask: Tensor
+    image_feats: Tensor
+    text_feats: Tensor
+
+
+def extract_features(model: Tercet, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor) -> Features:
+    """Features of pairs whose encoder outputs are at hand; only the `[CLS]` rows are projected."""
+    return Features(
+        image_embeds=image_embeds,
+        text_embeds=text_embeds,
+        attention_mask=attention_mask,
+        image_feats=model.project_image(image_embeds[:, 0]),
+        text_feats=model.project_text(text_embeds[:, 0]),
+    )
+
+
+class Teacher(nn.Module):
+    """An exponential moving average of the student, of the parameters that its outputs need.
+
+    It stays in training mode with the student: the text's dropout twin is one of the two views that intra-modal
+    contrast compares (section 3.3).
+    """
+
+    def __init__(self, student: Tercet, fused: bool) -> None:
+        """Copy `student`; `fused` also keeps what masked language modelling reads."""
+        super().__init__()
+        self.model = copy.deepcopy(student)
+        unread = ["itm_head", "temperature"] + ([] if fused else ["fusion", "mlm_head"])
+        for name in unread:
+            delattr(self.model, name)
+        self.model.requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, student: Tercet, momentum: float) -> None:
+        """Move every parameter: `teacher = momentum * teacher + (1 - momentum) * student`."""
+        followed = dict(student.named_parameters())
+        teacher = list(self.model.named_parameters())
+        own = [parameter for _, parameter in teacher]
+        torch._foreach_lerp_(own, [followed[name].detach() for name, _ in teacher], 1 - momentum)
+
+
+class FeatureQueue(nn.Module):
+    """The teacher's features of earlier pairs, as a ring of any size fed by batches of any size.
+
+    Attributes:
+        image_feats: `[size, embed_dim]`.
+        text_feats: `[size, embed_dim]`.
+        image_ids: `[size]`; `EMPTY_ID` where nothing was written yet.
+        pointer: the slot written next, `[]`.
+    """
+
+    image_feats: Tensor
+    text_feats: Tensor
+    image_ids: Tensor
+    pointer: Tensor
+
+    def __init__(self, size: int, embed_dim: int) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("image_feats", F.normalize(torch.randn(size, embed_dim), dim=-1))
+        self.register_buffer("text_feats", F.normalize(torch.randn(size, embed_dim), dim=-1))
+        self.register_buffer("image_ids", torch.full((size,), EMPTY_ID, dtype=torch.long))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def enqueue(self, image_feats: Tensor, text_feats: Tensor, image_ids: Tensor) -> None:
+        """Write `[batch, embed_dim]` features and `[batch]` ids at the pointer and move it on."""
+        batch = image_feats.shape[0]
+        if self.size == 0 or batch == 0:
+            return
+        kept = slice(max(0, batch - self.size), None)
+        slots = (self.pointer + torch.arange(batch, device=self.pointer.device)[kept]) % self.size
+        self.image_feats.index_copy_(0, slots, image_feats[kept].to(self.image_feats.dtype))
+        self.text_feats.index_copy_(0, slots, text_feats[kept].to(self.text_feats.dtype))
+        self.image_ids.index_copy_(0, slots, image_ids[kept])
+        self.pointer.copy_((self.pointer + batch) % self.size)
