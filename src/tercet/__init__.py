@@ -12,17 +12,19 @@ from tercet.errors import TercetError
 from tercet.version import __version__
 
 if TYPE_CHECKING:
-    from tercet.model.tercet import Tercet, load
+    from tercet.model.folder import load_model as load
+    from tercet.model.tercet import Tercet
 
 __all__ = ["Tercet", "TercetError", "__version__", "load"]
 
-_LAZY = {"Tercet": "tercet.model.tercet", "load": "tercet.model.tercet"}
+_LAZY = {"Tercet": ("tercet.model.tercet", "Tercet"), "load": ("tercet.model.folder", "load_model")}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'tercet' has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name]), name)
+    module, attribute = _LAZY[name]
+    value = getattr(import_module(module), attribute)
     globals()[name] = value
     return value
 

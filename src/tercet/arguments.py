@@ -55,8 +55,8 @@ class TrainArguments:
     """Train a model by a recipe.
 
     The recipe's keys lie over the defaults, and the flags below over the recipe; the defaults shown are those of RECIPE
-    when it is named beside --help.  --model.size puts a preset beneath what the recipe and the other flags say: a size
-    that the recipe sets apart from its own preset stays, and every other follows the new preset.  none unsets a value.
+    when it is named beside --help.  --model.size puts a preset in place of the widths, depths and heads that the recipe
+    wrote; single sizes given as flags beside it still win.  The word none unsets a value.
     """
 
     recipe: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = None

@@ -45,12 +45,12 @@ class Section(BaseModel):
 class VisionConfig(Section):
     """The vision transformer."""
 
-    image_size: int = Field(256, ge=8, description="side of the square input in pixels")
-    patch_size: int = Field(16, ge=2, description="side of a patch in pixels")
-    width: int = Field(768, ge=8, description="channels of a token")
-    depth: int = Field(12, ge=1, description="number of blocks")
-    heads: int = Field(12, ge=1, description="attention heads")
-    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP over the token width")
+    image_size: int = Field(default=256, ge=8, description="side of the square input in pixels")
+    patch_size: int = Field(default=16, ge=2, description="side of a patch in pixels")
+    width: int = Field(default=768, ge=8, description="channels of a token")
+    depth: int = Field(default=12, ge=1, description="number of blocks")
+    heads: int = Field(default=12, ge=1, description="attention heads")
+    mlp_ratio: float = Field(default=4.0, gt=0, description="hidden width of the MLP over the token width")
 
     @model_validator(mode="after")
     def _divides(self) -> VisionConfig:
@@ -69,18 +69,20 @@ class VisionConfig(Section):
 class TextConfig(Section):
     """The BERT-layout stack: the lower layers encode the text, the upper ones fuse it with the image."""
 
-    vocabulary_size: int = Field(30522, ge=8, description="word pieces; taken from the tokenizer when one is trained")
-    max_positions: int = Field(512, ge=4, description="rows of the position table")
-    width: int = Field(768, ge=8, description="channels of a token")
-    mlp_width: int = Field(3072, ge=8, description="hidden width of the MLP")
-    depth: int = Field(12, ge=2, description="layers of text encoder and fusion encoder together")
-    fusion_layer: int = Field(6, ge=1, description="index of the first layer with cross-attention to the image")
-    heads: int = Field(12, ge=1, description="attention heads")
-    dropout: float = Field(0.1, ge=0, lt=1, description="dropout of hidden states and attention while training")
-    pad_id: int = Field(0, ge=0, description="token id of padding")
-    cls_id: int = Field(101, ge=0, description="token id of [CLS]")
-    sep_id: int = Field(102, ge=0, description="token id of [SEP]")
-    mask_id: int = Field(103, ge=0, description="token id of [MASK]")
+    vocabulary_size: int = Field(
+        default=30522, ge=8, description="word pieces; taken from the tokenizer when one is trained"
+    )
+    max_positions: int = Field(default=512, ge=4, description="rows of the position table")
+    width: int = Field(default=768, ge=8, description="channels of a token")
+    mlp_width: int = Field(default=3072, ge=8, description="hidden width of the MLP")
+    depth: int = Field(default=12, ge=2, description="layers of text encoder and fusion encoder together")
+    fusion_layer: int = Field(default=6, ge=1, description="index of the first layer with cross-attention to the image")
+    heads: int = Field(default=12, ge=1, description="attention heads")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="dropout of hidden states and attention while training")
+    pad_id: int = Field(default=0, ge=0, description="token id of padding")
+    cls_id: int = Field(default=101, ge=0, description="token id of [CLS]")
+    sep_id: int = Field(default=102, ge=0, description="token id of [SEP]")
+    mask_id: int = Field(default=103, ge=0, description="token id of [MASK]")
 
     @model_validator(mode="after")
     def _divides(self) -> TextConfig:
@@ -112,14 +114,24 @@ MODEL_SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+# What a preset decides.  The other keys of the model (image and patch size, vocabulary, positions, dropout,
+# temperature) belong to the data and the training, and stay when another preset is chosen over a recipe.
+PRESET_KEYS: dict[str, tuple[str, ...]] = {
+    "vision": ("width", "depth", "heads", "mlp_ratio"),
+    "text": ("width", "mlp_width", "depth", "fusion_layer", "heads"),
+}
+
+
 class ModelConfig(Section):
     """A model's sizes.  `size` names a preset; every other key given beside it overrides the preset."""
 
-    size: Literal["base", "small", "tiny"] = Field("base", description="preset of sizes that the other keys refine")
+    size: Literal["base", "small", "tiny"] = Field(
+        default="base", description="preset of sizes that the other keys refine"
+    )
     vision: VisionConfig = Field(default_factory=VisionConfig, description="the vision transformer")
     text: TextConfig = Field(default_factory=TextConfig, description="text encoder and fusion encoder")
-    embed_dim: int = Field(256, ge=2, description="width of the space shared by image_feats and text_feats")
-    temperature: float = Field(0.07, gt=0, description="start of the learned temperature")
+    embed_dim: int = Field(default=256, ge=2, description="width of the space shared by image_feats and text_feats")
+    temperature: float = Field(default=0.07, gt=0, description="start of the learned temperature")
 
     @model_validator(mode="before")
     @classmethod
@@ -135,24 +147,24 @@ class ModelConfig(Section):
 class ObjectivesConfig(Section):
     """How the model learns.  A weight of 0 switches a loss off, and the work that only it needs with it."""
 
-    cma: float = Field(1.0, ge=0, description="weight of cross-modal alignment (image to text and back)")
+    cma: float = Field(default=1.0, ge=0, description="weight of cross-modal alignment (image to text and back)")
     imc: float = Field(
-        1.0, ge=0, description="weight of intra-modal contrast (image to its other view, text to its twin)"
+        default=1.0, ge=0, description="weight of intra-modal contrast (image to its other view, text to its twin)"
     )
-    lmi: float = Field(1.0, ge=0, description="weight of local-global mutual information")
-    itm: float = Field(1.0, ge=0, description="weight of image-text matching with hard negatives")
-    mlm: float = Field(1.0, ge=0, description="weight of masked language modelling")
-    teacher: bool = Field(True, description="keep an EMA teacher; without one only cma, itm and mlm can be on")
-    momentum: float = Field(0.995, ge=0, le=1, description="share of the teacher kept at each step")
-    alpha: float = Field(0.4, ge=0, le=1, description="weight of the teacher's soft targets in cma and mlm")
-    alpha_ramp: float = Field(1.0, ge=0, description="epochs over which alpha rises from 0")
-    queue_size: int = Field(65536, ge=0, description="features kept from earlier batches as further negatives")
-    mask_probability: float = Field(0.15, ge=0, le=1, description="share of word pieces that mlm hides")
+    lmi: float = Field(default=1.0, ge=0, description="weight of local-global mutual information")
+    itm: float = Field(default=1.0, ge=0, description="weight of image-text matching with hard negatives")
+    mlm: float = Field(default=1.0, ge=0, description="weight of masked language modelling")
+    teacher: bool = Field(default=True, description="keep an EMA teacher; without one only cma, itm and mlm can be on")
+    momentum: float = Field(default=0.995, ge=0, le=1, description="share of the teacher kept at each step")
+    alpha: float = Field(default=0.4, ge=0, le=1, description="weight of the teacher's soft targets in cma and mlm")
+    alpha_ramp: float = Field(default=1.0, ge=0, description="epochs over which alpha rises from 0")
+    queue_size: int = Field(default=65536, ge=0, description="features kept from earlier batches as further negatives")
+    mask_probability: float = Field(default=0.15, ge=0, le=1, description="share of word pieces that mlm hides")
     local_grid: int | None = Field(
-        None, ge=1, description="side of the pooled patch grid of lmi; default the root of the grid"
+        default=None, ge=1, description="side of the pooled patch grid of lmi; default the root of the grid"
     )
-    temperature_min: float = Field(0.001, gt=0, description="lower clamp of the temperature")
-    temperature_max: float = Field(0.5, gt=0, description="upper clamp of the temperature")
+    temperature_min: float = Field(default=0.001, gt=0, description="lower clamp of the temperature")
+    temperature_max: float = Field(default=0.5, gt=0, description="upper clamp of the temperature")
 
     @model_validator(mode="after")
     def _consistent(self) -> ObjectivesConfig:
@@ -179,89 +191,94 @@ class DataConfig(Section):
     validation: list[str] = Field(default_factory=list, description="sources to evaluate on while training")
     test: list[str] = Field(default_factory=list, description="sources to evaluate on at the end")
     image_root: str | None = Field(
-        None, description="folder that relative image paths start from; default the source's own"
+        default=None, description="folder that relative image paths start from; default the source's own"
     )
-    image_column: str = Field("image", description="column or key that holds the image")
-    caption_column: str = Field("caption", description="column or key that holds the caption")
+    image_column: str = Field(default="image", description="column or key that holds the image")
+    caption_column: str = Field(default="caption", description="column or key that holds the caption")
     caption_choice: Literal["random", "each"] = Field(
-        "random", description="an image with several captions: one at random an epoch, or every pair once an epoch"
+        default="random",
+        description="an image with several captions: one at random an epoch, or every pair once an epoch",
     )
-    max_words: int = Field(30, ge=1, description="words of a caption that are kept")
-    max_tokens: int = Field(25, ge=2, description="word pieces of a caption that are kept, [CLS] included")
+    max_words: int = Field(default=30, ge=1, description="words of a caption that are kept")
+    max_tokens: int = Field(default=25, ge=2, description="word pieces of a caption that are kept, [CLS] included")
     tokenizer: str | None = Field(
-        None, description="tokenizer.json, vocab.txt or a folder of one; default: train one on the captions"
+        default=None, description="tokenizer.json, vocab.txt or a folder of one; default: train one on the captions"
     )
-    tokenizer_size: int = Field(8192, ge=64, description="word pieces of a tokenizer trained on the captions")
-    workers: int = Field(2, ge=0, description="processes that read and augment")
+    tokenizer_size: int = Field(default=8192, ge=64, description="word pieces of a tokenizer trained on the captions")
+    workers: int = Field(default=2, ge=0, description="processes that read and augment")
     augment: Literal["full", "light", "none"] = Field(
-        "full", description="full: as published; light: crop and flip; none: resize only"
+        default="full", description="full: as published; light: crop and flip; none: resize only"
     )
     crop_scale: tuple[float, float] = Field(
-        (0.2, 1.0), description="share of the image's area that a random crop keeps"
+        default=(0.2, 1.0), description="share of the image's area that a random crop keeps"
     )
-    pixel_limit: int = Field(89_478_485, ge=1, description="images with more pixels are refused")
-    scenes: int = Field(4000, ge=8, description="training scenes drawn when the source is 'scenes'")
+    pixel_limit: int = Field(default=89_478_485, ge=1, description="images with more pixels are refused")
+    scenes: int = Field(default=4000, ge=8, description="training scenes drawn when the source is 'scenes'")
 
 
 class OptimConfig(Section):
     """AdamW and its schedule."""
 
-    lr: float = Field(1e-4, gt=0, description="peak learning rate")
-    min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the cosine")
-    warmup_lr: float = Field(1e-5, ge=0, description="learning rate of the first step")
-    warmup_steps: int = Field(2000, ge=0, description="steps from warmup_lr to lr")
+    lr: float = Field(default=1e-4, gt=0, description="peak learning rate")
+    min_lr: float = Field(default=1e-5, ge=0, description="learning rate at the end of the cosine")
+    warmup_lr: float = Field(default=1e-5, ge=0, description="learning rate of the first step")
+    warmup_steps: int = Field(default=2000, ge=0, description="steps from warmup_lr to lr")
     schedule: Literal["cosine", "constant", "published"] = Field(
-        "cosine", description="cosine by step, constant after the warm-up, or the published step/epoch hybrid"
+        default="cosine", description="cosine by step, constant after the warm-up, or the published step/epoch hybrid"
     )
-    warmup_epochs: int = Field(20, ge=0, description="published schedule only: its warm-up, in hundreds of steps")
-    weight_decay: float = Field(0.02, ge=0, description="decoupled weight decay of matrices")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay")
-    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment decay")
-    epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    clip_norm: float | None = Field(1.0, gt=0, description="largest norm of the gradient; none: no clipping")
-    accumulate: int = Field(1, ge=1, description="batches whose gradients are summed before a step")
+    warmup_epochs: int = Field(
+        default=20, ge=0, description="published schedule only: its warm-up, in hundreds of steps"
+    )
+    weight_decay: float = Field(default=0.02, ge=0, description="decoupled weight decay of matrices")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first moment decay")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's second moment decay")
+    epsilon: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    clip_norm: float | None = Field(default=1.0, gt=0, description="largest norm of the gradient; none: no clipping")
+    accumulate: int = Field(default=1, ge=1, description="batches whose gradients are summed before a step")
 
 
 class TrainConfig(Section):
     """The loop."""
 
-    epochs: int = Field(30, ge=1, description="passes over the data")
-    max_steps: int | None = Field(None, ge=1, description="stop after this many steps, whatever epochs says")
-    batch_size: int = Field(64, ge=1, description="pairs a step on each device")
-    seed: int = Field(0, ge=0, description="every random choice follows from this and the step")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one")
+    epochs: int = Field(default=30, ge=1, description="passes over the data")
+    max_steps: int | None = Field(default=None, ge=1, description="stop after this many steps, whatever epochs says")
+    batch_size: int = Field(default=64, ge=1, description="pairs a step on each device")
+    seed: int = Field(default=0, ge=0, description="every random choice follows from this and the step")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes CUDA where there is one")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto takes bf16 where the device has it natively"
+        default="auto", description="auto takes bf16 where the device has it natively"
     )
-    compile: bool = Field(False, description="torch.compile the encoders")
-    log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
-    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    compile: bool = Field(default=False, description="torch.compile the encoders")
+    log_every: int = Field(default=10, ge=1, description="steps between lines of metrics.jsonl")
+    checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
     evaluate_every: int | None = Field(
-        None, ge=1, description="steps between evaluations on data.validation; none: only at the end"
+        default=None, ge=1, description="steps between evaluations on data.validation; none: only at the end"
     )
-    max_bad_steps: int = Field(10, ge=1, description="non-finite steps in a row after which the run gives up")
+    max_bad_steps: int = Field(default=10, ge=1, description="non-finite steps in a row after which the run gives up")
 
 
 class EvaluateConfig(Section):
     """Retrieval evaluation."""
 
-    rerank: int = Field(128, ge=0, description="candidates that the fusion encoder re-ranks; 0: dual encoder alone")
-    batch_size: int = Field(64, ge=1, description="images or texts a batch")
-    limit: int | None = Field(None, ge=1, description="evaluate on the first so many images only")
+    rerank: int = Field(
+        default=128, ge=0, description="candidates that the fusion encoder re-ranks; 0: dual encoder alone"
+    )
+    batch_size: int = Field(default=64, ge=1, description="images or texts a batch")
+    limit: int | None = Field(default=None, ge=1, description="evaluate on the first so many images only")
 
 
 class Config(Section):
     """A run."""
 
-    name: str = Field("run", description="name of the run; its folder when `output` is not given is runs/NAME")
+    name: str = Field(default="run", description="name of the run; its folder when `output` is not given is runs/NAME")
     task: Literal["pretrain", "retrieval", "vqa", "entailment", "nlvr_pretrain", "nlvr", "grounding"] = Field(
-        "pretrain", description="what is trained"
+        default="pretrain", description="what is trained"
     )
-    output: str | None = Field(None, description="run folder; default runs/NAME")
-    init: str | None = Field(None, description="model folder or hub id to start from; default: random weights")
+    output: str | None = Field(default=None, description="run folder; default runs/NAME")
+    init: str | None = Field(default=None, description="model folder or hub id to start from; default: random weights")
     compat: Literal["tercet", "published"] = Field(
-        "tercet", description="'published' reproduces the published code's defects as well"
+        default="tercet", description="'published' reproduces the published code's defects as well"
     )
     model: ModelConfig = Field(default_factory=ModelConfig, description="sizes")
     objectives: ObjectivesConfig = Field(default_factory=ObjectivesConfig, description="losses, teacher and queue")

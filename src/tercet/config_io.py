@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from tercet.config import MODEL_SIZES, Config, ModelConfig, Section, merge
+from tercet.config import PRESET_KEYS, Config, Section, merge
 from tercet.errors import TercetError
 
 FLAGS = "the flags"
@@ -185,28 +185,21 @@ def _nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _release_preset(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
-    """Let sizes that only repeat their own preset go with it when a higher layer names another preset.
+    """Drop the widths, depths and heads of the lower layers when a higher one names a preset.
 
-    A resolved config writes every size out; without this, `--model.size` laid over one would change nothing.
+    They would else win over it, and `--model.size` laid over a resolved config would change nothing.
     """
     model, chosen = lower.get("model"), upper.get("model")
     if not isinstance(model, dict) or not isinstance(chosen, dict) or "size" not in chosen:
         return lower
-    size = model.get("size", "base")
-    if not isinstance(size, str) or size not in MODEL_SIZES:
-        return lower
-    return {**lower, "model": _without(model, ModelConfig.model_validate({"size": size}).model_dump())}
-
-
-def _without(keys: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
-    """The entries of `keys` that differ from `known`."""
     kept: dict[str, Any] = {}
-    for key, value in keys.items():
-        if isinstance(value, dict) and isinstance(known.get(key), dict):
-            kept[key] = _without(value, known[key])
-        elif key not in known or value != known[key]:
+    for key, value in model.items():
+        decided = PRESET_KEYS.get(key, ())
+        if isinstance(value, dict):
+            kept[key] = {name: size for name, size in value.items() if name not in decided}
+        elif key != "embed_dim":
             kept[key] = value
-    return kept
+    return {**lower, "model": kept}
 
 
 def _explain(error: ValidationError, layers: list[Layer]) -> str:
@@ -310,6 +303,10 @@ class _Dumper(yaml.SafeDumper):
     """Quotes every word that YAML 1.1 or 1.2 would read as something else."""
 
 
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))
+
+
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
 _CORE = (
     ("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
@@ -321,5 +318,5 @@ _CORE = (
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in _CORE:
     _Loader.add_implicit_resolver(_tag, _pattern, _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
