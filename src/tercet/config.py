@@ -212,6 +212,7 @@ class DataConfig(Section):
     crop_scale: tuple[float, float] = Field(
         default=(0.2, 1.0), description="share of the image's area that a random crop keeps"
     )
+    flip: bool = Field(default=True, description="mirror half of the views; off where captions tell left from right")
     pixel_limit: int = Field(default=89_478_485, ge=1, description="images with more pixels are refused")
     scenes: int = Field(default=4000, ge=8, description="training scenes drawn when the source is 'scenes'")
 

@@ -1,0 +1,177 @@
+"""Bytes from where they lie: files, byte ranges of large files, and whatever fsspec reaches by URL."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+import fsspec
+import numpy as np
+
+from tercet.data.packed import PackedStrings
+from tercet.errors import TercetError
+
+URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://|^[a-zA-Z0-9]+::")
+PROBES = 16
+
+
+def is_url(location: str) -> bool:
+    """Whether fsspec, not the file system, is to be asked for `location`."""
+    return URL.match(location) is not None
+
+
+def cache_folder() -> Path:
+    """Where copies of remote and of repacked files are kept: TERCET_CACHE, or tercet in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tercet"
+    return Path(os.environ.get("TERCET_CACHE", default))
+
+
+def read_bytes(location: str) -> bytes:
+    """The whole content of a file or URL.
+
+    Raises:
+        TercetError: it is not there or cannot be read; the message names the nearest file beside it.
+    """
+    try:
+        if is_url(location):
+            with fsspec.open(location, "rb") as stream:
+                return stream.read()  # pyright: ignore[reportAttributeAccessIssue]
+        return Path(location).read_bytes()
+    except FileNotFoundError as error:
+        raise TercetError(missing(location)) from error
+    except (OSError, ImportError, ValueError) as error:
+        raise TercetError(f"cannot read {location}: {_reason(error)}") from error
+
+
+def read_text(location: str) -> str:
+    """The whole content of a file or URL as text, in UTF-8 with or without a byte order mark.
+
+    Raises:
+        TercetError: it cannot be read, or is not UTF-8.
+    """
+    data = read_bytes(location)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise TercetError(
+            f"{location}: not UTF-8 at line {line}, byte {error.start}; convert it, as with iconv -t UTF-8"
+        ) from error
+
+
+def local_copy(location: str) -> str:
+    """A path on this machine for `location`: itself, or for a URL a copy that stays in the cache folder.
+
+    Raises:
+        TercetError: the download failed.
+    """
+    if not is_url(location):
+        return location
+    storage = str(cache_folder() / "downloads")
+    try:
+        return str(fsspec.open_local(f"filecache::{location}", filecache={"cache_storage": storage}))
+    except (OSError, ImportError, ValueError) as error:
+        raise TercetError(f"cannot fetch {location}: {_reason(error)}") from error
+
+
+def missing(location: str) -> str:
+    """The message for a file that is not there, with the nearest name beside it."""
+    if is_url(location):
+        return f"no file at {location}"
+    path = Path(location)
+    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, 1)
+    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+    if not path.parent.is_dir():
+        hint = f"; there is no folder {path.parent}"
+    return f"no file {location}{hint}"
+
+
+class FileImages:
+    """Images that are files of their own, named relative to `root` or by URL."""
+
+    def __init__(self, root: str, names: PackedStrings) -> None:
+        self.root = root
+        self.names = names
+
+    def read(self, index: int) -> bytes:
+        """The file's bytes.  Raises OSError or TercetError when it cannot be read."""
+        name = os.fsdecode(self.names.raw(index))
+        if is_url(name):
+            return read_bytes(name)
+        if is_url(self.root):
+            return read_bytes(f"{self.root.rstrip('/')}/{name}")
+        return (Path(self.root) / name).read_bytes()
+
+    def require_some(self, file: str) -> None:
+        """Raise TercetError when none of a few images spread over the set is there: the folder is surely wrong."""
+        if is_url(self.root):
+            return
+        indices = np.unique(np.linspace(0, len(self.names) - 1, PROBES).astype(int))
+        names = [os.fsdecode(self.names.raw(index)) for index in indices]
+        if not any(is_url(name) or (Path(self.root) / name).is_file() for name in names):
+            raise TercetError(
+                f"{file}: none of its images is there, such as {Path(self.root) / names[0]}; "
+                "set data.image_root to the folder that the names start from"
+            )
+
+
+class RangeImages:
+    """Images that are byte ranges of a few large files, such as tar shards.
+
+    Attributes:
+        files: paths of the large files.
+        file_index: int32 [images]; which file.
+        offsets, sizes: int64 [images]; where in it.
+    """
+
+    def __init__(self, files: list[str], file_index: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> None:
+        self.files = files
+        self.file_index = file_index
+        self.offsets = offsets
+        self.sizes = sizes
+        self._handles: dict[int, int] = {}
+
+    def read(self, index: int) -> bytes:
+        """The image's bytes.  Raises OSError when the file is gone or has become shorter."""
+        file = int(self.file_index[index])
+        size = int(self.sizes[index])
+        data = read_range(self._handle(file), int(self.offsets[index]), size)
+        if len(data) < size:
+            raise OSError(f"{self.files[file]} is shorter than when it was opened")
+        return data
+
+    def _handle(self, file: int) -> int:
+        # A forked worker may share these handles: reads name their position, so no two disturb each other.
+        if file not in self._handles:
+            self._handles[file] = os.open(self.files[file], os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        return self._handles[file]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_handles": {}}
+
+    def __del__(self) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+
+
+def read_range(handle: int, offset: int, size: int) -> bytes:
+    """Up to `size` bytes at `offset` of an open file; fewer at its end."""
+    if not hasattr(os, "pread"):
+        os.lseek(handle, offset, os.SEEK_SET)
+        return os.read(handle, size)
+    parts: list[bytes] = []
+    while size > 0:
+        part = os.pread(handle, size, offset)
+        if not part:
+            break
+        parts.append(part)
+        offset, size = offset + len(part), size - len(part)
+    return b"".join(parts)
+
+
+def _reason(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())

@@ -1,0 +1,110 @@
+"""Processes that make batches ahead of the step that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tercet.errors import TercetError
+
+PREFETCH = 2
+
+Made = TypeVar("Made")
+
+
+class WorkerPool(Generic[Made]):
+    """Calls `make` on each of a list of tasks, in `workers` processes that stay alive between lists.
+
+    Results come in the order of the tasks.  With 0 workers the caller's own process does the work.
+
+    Args:
+        make: turns one task into a batch; it is copied to every worker, and must give the same whichever runs it.
+        workers: number of processes.
+    """
+
+    def __init__(self, make: Callable[[Any], Made], workers: int) -> None:
+        self._tasks = _Tasks()
+        self._workers = workers
+        self._loader: DataLoader[Made] | None = None
+        self._make = make
+
+    def run(self, tasks: Sequence[Any]) -> Iterator[Made]:
+        """The results of `tasks`, in their order.
+
+        Raises:
+            TercetError: a worker process died.
+        """
+        if not tasks:
+            return
+        self._tasks.tasks = tasks
+        if self._loader is None:
+            self._loader = self._start()
+        iterator = iter(self._loader)
+        for _ in tasks:
+            try:
+                made = next(iterator)
+            except RuntimeError as error:
+                if "exited unexpectedly" not in str(error) and "is killed by signal" not in str(error):
+                    raise
+                self._loader = None
+                raise TercetError(
+                    "a data worker process died (out of memory, or /dev/shm too small?); set data.workers lower, "
+                    f"or to 0 to see why: {' '.join(str(error).split())}"
+                ) from error
+            yield made
+
+    def close(self) -> None:
+        """End the processes."""
+        self._loader = None
+
+    def _start(self) -> DataLoader[Made]:
+        workers = self._workers
+        return DataLoader(
+            _Calls(self._make),
+            sampler=self._tasks,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_unchanged,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+            prefetch_factor=PREFETCH if workers else None,
+            worker_init_fn=_begin_worker,
+        )
+
+
+class _Tasks(Sampler[Any]):
+    """The tasks of the list that is running now."""
+
+    def __init__(self) -> None:
+        self.tasks: Sequence[Any] = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+class _Calls(Dataset[Made]):
+    """A function seen as a data set: `calls[task]` is `make(task)`."""
+
+    def __init__(self, make: Callable[[Any], Made]) -> None:
+        self._make = make
+
+    def __getitem__(self, task: Any) -> Made:
+        return self._make(task)
+
+
+def _unchanged(batch: Made) -> Made:
+    """Keeps DataLoader from turning what is inside a batch into tensors."""
+    return batch
+
+
+def _begin_worker(_: int) -> None:
+    # The processes are the parallelism; threads inside each would only take turns on the same cores.
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
