@@ -134,24 +134,71 @@ def count_flops(model: ModelConfig, objectives: ObjectivesConfig, shape: Shape) 
     needs = Needs.of(objectives)
     student, teacher = Tally(), Tally()
     _encode_image(student, model.vision, shape.batch)
-    _encode_text(student, model.text, shape, 2 if needs.contrasts or needs.matches else 0)
+    _encode_text(student, model.text, shape)
     if needs.masks:
-        _encode_text(student, model.text, shape, 2)
+        _encode_text(student, model.text, shape)
     _project(student, model, shape, 2 if needs.contrasts else 0)
     _fuse_student(student, model, shape, needs)
     if needs.teacher:
         _encode_image(teacher, model.vision, shape.batch)
     if needs.teacher and needs.contrasts:
-        _encode_text(teacher, model.text, shape, 0)
+        _encode_text(teacher, model.text, shape)
         _project(teacher, model, shape, 0)
     if needs.teaches_words:
-        _encode_text(teacher, model.text, shape, 0)
+        _encode_text(teacher, model.text, shape)
         _remember(teacher, model, shape)
         _fuse_lower(teacher, model, shape, shape.batch)
         _fuse_last(teacher, model, shape, shape.batch, shape.slots)
         _vocabulary(teacher, model.text, shape)
     _contrast(student, teacher, model, objectives, shape)
     return Flops(student.forward, student.backward, teacher.forward)
+
+
+def count_memory(model: ModelConfig, objectives: ObjectivesConfig, shape: Shape, half: bool) -> dict[str, int]:
+    """Bytes that a training step holds, by what they are for; about, since allocators round and libraries differ.
+
+    Args:
+        model: the sizes.
+        objectives: what is enabled.
+        shape: one batch.
+        half: the encoders' activations are kept in bf16; everything else is fp32.
+    """
+    needs = Needs.of(objectives)
+    trained = trained_parameters(model, objectives)
+    return {
+        "weights": 4 * sum(count_parameters(model).values()),
+        "gradients": 4 * trained,
+        "AdamW moments": 8 * trained,
+        "teacher": 4 * teacher_parameters(model, objectives),
+        "queue": needs.queue * (2 * 4 * model.embed_dim + 8),
+        "activations": shape.batch * _activation_bytes(model, objectives, shape, half),
+    }
+
+
+def _activation_bytes(model: ModelConfig, objectives: ObjectivesConfig, shape: Shape, half: bool) -> int:
+    """Bytes a pair that the forward pass keeps for the backward one.
+
+    Of a token, a vision block keeps 8 widths (two norms with inputs and outputs, queries, keys, values, and what
+    attention gives) and the MLP's hidden layer twice; a text layer the same, and 4 more for the cross-attention.
+    """
+    needs, vision, text = Needs.of(objectives), model.vision, model.text
+    image_tokens, fusion = 1 + vision.grid**2, text.depth - text.fusion_layer
+    fuses = needs.matches or needs.masks
+    encoded = image_tokens * vision.depth * (8 * vision.width + 2 * _mlp_width(vision))
+    encoded += 2 * image_tokens * vision.width
+    readings, passes = 1 + needs.masks, 3 * needs.matches + needs.masks
+    layer = shape.tokens * (8 * text.width + 2 * text.mlp_width)
+    # Dropout keeps a mask of a byte an element, and the attention weights before and after it.
+    layer += (text.dropout > 0) * shape.tokens * (text.width // 2 + 2 * text.heads * shape.tokens)
+    cross = shape.tokens * 4 * text.width + (text.dropout > 0) * 2 * shape.tokens * text.heads * image_tokens
+    # The last layer runs for [CLS] or the hidden words alone.
+    encoded += readings * text.fusion_layer * layer + passes * (fusion - 1) * (layer + cross)
+    # Keys and values of the images, and once more for the negative images.
+    encoded += fuses * (1 + needs.matches) * fusion * image_tokens * 2 * text.width
+    logits = shape.masked / shape.batch * text.vocabulary_size * (4 if needs.teaches_words else 2) * needs.masks
+    candidates = shape.batch + needs.queue
+    compared = candidates * (6 * bool(objectives.cma) + 4 * bool(objectives.imc) + 2 * bool(needs.queue))
+    return round(encoded * (2 if half else 4) + 4 * (logits + compared))
 
 
 def _encode_image(tally: Tally, vision: VisionConfig, images: int) -> None:
@@ -162,18 +209,16 @@ def _encode_image(tally: Tally, vision: VisionConfig, images: int) -> None:
         _layer(tally, images, 1 + patches, 1 + patches, width, _mlp_width(vision))
 
 
-def _encode_text(tally: Tally, text: TextConfig, shape: Shape, gradients: int) -> None:
+def _encode_text(tally: Tally, text: TextConfig, shape: Shape) -> None:
     for _ in range(text.fusion_layer):
-        _layer(tally, shape.batch, shape.tokens, shape.tokens, text.width, text.mlp_width, gradients)
+        _layer(tally, shape.batch, shape.tokens, shape.tokens, text.width, text.mlp_width)
 
 
-def _layer(
-    tally: Tally, batch: int, rows: int, tokens: int, width: int, mlp_width: int, gradients: int = 2
-) -> None:
+def _layer(tally: Tally, batch: int, rows: int, tokens: int, width: int, mlp_width: int) -> None:
     """Self-attention of `rows` queries to `tokens` keys, and the MLP on the rows."""
-    tally.add(2 * batch * (2 * rows + 2 * tokens) * width * width, gradients)
-    tally.add(4 * batch * rows * tokens * width, gradients)
-    tally.add(4 * batch * rows * width * mlp_width, gradients)
+    tally.add(2 * batch * (2 * rows + 2 * tokens) * width * width)
+    tally.add(4 * batch * rows * tokens * width)
+    tally.add(4 * batch * rows * width * mlp_width)
 
 
 def _cross(tally: Tally, pairs: int, rows: int, image_tokens: int, width: int) -> None:

@@ -1,0 +1,58 @@
+# Everything runs in .venv, which the first target that needs it makes.  A clean machine needs Python 3.11 and make.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell command -v python3.11 || command -v python3.13 || command -v python3.12 || command -v python3)
+SOURCES := src tests benchmarks
+PIP_FLAGS ?=
+
+# Threads that spin while they wait slow each other down on small machines.
+export OMP_WAIT_POLICY ?= passive
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test lint format types bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.installed  ## train a small model on drawn scenes and write its report
+	@$(BIN)/tercet demo
+
+test: lint types  ## lint, types and all fast tests
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev  ## check style
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+
+types: $(VENV)/.installed-dev  ## check types
+	@$(BIN)/pyright
+
+format: $(VENV)/.installed-dev  ## rewrite the sources in the project's style
+	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+bench: $(VENV)/.installed-dev  ## time a training step of the base model on this machine
+	@$(BIN)/python benchmarks/step.py
+
+clean:  ## remove the environment and everything that was built; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "make: no python3 found; install Python 3.11 or newer" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: $(PYTHON) is older than 3.11; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@"$(PYTHON)" -m venv $(VENV) || { \
+	  rm -rf $(VENV); echo "make: $(PYTHON) cannot make environments; install its venv module" >&2; exit 1; }
+
+# The stamps are newer than what they were made from, so a second call installs nothing.
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (once; this takes a few minutes)"
+	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[hub-data,track]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) with the tools of development (once; this takes a few minutes)"
+	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed
