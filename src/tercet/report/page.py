@@ -1,0 +1,324 @@
+"""The report of a run: one HTML file that opens offline, in light and dark, on a telephone and on a desk."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from tercet.files import write_atomic
+from tercet.report.figures import THUMBNAIL, curve_svg, rank_words
+from tercet.report.record import Line, RunRecord, finite, read_run
+from tercet.report.style import STYLE
+from tercet.version import __version__
+
+LOSSES = {
+    "loss": "Total loss",
+    "cma": "Cross-modal alignment",
+    "imc": "Intra-modal contrast",
+    "lmi": "Local-global information",
+    "itm": "Image-text matching",
+    "mlm": "Masked language modelling",
+}
+MEASURES = {
+    "lr": "Learning rate",
+    "temperature": "Temperature",
+    "alpha": "Weight of soft targets",
+    "grad_norm": "Gradient norm",
+    "pairs_per_second": "Pairs per second",
+}
+UNSMOOTHED = ("lr", "temperature", "alpha")
+KNOWN_KEYS = {*LOSSES, *MEASURES, "kind", "step", "epoch", "time", "skipped"}
+CUTOFFS = (1, 5, 10)
+MAX_QUERIES = 30
+MAX_EVENTS = 200
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the page can ask nothing of any network
+
+
+def write_report(run_folder: str | Path) -> Path:
+    """Write `report.html` into the run folder and return its path.
+
+    Whatever part is absent (no evaluation yet, a killed run, half a last line of metrics) is named on the page.
+
+    Raises:
+        TercetError: there is no such run folder, or it cannot be written.
+    """
+    record = read_run(run_folder)
+    title = str(record.config.get("name") or record.folder.resolve().name)
+    sections = (
+        _header(record, title),
+        _missing(record),
+        _recall(record),
+        _gallery(record),
+        _panels(record, "Losses", {**LOSSES, **_further_losses(record)}),
+        _panels(record, "Training", MEASURES),
+        _events(record),
+        _config(record),
+    )
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(title)} – Tercet report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(section for section in sections if section)
+        + f"\n<footer>Tercet {escape(__version__)} · written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC</footer>\n"
+        "</main>\n</body>\n</html>\n"
+    )
+    return write_atomic(record.folder / "report.html", page)
+
+
+def _header(record: RunRecord, title: str) -> str:
+    facts = record.facts
+    rows = [
+        ("Recipe", _text(facts.get("recipe"))),
+        ("Task", _text(record.config.get("task"))),
+        ("Data", _data(record)),
+        ("Pairs", _count(facts.get("pairs"))),
+        ("Steps", _count(record.train[-1]["step"]) if record.train else None),
+        ("Epochs", _number(record.train[-1].get("epoch")) if record.train else None),
+        ("Minutes", _minutes(record.seconds)),
+        ("Parameters", _count(facts.get("parameters"))),
+        ("Machine", _text(facts.get("machine"))),
+    ]
+    cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in rows if value is not None)
+    return f"<header><p class=kicker>Tercet run</p><h1>{escape(title)}</h1><dl class=facts>{cells}</dl></header>"
+
+
+def _missing(record: RunRecord) -> str:
+    if not record.missing:
+        return ""
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in record.missing)
+    return f"<aside><h2>What this report lacks</h2><ul>{items}</ul></aside>"
+
+
+def _recall(record: RunRecord) -> str:
+    latest: dict[str, Line] = {str(line.get("data", "evaluation")): line for line in record.evaluations}
+    if not latest:
+        return ""
+    tables = "".join(_recall_table(name, line) for name, line in latest.items())
+    return f"<section><h2>Retrieval</h2><div class=tables>{tables}</div>{_recall_curves(record)}</section>"
+
+
+def _recall_table(name: str, line: Line) -> str:
+    images, texts = line.get("images"), line.get("texts")
+    columns = [
+        (label, line[key])
+        for key, label in (("dual", "Dual encoder"), ("reranked", "Re-ranked"))
+        if isinstance(line.get(key), dict)
+    ]
+    if isinstance(images, int) and isinstance(texts, int) and images > 0 and texts > 0:
+        columns.append(("Chance", chance_recall(images, texts)))
+        size = f"{_plural(images, 'image')}, {_plural(texts, 'caption')}; percent"
+    else:
+        size = "percent; chance unknown, as the evaluation does not tell its number of images"
+    rows = "".join(
+        f"<tr><th scope=row>{direction} <b>R@{k}</b></th>{_recall_cells(columns, f'{side}_r{k}')}</tr>"
+        for side, direction in (("text", "Image → text"), ("image", "Text → image"))
+        for k in CUTOFFS
+    )
+    rows += f"<tr class=mean><th scope=row>Mean of the six</th>{_recall_cells(columns, 'r_mean')}</tr>"
+    head = "".join(f"<th scope=col>{label}</th>" for label, _ in columns)
+    step = f" after step {_count(line['step'])}" if finite(line.get("step")) else ""
+    return (
+        f"<div><h3>{escape(name).capitalize()} data{step} <small>{size}</small></h3>"
+        f"<table class=recall><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _recall_cells(columns: list[tuple[str, Line]], key: str) -> str:
+    return "".join(f"<td>{_percent(values.get(key))}</td>" for _, values in columns)
+
+
+def chance_recall(images: int, texts: int) -> dict[str, float]:
+    """Recall in percent of a random ranking, when every image has the same number of captions."""
+    own = max(1, round(texts / images))
+    recall: dict[str, float] = {}
+    for k in CUTOFFS:
+        recall[f"image_r{k}"] = 100 * min(1.0, k / images)
+        others = texts - own
+        missed = math.comb(others, k) / math.comb(texts, k) if k <= others else 0.0
+        recall[f"text_r{k}"] = 100 * (1 - missed)
+    recall["r_mean"] = sum(recall.values()) / len(recall)
+    return recall
+
+
+def _recall_curves(record: RunRecord) -> str:
+    """Mean recall over the steps, for data that was evaluated more than once."""
+    panels = []
+    for data in dict.fromkeys(str(line.get("data", "evaluation")) for line in record.evaluations):
+        for key, label in (("dual", "dual encoder"), ("reranked", "re-ranked")):
+            points = [
+                (line["step"], line[key]["r_mean"])
+                for line in record.evaluations
+                if str(line.get("data", "evaluation")) == data
+                and finite(line.get("step"))
+                and isinstance(line.get(key), dict)
+                and finite(line[key].get("r_mean"))
+            ]
+            if len(points) > 1:
+                steps, values = np.array(sorted(points), np.float64).T
+                name = f"Mean recall, {label}, {data}"
+                panels.append(_panel(name, "", curve_svg(steps, values, name, smoothed=False, markers=True), values))
+    return f"<div class=panels>{''.join(panels)}</div>" if panels else ""
+
+
+def _further_losses(record: RunRecord) -> dict[str, str]:
+    """Numbers in the training lines that this page has no name for, such as the losses of other tasks."""
+    keys = dict.fromkeys(key for line in record.train for key in line if finite(line[key]) and key not in KNOWN_KEYS)
+    return {key: key.replace("_", " ").capitalize() for key in keys}
+
+
+def _panels(record: RunRecord, title: str, names: dict[str, str]) -> str:
+    panels = []
+    for key, name in names.items():
+        steps, values = record.series(key)
+        if len(values):
+            svg = curve_svg(steps, values, f"{name} by step", smoothed=key not in UNSMOOTHED)
+            panels.append(_panel(name, key, svg, values))
+    if not panels:
+        return ""
+    note = "thin: as logged; bold: moving average" if title == "Losses" else "by step"
+    return f"<section><h2>{title} <small>{note}</small></h2><div class=panels>{''.join(panels)}</div></section>"
+
+
+def _panel(name: str, key: str, svg: str, values: np.ndarray) -> str:
+    code = f" <code>{escape(key)}</code>" if key else ""
+    change = (
+        f"{_number(values[0])} → <b>{_number(values[-1])}</b>" if len(values) > 1 else f"<b>{_number(values[0])}</b>"
+    )
+    caption = f"<span>{escape(name)}{code}</span><span class=last>{change}</span>"
+    return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
+
+
+def _gallery(record: RunRecord) -> str:
+    if not record.gallery:
+        return ""
+    ranks = [entry["rank"] if _is_rank(entry.get("rank")) else math.inf for entry in record.gallery]
+    order = sorted(range(len(ranks)), key=lambda i: -ranks[i])
+    shown = order[:MAX_QUERIES]
+    first = sum(rank == 1 for rank in ranks)
+    left_out = f"; the {MAX_QUERIES} worst are shown" if len(order) > len(shown) else ""
+    note = f"failures first; {first:,} of {_plural(len(ranks), 'query', 'queries')} found first{left_out}"
+    cards = "".join(_card(record.gallery[i]) for i in shown)
+    return (
+        f"<section><h2>Searches <small>{note}</small></h2>"
+        "<p class=legend>A query, and the images found for it, best first, each with its score. "
+        "The right image has a thick frame and a tick.</p>"
+        f"<div class=gallery>{cards}</div></section>"
+    )
+
+
+def _card(entry: Line) -> str:
+    rank = entry.get("rank")
+    state = "hit" if rank == 1 else "miss"
+    results = "".join(_result(result) for result in entry["results"] if isinstance(result, dict))
+    return (
+        f"<article class={state}><h3>{_text(entry.get('query')) or 'no query'}</h3>"
+        f"<p class=rank>{rank_words(rank)}</p><ol>{results}</ol></article>"
+    )
+
+
+def _result(result: Line) -> str:
+    right = bool(result.get("right"))
+    key = _text(result.get("key")) or ""
+    thumbnail = result.get("thumbnail")
+    if isinstance(thumbnail, str) and THUMBNAIL.fullmatch(thumbnail):
+        picture = f'<img src="{thumbnail}" alt="{key}" loading="lazy">'
+    else:
+        picture = "<span class=blank>no picture</span>"
+    tick = '<span class=tick title="the right image">✓</span>' if right else ""
+    score = f"{result['score']:.3f}" if finite(result.get("score")) else "–"
+    return f'<li{" class=right" if right else ""} title="{key}">{picture}{tick}<span class=score>{score}</span></li>'
+
+
+def _events(record: RunRecord) -> str:
+    if not record.events and not record.skipped:
+        return ""
+    rows = "".join(
+        f"<tr><td>{_count(line.get('step')) or '–'}</td><td>{_clock(line.get('time'))}</td>"
+        f"<td class=message>{_text(line.get('message')) or ''}</td></tr>"
+        for line in record.events[-MAX_EVENTS:]
+    )
+    table = (
+        "<div class=scroll><table><thead><tr><th>Step</th><th>Time (UTC)</th><th>What happened</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>"
+        if rows
+        else ""
+    )
+    skipped = f"<p>{_plural(record.skipped, 'broken sample')} skipped while training.</p>" if record.skipped else ""
+    earlier = len(record.events) - MAX_EVENTS
+    note = (
+        f" <small>the last {MAX_EVENTS}; {earlier:,} earlier ones are in metrics.jsonl</small>" if earlier > 0 else ""
+    )
+    return f"<section><h2>Events{note}</h2>{skipped}{table}</section>"
+
+
+def _config(record: RunRecord) -> str:
+    if not record.config_text:
+        return ""
+    return (
+        "<section><h2>Settings</h2><details><summary>config.yaml in full</summary>"
+        f"<pre>{escape(record.config_text)}</pre></details></section>"
+    )
+
+
+def _data(record: RunRecord) -> str | None:
+    data = record.config.get("data")
+    sources = data.get("train") if isinstance(data, dict) else None
+    return escape(", ".join(map(str, sources))) if isinstance(sources, list) and sources else None
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _text(value: object) -> str | None:
+    return None if value is None or value == "" else escape(str(value))
+
+
+def _count(value: object) -> str | None:
+    if isinstance(value, int | float) and finite(value):
+        return f"{int(value):,}"
+    return None if value is None else escape(str(value))
+
+
+def _number(value: object) -> str | None:
+    """Four significant digits at most."""
+    if not isinstance(value, int | float) or not finite(float(value)):
+        return None
+    size = abs(value)
+    if size != 0 and (size < 1e-3 or size >= 1e6):
+        return f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e+")
+    if size >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def _minutes(seconds: float | None) -> str | None:
+    if seconds is None:
+        return None
+    return f"{seconds / 60:,.1f}" if seconds < 6000 else f"{seconds / 60:,.0f}"
+
+
+def _percent(value: object) -> str:
+    if not isinstance(value, int | float) or not finite(value):
+        return "–"
+    bar = f'<i style="width:{min(max(float(value), 0), 100):.1f}%"></i>'
+    return f"{value:.1f}{bar}" if value >= 1 or value == 0 else f"{value:.2f}{bar}"
+
+
+def _plural(count: int, one: str, many: str | None = None) -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def _clock(time: object) -> str:
+    if not isinstance(time, int | float) or not finite(time):
+        return "–"
+    try:
+        return f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S}"
+    except (OverflowError, OSError, ValueError):
+        return "–"
