@@ -230,7 +230,7 @@ tags:
 ---
 # Tercet model
 
-An image-text model of {parameters:.1f} million parameters, trained by triple contrastive learning
+An image-text model of {parameters:.1f} million parameters, made for triple contrastive learning
 ([arXiv 2202.10401](https://arxiv.org/abs/2202.10401)).
 
 | part | size |
