@@ -115,12 +115,12 @@ def _recall_table(name: str, line: Line) -> str:
         size = f"{_plural(images, 'image')}, {_plural(texts, 'caption')}; percent"
     else:
         size = "percent; chance unknown, as the evaluation does not tell its number of images"
-    rows = "".join(
-        f"<tr><th scope=row>{direction} <b>R@{k}</b></th>{_recall_cells(columns, f'{side}_r{k}')}</tr>"
-        for side, direction in (("text", "Image → text"), ("image", "Text → image"))
-        for k in CUTOFFS
-    )
-    rows += f"<tr class=mean><th scope=row>Mean of the six</th>{_recall_cells(columns, 'r_mean')}</tr>"
+    rows = ""
+    for side, direction in (("text", "Image → text"), ("image", "Text → image")):
+        rows += f"<tr class=group><th colspan={len(columns) + 1} scope=rowgroup>{direction}</th></tr>"
+        for k in CUTOFFS:
+            rows += f"<tr><th scope=row>R@{k}</th>{_recall_cells(columns, f'{side}_r{k}')}</tr>"
+    rows += f"<tr class=mean><th scope=row>Mean</th>{_recall_cells(columns, 'r_mean')}</tr>"
     head = "".join(f"<th scope=col>{label}</th>" for label, _ in columns)
     step = f" after step {_count(line['step'])}" if finite(line.get("step")) else ""
     return (

@@ -35,9 +35,9 @@ thead th, thead td { color: var(--soft); font-weight: 600; font-size: .85rem; bo
 .message { overflow-wrap: anywhere; min-width: 14rem; }
 .tables { display: grid; gap: .5rem 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
 .recall { width: 100%; max-width: 44rem; }
-.recall td { width: 21%; }
+.recall td { width: 28%; }
 .recall tbody th { font-weight: 500; }
-.recall tbody th b { white-space: nowrap; }
+.recall .group th { color: var(--soft); font-size: .85rem; padding-top: .8rem; }
 .recall .mean > * { font-weight: 700; border-bottom: 0; }
 .recall i { display: block; height: 4px; margin-top: 3px; background: var(--accent); border-radius: 2px;
   min-width: 1px; }
