@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from safetensors.numpy import load_file
+
+from tercet.data.augment import Pixels
+from tercet.data.images import BrokenImage, decode, draw_crop, one_view, resize, sufficient_side, two_views
+from tercet.errors import TercetError
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def paint(height: int = 48, width: int = 64) -> Pixels:
+    """A picture without any symmetry, so that every turn of it is another picture."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([255 * columns // width, 255 * rows // height, (rows * columns) % 256], axis=2).astype(np.uint8)
+
+
+PAINTED = Image.fromarray(paint())
+TRUNCATABLE = {
+    "baseline": encode(PAINTED, "JPEG"),
+    "progressive": encode(PAINTED, "JPEG", progressive=True),
+    "png": encode(PAINTED, "PNG"),
+    "gif": encode(PAINTED, "GIF"),
+    "webp": encode(PAINTED, "WEBP"),
+    "bmp": encode(PAINTED, "BMP"),
+    "tiff": encode(PAINTED, "TIFF"),
+    "ppm": encode(PAINTED, "PPM"),
+}
+
+
+@pytest.fixture(scope="module")
+def photographs(data_dir: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted((data_dir / "flickr8k" / "originals").glob("*.jpg"))[:8]]
+
+
+def test_photographs_decode_to_pillows_pixels(photographs: list[bytes]) -> None:
+    assert len(photographs) == 8
+    for data in photographs:
+        pixels = decode(data, "photo")
+        assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous and pixels.flags.writeable
+        assert (pixels == np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "ICO"])
+def test_formats_without_loss_give_the_painted_pixels(kind: str) -> None:
+    options = {"WEBP": {"lossless": True}, "ICO": {"sizes": [(64, 48)]}}.get(kind, {})
+    assert (decode(encode(PAINTED, kind, **options), "x") == paint()).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(PAINTED, kind, exif=exif)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    pixels = decode(data, "x")
+    assert pixels.shape == ((64, 48, 3) if orientation >= 5 else (48, 64, 3))
+    assert pixels.flags.c_contiguous
+    assert (pixels == expected).all()
+
+
+def test_damaged_exif_leaves_the_picture_usable() -> None:
+    plain = encode(PAINTED, "JPEG")
+    for exif in (b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0junk"):
+        marker = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert (decode(plain[:2] + marker + plain[2:], "x") == decode(plain, "x")).all()
+
+
+def test_grey_and_cmyk_jpegs_become_rgb() -> None:
+    grey = PAINTED.convert("L")
+    pixels = decode(encode(grey, "JPEG", quality=95), "x")
+    assert (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 1] == pixels[..., 2]).all()
+    assert np.abs(pixels[..., 0].astype(int) - np.asarray(grey)).mean() < 3
+    smooth = Image.fromarray(np.stack([paint()[..., 0], paint()[..., 1], paint()[..., 0]], axis=2))
+    cmyk = decode(encode(smooth.convert("CMYK"), "JPEG", quality=95), "x")
+    assert np.abs(cmyk.astype(int) - np.asarray(smooth)).mean() < 4
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    values = np.linspace(0, 65535, 48 * 64).reshape(48, 64).astype(np.uint16)
+    for kind in ("PNG", "TIFF"):
+        pixels = decode(encode(Image.fromarray(values), kind), "x")
+        assert pixels.min() == 0 and pixels.max() == 255
+        assert np.abs(pixels[..., 1] - values / 257).max() <= 0.5
+
+
+@pytest.mark.parametrize(("samples", "reason"), [(np.float32, "floating point"), (np.int32, "more than 16 bits")])
+def test_samples_of_no_agreed_range_are_refused(samples: type, reason: str) -> None:
+    image = Image.fromarray(np.full((4, 4), 1e6, samples))
+    with pytest.raises(BrokenImage, match=reason):
+        decode(encode(image, "TIFF"), "x")
+
+
+def test_transparency_is_laid_on_white() -> None:
+    rgba = np.dstack([paint(), np.full((48, 64), 255, np.uint8)])
+    rgba[:10, :, 3] = 0
+    rgba[10:20, :, 3] = 128
+    pixels = decode(encode(Image.fromarray(rgba), "PNG"), "x")
+    assert (pixels[:10] == 255).all() and (pixels[20:] == paint()[20:]).all()
+    half = (paint()[10:20].astype(float) * 128 + 255 * 127) / 255
+    assert np.abs(pixels[10:20] - half).max() <= 1
+    grey = decode(encode(Image.fromarray(rgba).convert("LA"), "PNG"), "x")
+    assert (grey[:10] == 255).all() and (grey[20:, :, 0] == np.asarray(PAINTED.convert("L"))[20:]).all()
+
+
+def test_palettes_with_and_without_transparency() -> None:
+    palette = PAINTED.quantize(16)
+    assert (decode(encode(palette, "PNG"), "x") == np.asarray(palette.convert("RGB"))).all()
+    hidden = int(np.asarray(palette)[0, 0])
+    pixels = decode(encode(palette, "PNG", transparency=hidden), "x")
+    where = np.asarray(palette) == hidden
+    assert (pixels[where] == 255).all()
+    assert (pixels[~where] == np.asarray(palette.convert("RGB"))[~where]).all()
+
+
+def test_colour_keys_and_bitmaps() -> None:
+    key = decode(encode(PAINTED, "PNG", transparency=(0, 0, 0)), "x")
+    assert (key[0, 0] == 255).all() and (key[5:, 5:] == paint()[5:, 5:]).all()
+    bits = decode(encode(PAINTED.convert("1"), "PNG"), "x")
+    assert set(np.unique(bits)) == {0, 255}
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_animations_give_their_first_frame(kind: str) -> None:
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert (decode(data, "x") == [255, 0, 0]).all()
+
+
+@pytest.mark.parametrize("kind", TRUNCATABLE)
+def test_files_cut_short_are_refused(kind: str) -> None:
+    data = TRUNCATABLE[kind]
+    whole = decode(data, "whole")
+    for length in [*range(1, len(data), len(data) // 40), *range(len(data) - 30, len(data))]:
+        try:
+            pixels = decode(data[:length], "shard-3.tar#42")
+        except BrokenImage as error:
+            assert str(error).startswith("shard-3.tar#42: ")
+        else:
+            # Only an end mark or a checksum was cut off: every pixel was there.
+            assert length > len(data) - 30 and (pixels == whole).all()
+
+
+def test_photographs_cut_anywhere_are_refused(photographs: list[bytes]) -> None:
+    data = photographs[0]
+    for length in (*range(1, 700, 37), *range(700, len(data) - 200, len(data) // 23), len(data) - 40):
+        for rest in (b"", b"\0" * 64):
+            with pytest.raises(BrokenImage):
+                decode(data[:length] + rest, "x")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "web page"),
+        (b"\xef\xbb\xbf  <html>", "web page"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image of a known format"),
+        (b"PK\x03\x04 something else", "not an image of a known format"),
+        (bytes(1000), "not an image of a known format"),
+    ],
+)
+def test_what_is_no_image_says_what_it_is(data: bytes, reason: str) -> None:
+    with pytest.raises(BrokenImage, match=reason) as caught:
+        decode(data, "http://host/a.jpg")
+    message = str(caught.value)
+    assert message.startswith("http://host/a.jpg: ") and "\n" not in message
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds hardly any data: a bomb for who allocates before looking."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def test_too_many_pixels_are_refused_before_decoding() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(BrokenImage, match="10000 x 9000 pixels are more than pixel_limit 89478485"):
+            decode(png_header(10_000, 9_000), "bomb")
+        with pytest.raises(BrokenImage, match="ceiling"):
+            decode(png_header(60_000, 60_000), "bomb")
+    with pytest.raises(BrokenImage, match="64 x 48 pixels are more than pixel_limit 3071"):
+        decode(TRUNCATABLE["baseline"], "x", pixel_limit=48 * 64 - 1)
+    assert decode(TRUNCATABLE["baseline"], "x", pixel_limit=48 * 64).shape == (48, 64, 3)
+
+
+@given(st.binary(max_size=200), st.sampled_from(sorted(TRUNCATABLE)), st.integers(0, 600))
+def test_hostile_bytes_raise_nothing_else(noise: bytes, kind: str, position: int) -> None:
+    whole = TRUNCATABLE[kind]
+    for data in (noise, whole[:position] + noise + whole[position + len(noise) :]):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pixels = decode(data, "x", pixel_limit=10**6)
+        except BrokenImage as error:
+            assert "\n" not in str(error)
+        else:
+            assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+
+
+def test_broken_image_comes_back_from_a_worker() -> None:
+    error = pickle.loads(pickle.dumps(BrokenImage("row 7", "the image file is empty")))
+    assert isinstance(error, TercetError)
+    assert (error.name, error.reason, str(error)) == (
+        "row 7",
+        "the image file is empty",
+        "row 7: the image file is empty",
+    )
+
+
+@pytest.mark.parametrize(("minimum", "factor"), [(None, 1), (375, 1), (180, 2), (95, 2), (94, 4), (47, 8), (1, 8)])
+def test_a_jpeg_decodes_smaller_where_allowed(minimum: int | None, factor: int) -> None:
+    whole = Image.fromarray(paint(376, 500))
+    for image in (whole, whole.convert("L"), whole.convert("CMYK")):
+        pixels = decode(encode(image, "JPEG"), "x", minimum_side=minimum)
+        assert pixels.shape == (-(-376 // factor), -(-500 // factor), 3)
+        assert minimum is None or min(pixels.shape[:2]) >= min(minimum, 376)
+    assert decode(encode(whole, "PNG"), "x", minimum_side=minimum).shape == (376, 500, 3)
+
+
+def test_sufficient_side_leaves_every_crop_large_enough() -> None:
+    side = sufficient_side(112, (0.2, 1.0))
+    rng = np.random.default_rng(0)
+    crops = [draw_crop(side, side, rng, (0.2, 1.0)) for _ in range(500)]
+    assert min(min(height, width) for _, _, height, width in crops) >= 111
+
+
+def test_resize_equals_the_published_test_transform(parity_dir: Path) -> None:
+    tensors = load_file(parity_dir / "image_ops.safetensors")
+    pixels = resize(tensors["in.image_hwc_u8"], 64)
+    mean = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+    deviation = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+    normalised = (pixels.astype(np.float32) / 255 - mean) / deviation
+    assert np.abs(normalised.transpose(2, 0, 1) - tensors["out.test_transform_64"]).max() < 1e-6
+
+
+def test_resize_to_its_own_size_is_a_copy() -> None:
+    image = paint(32, 32)
+    result = resize(image, 32)
+    result[:] = 0
+    assert (image == paint(32, 32)).all()
+
+
+@pytest.mark.parametrize("augment", ["full", "light", "none"])
+@pytest.mark.parametrize("compat", ["tercet", "published"])
+def test_views_follow_from_the_state_of_the_generator(augment: Any, compat: Any) -> None:
+    image = paint(144, 192)
+    first = two_views(image, 112, np.random.default_rng(4), augment, compat=compat)
+    second = two_views(image, 112, np.random.default_rng(4), augment, compat=compat)
+    other = two_views(image, 112, np.random.default_rng(5), augment, compat=compat)
+    for view, again in zip(first, second, strict=True):
+        assert view.shape == (112, 112, 3) and view.dtype == np.uint8
+        assert (view == again).all()
+    assert (first[0] == first[1]).all() == (augment == "none")
+    assert (first[0] == other[0]).all() == (augment == "none")
+    assert (image == paint(144, 192)).all()
+
+
+def test_no_augmentation_is_the_evaluation_transform() -> None:
+    image = paint(100, 70)
+    first, second = two_views(image, 64, np.random.default_rng(0), "none")
+    assert (first == resize(image, 64)).all() and (second == first).all()
+
+
+def test_light_views_are_crops_some_of_them_flipped() -> None:
+    left_to_right = np.repeat(np.linspace(0, 255, 200).astype(np.uint8)[None, :, None], 3, axis=2).repeat(150, axis=0)
+
+    def share_flipped(flip: bool) -> float:
+        rng = np.random.default_rng(0)
+        views = [one_view(left_to_right, 32, rng, "light", flip=flip).astype(int) for _ in range(200)]
+        return float(np.mean([view[0, 0, 0] > view[0, -1, 0] for view in views]))
+
+    assert share_flipped(flip=True) == pytest.approx(0.5, abs=0.12)
+    assert share_flipped(flip=False) == 0
+
+
+@given(st.integers(1, 700), st.integers(1, 700), st.integers(0, 2**32 - 1), st.sampled_from([(0.2, 1.0), (0.5, 1.0)]))
+def test_crops_lie_inside_and_keep_their_bounds(height: int, width: int, seed: int, scale: tuple[float, float]) -> None:
+    top, left, crop_height, crop_width = draw_crop(height, width, np.random.default_rng(seed), scale)
+    assert top >= 0 and left >= 0 and crop_height >= 1 and crop_width >= 1
+    assert top + crop_height <= height and left + crop_width <= width
+    if min(height, width) >= 100:
+        assert 0.74 <= crop_width / crop_height <= 1.35
+
+
+def test_crops_have_uniform_areas_and_places() -> None:
+    rng = np.random.default_rng(3)
+    crops = np.array([draw_crop(400, 400, rng, (0.2, 0.5)) for _ in range(3000)])
+    shares = crops[:, 2] * crops[:, 3] / 400**2
+    assert 0.195 < shares.min() < 0.21 and 0.49 < shares.max() < 0.505
+    assert shares.mean() == pytest.approx(0.35, abs=0.008)
+    ratios = np.log(crops[:, 3] / crops[:, 2])
+    assert ratios.mean() == pytest.approx(0, abs=0.02) and np.abs(ratios).max() <= np.log(4 / 3) + 0.02
+    places = crops[:, :2] / (401 - crops[:, 2:])
+    assert places.mean(axis=0) == pytest.approx([0.5, 0.5], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10)), (1, 1, (0, 0, 1, 1))],
+)
+def test_extreme_shapes_fall_back_to_the_centre(height: int, width: int, expected: tuple[int, ...]) -> None:
+    assert draw_crop(height, width, np.random.default_rng(0), (0.9, 1.0)) == expected
