@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
 from pydantic import Field
@@ -34,9 +34,16 @@ class DataKeys(Section):
     data: DataConfig = Field(default_factory=DataConfig, description="pairs")
 
 
+class DeviceKeys(Section):
+    """Where a model runs."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes CUDA where there is one")
+
+
 class EvaluateKeys(DataKeys):
     """The keys that an evaluation reads."""
 
+    train: DeviceKeys = Field(default_factory=DeviceKeys, description="where the model runs")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="retrieval evaluation")
 
 
@@ -130,9 +137,8 @@ def parse(kind: type[Arguments], command: str, arguments: Sequence[str], config:
     """
     _refuse_unknown(arguments, options_of(kind))
     complaint = io.StringIO()
-    default: Any = tyro.MISSING_NONPROP
-    if config is not None:
-        default = kind(config=config)
+    # Only DemoArguments and TrainArguments, which have no required argument, show a recipe's values.
+    default: Any = tyro.MISSING_NONPROP if config is None else kind(**{"config": config})
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(kind, prog=f"tercet {command}", args=list(arguments), default=default, use_underscores=True)

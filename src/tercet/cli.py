@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TercetError as error:
         print(f"tercet: error: {error}", file=sys.stderr)
         return MISTAKE
-    except KeyboardInterrupt:
-        print("tercet: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"tercet: {str(stop) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader (head, less) has gone; what Python flushes at exit must have somewhere to go.
@@ -96,11 +96,15 @@ def evaluate(arguments: list[str]) -> None:
 
     from tercet import load
     from tercet.data.sources import open_sources
-    from tercet.tasks import retrieval
+    from tercet.tasks.retrieval import evaluate as evaluate_retrieval
+    from tercet.train.parallel import place
 
     source = open_sources(options.data, config.data, "test")
-    metrics = retrieval.evaluate(load(folder), source, config)
-    print(json.dumps(metrics)) if options.json else _print_metrics(metrics)
+    metrics = evaluate_retrieval(load(folder).to(place(config.train).device), source, config)
+    if options.json:
+        print(json.dumps(metrics))
+    else:
+        _print_metrics(metrics)
 
 
 def convert(arguments: list[str]) -> None:
@@ -125,16 +129,12 @@ def tokenizer(arguments: list[str]) -> None:
         raise TercetError("name the sources of captions: tercet tokenizer CAPTIONS... --to DIR")
 
     from tercet.config_io import default_config
+    from tercet.data.loader import cleaned_captions
     from tercet.data.sources import open_sources
-    from tercet.data.texts import Tokenizer, clean_caption
+    from tercet.data.texts import Tokenizer
 
     data = default_config(overrides).data
-    source = open_sources(options.captions, data, "train")
-    captions = (
-        clean_caption(caption, data.max_words)
-        for index in range(source.image_count)
-        for caption in source.captions(index)
-    )
+    captions = cleaned_captions(open_sources(options.captions, data, "train"), data.max_words)
     trained = Tokenizer.train(captions, options.size)
     trained.save(options.to)
     print(f"{trained.vocabulary_size} word pieces are in {options.to}; use them with --data.tokenizer {options.to}")

@@ -16,7 +16,9 @@ def describe(config: Config) -> str:
     """
     model = config.model
     notes = []
-    if config.data.tokenizer is None and config.init is None:
+    if config.init is not None:
+        notes.append(f"the sizes are those written above; --init {config.init} brings its own where they differ")
+    elif config.data.tokenizer is None:
         size = config.data.tokenizer_size
         model = model.model_copy(update={"text": model.text.model_copy(update={"vocabulary_size": size})})
         notes.append(f"vocabulary: {size:,} word pieces, of the tokenizer to be trained on the captions")
