@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
@@ -126,6 +126,7 @@ def test_hue_turns_the_colour_circle() -> None:
     assert (augment.adjust_hue(green, 0.5) == [255, 0, 255]).all()
 
 
+@settings(deadline=None)
 @given(arrays(np.uint8, (5, 4, 3)), st.integers(-3, 3))
 def test_whole_turns_of_the_hue_change_nothing(image: Pixels, turns: int) -> None:
     assert distance(augment.adjust_hue(image, float(turns)), image).max() <= 1
@@ -151,6 +152,7 @@ def test_blur_has_the_variance_of_its_name() -> None:
         assert variance == pytest.approx(sigma**2, rel=0.15)
 
 
+@settings(deadline=None)
 @given(arrays(np.uint8, (7, 9, 3)))
 def test_any_image_equals_pillow(image: Pixels) -> None:
     theirs = Image.fromarray(image)

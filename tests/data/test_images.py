@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from safetensors.numpy import load_file
@@ -212,6 +212,7 @@ def test_too_many_pixels_are_refused_before_decoding() -> None:
     assert decode(TRUNCATABLE["baseline"], "x", pixel_limit=48 * 64).shape == (48, 64, 3)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.sampled_from(sorted(TRUNCATABLE)), st.integers(0, 600))
 def test_hostile_bytes_raise_nothing_else(noise: bytes, kind: str, position: int) -> None:
     whole = TRUNCATABLE[kind]
@@ -302,6 +303,7 @@ def test_light_views_are_crops_some_of_them_flipped() -> None:
     assert share_flipped(flip=False) == 0
 
 
+@settings(deadline=None)
 @given(st.integers(1, 700), st.integers(1, 700), st.integers(0, 2**32 - 1), st.sampled_from([(0.2, 1.0), (0.5, 1.0)]))
 def test_crops_lie_inside_and_keep_their_bounds(height: int, width: int, seed: int, scale: tuple[float, float]) -> None:
     top, left, crop_height, crop_width = draw_crop(height, width, np.random.default_rng(seed), scale)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
@@ -56,6 +56,7 @@ def test_cleaning_equals_the_published_one(parity_dir: Path) -> None:
             assert clean(case["input"], int(key.rpartition("max")[2])) == expected, (key, case["input"])
 
 
+@settings(deadline=None)
 @given(st.text(), st.integers(1, 40))
 def test_cleaned_captions_have_no_punctuation_and_keep_the_limit(text: str, max_words: int) -> None:
     once = clean_caption(text, max_words)
@@ -261,6 +262,7 @@ def test_an_empty_batch_has_no_rows(trained: Tokenizer) -> None:
     assert input_ids.shape == attention_mask.shape == (0, 0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(st.characters()), min_size=1, max_size=4), st.integers(1, 12))
 def test_any_text_gives_cls_and_pieces(texts: list[str], max_tokens: int) -> None:
     trained = Tokenizer.train(CAPTIONS[:1], 60)
