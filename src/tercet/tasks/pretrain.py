@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tercet.config import ObjectivesConfig
+from tercet.data.loader import Batch
 from tercet.model.layers import ImageMemory, JoinedMemory
 from tercet.model.tercet import Tercet
 from tercet.model.text import class_rows
@@ -21,7 +22,7 @@ from tercet.objectives.contrast import (
 )
 from tercet.objectives.features import FeatureQueue, Features, Teacher, extract_features
 from tercet.objectives.local import local_global, pool_patches
-from tercet.objectives.masking import MaskedTexts, masked_language
+from tercet.objectives.masking import MaskedTexts, hide_words, masked_language
 from tercet.objectives.matching import Negatives, draw_negatives, matching
 
 
@@ -34,7 +35,7 @@ class PairBatch:
         second_views: the teacher's view of the same images; None when nothing reads it.
         input_ids: `[batch, tokens]`.
         attention_mask: bool `[batch, tokens]`.
-        image_ids: `[batch]`; None makes every pair its own only positive.
+        image_ids: `[batch]`, the same for all captions of one image.
         masked: the texts with hidden words; None without masked language modelling.
     """
 
@@ -42,7 +43,7 @@ class PairBatch:
     second_views: Tensor | None
     input_ids: Tensor
     attention_mask: Tensor
-    image_ids: Tensor | None = None
+    image_ids: Tensor
     masked: MaskedTexts | None = None
 
 
@@ -80,12 +81,23 @@ class Pretraining(nn.Module):
     A step is `begin_step`, `forward` and, once the losses proved finite, `remember`.
     """
 
-    def __init__(self, student: Tercet, config: ObjectivesConfig, published: bool = False) -> None:
-        """Build teacher and queue for `student`; `published` keeps the published defects (see `docs/parity.md`)."""
+    def __init__(
+        self, student: Tercet, config: ObjectivesConfig, published: bool = False, match_ids: bool = True
+    ) -> None:
+        """Build teacher and queue for `student`.
+
+        Args:
+            student: the model to train.
+            config: weights of the losses, teacher and queue.
+            published: keep the published defects (see `docs/parity.md`).
+            match_ids: captions of one image are positives of one another; the published pre-training makes every pair
+                its own only positive.
+        """
         super().__init__()
         self.student = student
         self.config = config
         self.published = published
+        self.match_ids = match_ids
         self.enabled = frozenset(config.enabled)
         self.contrasts = bool(self.enabled & {"cma", "imc", "lmi"})
         self.teaches_words = config.teacher and "mlm" in self.enabled and config.alpha > 0
@@ -112,6 +124,24 @@ class Pretraining(nn.Module):
         for part in unread:
             part.requires_grad_(False)
 
+    def prepare(self, batch: Batch, device: torch.device, seed: int) -> PairBatch:
+        """The host's part of a step: hide words as `seed` says, and send the batch to `device`."""
+        masked = None
+        if "mlm" in self.enabled:
+            generator = torch.Generator().manual_seed(seed)
+            text = self.student.config.text
+            probability = self.config.mask_probability
+            masked = hide_words(batch.input_ids, batch.attention_mask, probability, text, generator).to(device)
+        batch = batch.to(device)
+        return PairBatch(
+            images=batch.images,
+            second_views=batch.second_views,
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            image_ids=batch.image_ids,
+            masked=masked,
+        )
+
     @torch.no_grad()
     def begin_step(self) -> None:
         """Clamp the temperature and move the teacher towards the student, once before the batches of a step."""
@@ -130,20 +160,25 @@ class Pretraining(nn.Module):
         features, masked_embeds = self._student_features(batch)
         teacher = self._teacher_view(batch, alpha)
         losses: dict[str, Tensor] = {}
-        if self.contrasts:
-            losses |= self._contrastive_losses(batch, features, teacher and teacher.features, alpha)
-        if "itm" in self.enabled and negatives is None:
-            negatives = self._draw_negatives(batch, features, teacher and teacher.features)
+        seen = teacher and teacher.features
+        with torch.autocast(features.image_feats.device.type, enabled=False):
+            if self.contrasts:
+                losses |= self._contrastive_losses(batch, features, seen, alpha)
+            if "itm" in self.enabled and negatives is None:
+                negatives = self._draw_negatives(batch, features, seen)
         losses |= self._fused_losses(batch, features, masked_embeds, teacher, negatives, alpha)
         if self.queue is None or teacher is None or teacher.features is None:
             return PairOutput(losses)
         return PairOutput(losses, teacher.features.image_feats, teacher.features.text_feats)
 
     @torch.no_grad()
-    def remember(self, output: PairOutput, image_ids: Tensor) -> None:
-        """Put the features of a finished batch, with their `image_ids` `[batch]`, into the queue."""
+    def remember(self, batch: PairBatch, output: PairOutput) -> None:
+        """Put the teacher's features of a finished batch into the queue."""
         if self.queue is not None and output.image_feats is not None and output.text_feats is not None:
-            self.queue.enqueue(output.image_feats, output.text_feats, image_ids)
+            self.queue.enqueue(output.image_feats, output.text_feats, batch.image_ids)
+
+    def _positive_ids(self, batch: PairBatch) -> Tensor | None:
+        return batch.image_ids if self.match_ids else None
 
     def _student_features(self, batch: PairBatch) -> tuple[Features, Tensor | None]:
         """Features of the clean texts, and `text_embeds` of the masked ones, `[batch, tokens, width]`."""
@@ -181,7 +216,11 @@ class Pretraining(nn.Module):
     def _candidates(self, batch: PairBatch, features: Features, teacher: Features | None) -> Candidates:
         source = teacher or features
         return gather_candidates(
-            source.image_feats, source.text_feats, batch.image_ids, self.queue, exclude_empty=not self.published
+            source.image_feats,
+            source.text_feats,
+            self._positive_ids(batch),
+            self.queue,
+            exclude_empty=not self.published,
         )
 
     def _contrastive_losses(
@@ -206,12 +245,12 @@ class Pretraining(nn.Module):
         """`lmi` of the images and of the texts, `[]` each."""
         assert self.teacher is not None
         model, temperature = self.teacher.model, self.student.temperature
-        ids = None if self.published else batch.image_ids
+        ids = None if self.published else self._positive_ids(batch)
         same = same_image(ids, features.image_feats.shape[0], features.image_feats.device)
         with torch.no_grad():
-            patches = model.project_image(teacher.image_embeds[:, 1:])
+            patches = model.project_image(teacher.image_embeds[:, 1:].float())
             regions = pool_patches(patches, self.config.local_grid, self.published)
-            words = model.project_text(teacher.text_embeds[:, 1:])
+            words = model.project_text(teacher.text_embeds[:, 1:].float())
         image_loss = local_global(features.image_feats, regions, temperature, same)
         text_mask = batch.attention_mask[:, 1:].bool()
         text_loss = local_global(features.text_feats, words, temperature, same, text_mask)
@@ -224,7 +263,7 @@ class Pretraining(nn.Module):
         return draw_negatives(
             image_logits=similarity(features.image_feats, others.text_feats, temperature),
             text_logits=similarity(features.text_feats, others.image_feats, temperature),
-            same=same_image(batch.image_ids, features.image_feats.shape[0], features.image_feats.device),
+            same=same_image(self._positive_ids(batch), features.image_feats.shape[0], features.image_feats.device),
         )
 
     def _fused_losses(

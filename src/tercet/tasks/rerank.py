@@ -1,0 +1,74 @@
+"""Re-ranking: matching logits of chosen image-text pairs, each image's keys and values computed once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tercet.model.tercet import Tercet
+
+
+@dataclass
+class EncodedTexts:
+    """Texts out of the text encoder.
+
+    Attributes:
+        text_feats: unit vectors `[texts, embed_dim]`.
+        text_embeds: for each text its own real tokens `[tokens, width]`, without padding.
+    """
+
+    text_feats: Tensor
+    text_embeds: list[Tensor]
+
+
+def pad_texts(text_embeds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Texts of several lengths to `[texts, longest, width]` and their `attention_mask` `[texts, longest]`."""
+    padded = torch.nn.utils.rnn.pad_sequence(text_embeds, batch_first=True)
+    lengths = torch.tensor([text.shape[0] for text in text_embeds], device=padded.device)
+    return padded, torch.arange(padded.shape[1], device=padded.device)[None, :] < lengths[:, None]
+
+
+@torch.no_grad()
+def score_image(model: Tercet, image_embeds: Tensor, text_embeds: list[Tensor], batch_tokens: int = 8192) -> Tensor:
+    """`itm_logits` of class 1 (a match) of one image against texts.
+
+    Args:
+        model: in evaluation mode.
+        image_embeds: `[1 + patches, vision_width]`.
+        text_embeds: texts of any lengths, `[tokens, width]` each.
+        batch_tokens: text tokens in one pass, padding included.
+
+    Returns:
+        `[texts]`.
+    """
+    memory = model.remember(image_embeds[None])
+    scores = image_embeds.new_empty(len(text_embeds), dtype=torch.float32)
+    # Texts of like length share a batch, so that hardly any padding is computed.
+    order = sorted(range(len(text_embeds)), key=lambda index: text_embeds[index].shape[0])
+    while order:
+        count = max(1, batch_tokens // text_embeds[order[-1]].shape[0])
+        chunk, order = order[-count:], order[:-count]
+        padded, mask = pad_texts([text_embeds[index] for index in chunk])
+        logits = model.match_logits(padded, mask, memory)
+        scores[torch.tensor(chunk, device=scores.device)] = logits[:, 1]
+    return scores
+
+
+def candidate_pairs(similarities: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Which pairs the two directions ask for.
+
+    Args:
+        similarities: `[images, texts]`.
+        count: candidates a query; cut to what there is.
+
+    Returns:
+        Bool `[images, texts]` each: the best texts of every image, and the best images of every text.
+    """
+    images, texts = similarities.shape
+    by_image = torch.zeros_like(similarities, dtype=torch.bool)
+    by_image.scatter_(1, similarities.topk(min(count, texts), dim=1).indices, True)
+    by_text = torch.zeros_like(similarities, dtype=torch.bool)
+    by_text.scatter_(0, similarities.topk(min(count, images), dim=0).indices, True)
+    return by_image, by_text

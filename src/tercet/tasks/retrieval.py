@@ -1,0 +1,248 @@
+"""Image-text retrieval: recall by the dual encoder, and after the fusion encoder re-ranked the best candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tercet.config import Config
+from tercet.data.loader import ImageBatch, TextBatch, caption_owners, image_batches, text_batches
+from tercet.data.sources import Source
+from tercet.errors import TercetError
+from tercet.model.folder import require_tokenizer
+from tercet.model.tercet import Tercet
+from tercet.tasks.rerank import EncodedTexts, candidate_pairs, score_image
+
+RANKS = (1, 5, 10)
+# Below every logit of a candidate; adding the similarity keeps the dual encoder's order among the rest.
+UNRANKED = -1e4
+
+
+@dataclass
+class Scores:
+    """Every image against every text.
+
+    Attributes:
+        image_to_text: `[images, texts]`, what image queries are ranked by.
+        text_to_image: `[texts, images]`, what text queries are ranked by.
+    """
+
+    image_to_text: Tensor
+    text_to_image: Tensor
+
+
+def recall(scores: Scores, image_of_text: Tensor) -> dict[str, float]:
+    """Recall both ways, in percent.
+
+    Args:
+        scores: every image against every text.
+        image_of_text: index of each text's image, `[texts]`.
+
+    Returns:
+        `text_r1`, `text_r5`, `text_r10` of image queries, by the best rank among the captions of the image;
+        `image_r1`, `image_r5`, `image_r10` of text queries; the means of each three, and `r_mean` of the two.
+    """
+    text_ranks, image_ranks = ranks(scores, image_of_text)
+    result: dict[str, float] = {}
+    for name, found in (("text", text_ranks), ("image", image_ranks)):
+        for rank in RANKS:
+            result[f"{name}_r{rank}"] = 100.0 * (found < rank).double().mean().item()
+        result[f"{name}_r_mean"] = sum(result[f"{name}_r{rank}"] for rank in RANKS) / len(RANKS)
+    result["r_mean"] = (result["text_r_mean"] + result["image_r_mean"]) / 2
+    return result
+
+
+def ranks(scores: Scores, image_of_text: Tensor) -> tuple[Tensor, Tensor]:
+    """Places, from 0, of the best right text of each image `[images]` and of the right image of each text `[texts]`.
+
+    A tie counts against the right one, so that a model whose scores are all equal finds nothing.  Images without a
+    text are left out.
+    """
+    owner = image_of_text[None, :] == torch.arange(scores.image_to_text.shape[0])[:, None]
+    best = scores.image_to_text.masked_fill(~owner, float("-inf")).amax(dim=1, keepdim=True)
+    text_ranks = ((scores.image_to_text >= best) & ~owner).sum(dim=1)[owner.any(dim=1)]
+    right = scores.text_to_image.gather(1, image_of_text[:, None])
+    image_ranks = (scores.text_to_image >= right).sum(dim=1) - 1
+    return text_ranks, image_ranks
+
+
+@torch.no_grad()
+def encode_texts(model: Tercet, batches: Iterable[TextBatch], device: torch.device) -> tuple[EncodedTexts, list[str]]:
+    """Features and tokens of all texts, kept on the host, and the texts themselves."""
+    captions: list[str] = []
+    feats: list[Tensor] = []
+    embeds: list[Tensor] = []
+    for batch in batches:
+        mask = batch.attention_mask.to(device)
+        text_embeds = model.encode_text(batch.input_ids.to(device), mask)
+        feats.append(model.project_text(text_embeds[:, 0]).cpu())
+        captions += batch.captions
+        lengths = batch.attention_mask.sum(dim=1).tolist()
+        embeds += [text[:length].cpu() for text, length in zip(text_embeds, lengths, strict=True)]
+    return EncodedTexts(torch.cat(feats), embeds), captions
+
+
+@dataclass
+class EncodedImages:
+    """Images out of the image encoder, kept on the host.
+
+    Attributes:
+        image_feats: unit vectors `[images, embed_dim]`.
+        image_embeds: for each image its tokens `[1 + patches, width]`; empty when they were not asked for.
+        index: place of each image in its source, `[images]`; broken ones are missing.
+        keys: names of the images.
+        problems: why the missing ones are.
+    """
+
+    image_feats: Tensor
+    image_embeds: list[Tensor]
+    index: Tensor
+    keys: list[str]
+    problems: list[str]
+
+
+@torch.no_grad()
+def encode_images(
+    model: Tercet, batches: Iterable[ImageBatch], device: torch.device, keep_tokens: bool
+) -> EncodedImages:
+    """Features of all images that can be read and, if asked for, their tokens."""
+    feats: list[Tensor] = []
+    encoded = EncodedImages(torch.empty(0, model.config.embed_dim), [], torch.empty(0, dtype=torch.long), [], [])
+    for batch in batches:
+        encoded.problems += batch.problems
+        if len(batch.keys) == 0:
+            continue
+        image_embeds = model.encode_image(batch.images.to(device))
+        feats.append(model.project_image(image_embeds[:, 0]).cpu())
+        if keep_tokens:
+            encoded.image_embeds += list(image_embeds.cpu())
+        encoded.index = torch.cat([encoded.index, batch.indices])
+        encoded.keys += batch.keys
+    if feats:
+        encoded.image_feats = torch.cat(feats)
+    return encoded
+
+
+@torch.no_grad()
+def rerank(
+    model: Tercet,
+    image_embeds: list[Tensor],
+    texts: EncodedTexts,
+    similarities: Tensor,
+    count: int,
+    device: torch.device,
+    progress: Callable[[int], None] | None = None,
+) -> Scores:
+    """Matching logits of the `count` best candidates of every query, the rest behind them in the dual order.
+
+    A pair that both directions ask for is scored once.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        image_embeds: `[1 + patches, width]` of each image.
+        texts: all texts.
+        similarities: cosines `[images, texts]`.
+        count: candidates a query.
+        device: where the fusion encoder runs.
+        progress: told after each image how many pairs it had.
+    """
+    by_image, by_text = candidate_pairs(similarities, count)
+    rest = similarities + UNRANKED
+    scored = Scores(rest.clone(), rest.T.clone())
+    for image, wanted in enumerate(by_image | by_text):
+        chosen = wanted.nonzero().squeeze(1)
+        if chosen.numel() == 0:
+            continue
+        embeds = [texts.text_embeds[index].to(device) for index in chosen.tolist()]
+        logits = score_image(model, image_embeds[image].to(device), embeds).cpu()
+        from_image, from_text = by_image[image, chosen], by_text[image, chosen]
+        scored.image_to_text[image, chosen[from_image]] = logits[from_image]
+        scored.text_to_image[chosen[from_text], image] = logits[from_text]
+        if progress is not None:
+            progress(int(chosen.numel()))
+    return scored
+
+
+@dataclass
+class RetrievalResult:
+    """An evaluation.
+
+    Attributes:
+        dual: recall by the dual encoder alone.
+        reranked: recall after re-ranking; None when it was not asked for.
+        scores: what the better of the two ranks by.
+        image_of_text: row of each caption's image in the scores, `[texts]`.
+        images: the images, in the order of the scores.
+        captions: the captions, in the order of the scores.
+    """
+
+    dual: dict[str, float]
+    reranked: dict[str, float] | None
+    scores: Scores
+    image_of_text: Tensor
+    images: EncodedImages
+    captions: list[str]
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """`{"dual": {...}, "reranked": {...}}`, the second only where there is one."""
+        return {"dual": self.dual} | ({"reranked": self.reranked} if self.reranked is not None else {})
+
+
+def evaluate_source(
+    model: Tercet, source: Source, config: Config, progress: Callable[[int], None] | None = None
+) -> RetrievalResult:
+    """Retrieval among the images of a source and all their captions.
+
+    Args:
+        model: with its tokenizer; its mode is kept.
+        source: images with captions; broken images are left out, with their captions.
+        config: `data` and `evaluate` are read.
+        progress: told, while re-ranking, how many pairs were scored.
+
+    Raises:
+        TercetError: no image can be read, or the model has no tokenizer.
+    """
+    device = next(model.parameters()).device
+    size, limit = config.evaluate.batch_size, config.evaluate.limit
+    tokenizer = require_tokenizer(model)
+    training = model.training
+    model.eval()
+    try:
+        batches = image_batches(source, config.data, model.config.vision.image_size, size, limit)
+        images = encode_images(model, batches, device, keep_tokens=config.evaluate.rerank > 0)
+        if not images.keys:
+            raise TercetError(f"none of {source.image_count} images can be read; the first: {images.problems[0]}")
+        texts, captions = encode_texts(model, text_batches(source, tokenizer, config.data, size, limit), device)
+        texts, captions, image_of_text = _of_readable_images(texts, captions, images, caption_owners(source, limit))
+        similarities = images.image_feats @ texts.text_feats.T
+        scores = Scores(similarities, similarities.T)
+        dual, reranked = recall(scores, image_of_text), None
+        if config.evaluate.rerank > 0:
+            scores = rerank(model, images.image_embeds, texts, similarities, config.evaluate.rerank, device, progress)
+            reranked = recall(scores, image_of_text)
+    finally:
+        model.train(training)
+    return RetrievalResult(dual, reranked, scores, image_of_text, images, captions)
+
+
+def evaluate(model: Tercet, source: Source, config: Config) -> dict[str, dict[str, float]]:
+    """`evaluate_source`, its metrics alone."""
+    return evaluate_source(model, source, config).metrics()
+
+
+def _of_readable_images(
+    texts: EncodedTexts, captions: list[str], images: EncodedImages, owners: Tensor
+) -> tuple[EncodedTexts, list[str], Tensor]:
+    """The captions whose image was read, and the row of that image."""
+    rows = torch.full((int(owners.max()) + 1,), -1, dtype=torch.long)
+    rows[images.index] = torch.arange(len(images.keys))
+    image_of_text = rows[owners]
+    kept = (image_of_text >= 0).nonzero().squeeze(1)
+    if len(kept) == len(owners):
+        return texts, captions, image_of_text
+    chosen = kept.tolist()
+    fewer = EncodedTexts(texts.text_feats[kept], [texts.text_embeds[index] for index in chosen])
+    return fewer, [captions[index] for index in chosen], image_of_text[kept]

@@ -1,0 +1,204 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tercet.config import Config
+from tercet.data.loader import Batch
+from tercet.data.order import mix
+from tercet.errors import TercetError
+from tercet.objectives.total import total
+from tercet.tasks.pretrain import PairBatch, PairOutput
+from tercet.train.checkpoint import save_checkpoint
+from tercet.train.finish import evaluate_split, finish_run
+from tercet.train.optim import alpha_of, learning_rate
+from tercet.train.session import CHECKPOINTS, Session, due_steps, open_session
+from tercet.train.stop import StopRequest
+from tercet.train.track import Tracker
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, and its checkpoint is written."""
+
+
+@dataclass
+class StepResult:
+    """What a step gave.
+
+    Attributes:
+        losses: mean over the batches of the step, still on the device.
+        grad_norm: `[]`, before clipping.
+        pairs: pairs that were read.
+        trouble: why the step was not taken; None when it was.
+    """
+
+    losses: dict[str, Tensor]
+    grad_norm: Tensor
+    pairs: int
+    trouble: str | None = None
+
+
+def train(config: Config, resume: Path | None = None) -> Path:
+    """Run a training to its end.
+
+    Args:
+        config: the resolved config.
+        resume: run folder to go on in; None starts a new one.
+
+    Returns:
+        The run folder, with `model/`, `metrics.jsonl` and checkpoints in it.
+
+    Raises:
+        TercetError: the input is wrong, or the loss was not finite too many times in a row.
+        Stopped: Ctrl-C or SIGTERM came; a checkpoint is written first.
+    """
+    session = open_session(config, resume)
+    settings = session.config.train
+    with Tracker(session.folder, session.total_steps, session.step) as tracker, StopRequest() as stop:
+        announce(session, tracker)
+        pace = Pace()
+        bad_steps = 0
+        for batches in due_steps(session):
+            result = take_step(session, batches)
+            session.step += 1
+            pace.add(result.pairs, batches)
+            bad_steps = bad_steps + 1 if result.trouble else 0
+            if result.trouble:
+                tracker.event(session.step, result.trouble)
+            if bad_steps >= settings.max_bad_steps:
+                save(session)
+                raise TercetError(
+                    f"{bad_steps} steps in a row were not finite; lower optim.lr and go on with "
+                    f"--resume {session.folder}"
+                )
+            if session.step % settings.log_every == 0 and result.losses:
+                tracker.log_train(session.step, measure(session, result, pace))
+            else:
+                tracker.advance(session.step)
+            if session.step % settings.checkpoint_every == 0:
+                save(session)
+            if settings.evaluate_every and session.step % settings.evaluate_every == 0:
+                evaluate_split(session, tracker, "validation")
+            if stop.received:
+                save(session)
+                tracker.event(session.step, f"stopped by {stop.received}")
+                raise Stopped(f"stopped by {stop.received}; go on with: tercet train --resume {session.folder}")
+        save(session)
+        finish_run(session, tracker)
+    return session.folder
+
+
+def take_step(session: Session, batches: Sequence[Batch]) -> StepResult:
+    """One optimizer step over one batch, or over several whose gradients are summed.
+
+    Every random choice follows from the seed and the step, so that a resumed run repeats an unbroken one exactly.
+    """
+    config, task, optimizer = session.config, session.task, session.optimizer
+    step, steps_per_epoch = session.step, session.steps_per_epoch
+    rate = learning_rate(config.optim, step, steps_per_epoch, config.train.epochs)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    alpha = alpha_of(config.objectives, step, steps_per_epoch)
+    batches = [batch for batch in batches if len(batch.keys)]
+    if not batches:
+        return StepResult({}, torch.zeros(()), 0, "every sample of the step is broken")
+
+    task.begin_step()
+    optimizer.zero_grad(set_to_none=True)
+    done: list[tuple[PairBatch, PairOutput]] = []
+    for index, batch in enumerate(batches):
+        seed = mix(config.train.seed, step, index)
+        prepared = task.prepare(batch, session.placement.device, seed)
+        torch.manual_seed(seed)
+        with session.placement.autocast():
+            output = task(prepared, alpha)
+        (total(output.losses, config.objectives) / len(batches)).backward()
+        done.append((prepared, output))
+    losses = {name: torch.stack([output.losses[name].detach() for _, output in done]).mean() for name in output.losses}
+    limit = config.optim.clip_norm or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(task.student.parameters(), limit, foreach=True)
+
+    pairs = sum(len(batch.keys) for batch in batches)
+    if not bool(torch.isfinite(grad_norm)):  # the one point of a step where the host waits for the device
+        optimizer.zero_grad(set_to_none=True)
+        return StepResult(losses, grad_norm, pairs, name_trouble(losses, batches))
+    optimizer.step()
+    for prepared, output in done:
+        task.remember(prepared, output)
+    return StepResult(losses, grad_norm, pairs)
+
+
+def name_trouble(losses: dict[str, Tensor], batches: Sequence[Batch]) -> str:
+    """Which objective was not finite, on which samples."""
+    named = [name for name, loss in losses.items() if not bool(torch.isfinite(loss))] or ["the gradient"]
+    keys = [key for batch in batches for key in batch.keys]
+    shown = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
+    return f"{' and '.join(named)} not finite; the step is left out. Samples: {shown}"
+
+
+class Pace:
+    """Pairs a second and samples left out since they were last asked for."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._pairs = 0
+        self._skipped = 0
+
+    def add(self, pairs: int, batches: Sequence[Batch]) -> None:
+        """Count a step."""
+        self._pairs += pairs
+        self._skipped += sum(batch.skipped for batch in batches)
+
+    def take(self) -> dict[str, float]:
+        """`pairs_per_second` and `skipped`, counted from now on anew."""
+        now = time.monotonic()
+        taken = {"pairs_per_second": self._pairs / max(now - self._since, 1e-9), "skipped": self._skipped}
+        self._since, self._pairs, self._skipped = now, 0, 0
+        return taken
+
+
+def measure(session: Session, result: StepResult, pace: Pace) -> dict[str, float]:
+    """The metrics of a logging step; the host waits for the device here."""
+    config = session.config
+    losses = {name: loss.item() for name, loss in result.losses.items()}
+    return {
+        "epoch": session.step / session.steps_per_epoch,
+        "loss": float(total(result.losses, config.objectives)),
+        **losses,
+        "lr": session.optimizer.param_groups[0]["lr"],
+        "temperature": float(session.task.student.temperature.detach()),
+        "grad_norm": float(result.grad_norm),
+        "alpha": alpha_of(config.objectives, session.step - 1, session.steps_per_epoch),
+        **pace.take(),
+    }
+
+
+def announce(session: Session, tracker: Tracker) -> None:
+    """Say what is about to run."""
+    model = session.task.student
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    pairs = int(session.source.caption_counts.sum())
+    placement = session.placement
+    for message in session.messages:
+        tracker.event(session.step, message)
+    tracker.event(
+        session.step,
+        f"{session.source.image_count} images with {pairs} captions, {parameters / 1e6:.1f} M parameters, "
+        f"{session.total_steps} steps on {placement.device} in {placement.precision}, "
+        f"objectives {', '.join(session.config.objectives.enabled)}",
+    )
+
+
+def save(session: Session) -> None:
+    """Write a checkpoint."""
+    folder = session.folder / CHECKPOINTS
+    keep = session.config.train.keep_checkpoints
+    save_checkpoint(folder, session.task, session.optimizer, session.position, keep)

@@ -1,0 +1,88 @@
+"""Parameter groups, the optimizer, and learning rate and alpha as functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from tercet.config import ObjectivesConfig, OptimConfig
+
+# The published warm-up moves once every so many steps, within the first epoch only.
+PUBLISHED_WARMUP_STRIDE = 100
+# Position tables and single tokens are not maps between spaces; decaying them only pulls them to 0.
+UNDECAYED = ("class_token", "position_embed", "temperature")
+
+
+def decays(name: str, parameter: nn.Parameter, published: bool) -> bool:
+    """Whether weight decay applies to a parameter.
+
+    By default matrices alone decay.  The published grouping exempts vectors and biases only, so that position
+    embeddings, class token and temperature do decay there.
+    """
+    if published:
+        return parameter.ndim != 1 and not name.endswith(".bias")
+    return parameter.ndim > 1 and not any(part in name for part in UNDECAYED)
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, published: bool) -> torch.optim.AdamW:
+    """AdamW over the parameters that take a gradient, in a group that decays and one that does not."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[decays(name, parameter, published)].append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": groups[True], "weight_decay": config.weight_decay},
+            {"params": groups[False], "weight_decay": 0.0},
+        ],
+        lr=config.warmup_lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
+def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """Learning rate of a step.
+
+    Args:
+        config: the schedule.
+        step: from 0, over the whole run.
+        steps_per_epoch: optimizer steps in an epoch.
+        epochs: epochs in the run.
+    """
+    if config.schedule == "published":
+        return _published_learning_rate(config, step, steps_per_epoch, epochs)
+    if step < config.warmup_steps:
+        return config.warmup_lr + (config.lr - config.warmup_lr) * step / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    total = max(1, steps_per_epoch * epochs - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / total)
+    return _cosine(config, progress)
+
+
+def _published_learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """The published hybrid: a warm-up in strides of 100 steps within epoch 0, then a cosine by epoch.
+
+    The rate set after step `i` is first used at step `i + 1`; a short first epoch cuts the warm-up off.
+    """
+    epoch, index = divmod(step, steps_per_epoch)
+    if epoch > 0:
+        return _cosine(config, epoch / epochs)
+    strides = min(max(0, index - 1) // PUBLISHED_WARMUP_STRIDE, config.warmup_epochs)
+    if config.warmup_epochs and strides < config.warmup_epochs:
+        return config.warmup_lr + strides * (config.lr - config.warmup_lr) / config.warmup_epochs
+    return config.lr
+
+
+def _cosine(config: OptimConfig, progress: float) -> float:
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def alpha_of(config: ObjectivesConfig, step: int, steps_per_epoch: int) -> float:
+    """Weight of the teacher's soft targets at a step: it rises linearly over the first `alpha_ramp` epochs."""
+    ramp = config.alpha_ramp * steps_per_epoch
+    return config.alpha if step >= ramp else config.alpha * step / ramp

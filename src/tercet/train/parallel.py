@@ -1,0 +1,56 @@
+"""Where a run computes, and in which precision."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+from tercet.config import TrainConfig
+from tercet.errors import TercetError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Device and precision of a run.
+
+    Attributes:
+        device: where model and batches lie.
+        precision: `fp32`, or `bf16` for autocast.
+    """
+
+    device: torch.device
+    precision: str
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context of a forward pass."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def place(config: TrainConfig) -> Placement:
+    """Device and precision as the config asks, or as the machine offers.
+
+    Raises:
+        TercetError: CUDA is asked for and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise TercetError("train.device is cuda and this machine offers none; set train.device to auto or cpu")
+    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if native_bf16(device) else "fp32"
+    return Placement(device, precision)
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether bf16 is faster than fp32 on a device: CUDA from compute capability 8.0, and processors with AMX tiles.
+
+    AVX512-BF16 without AMX does not count: its matrix products were measured at 0.6 times the rate of fp32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_amx_tile_supported()

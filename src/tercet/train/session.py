@@ -1,0 +1,218 @@
+"""What a run is made of, built from its config: data, tokenizer, model, task, optimizer, and its folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tercet.config import Config, ModelConfig
+from tercet.config_io import dump_config
+from tercet.data.loader import Batch, TrainLoader
+from tercet.data.sources import Source, open_sources
+from tercet.data.texts import Tokenizer, clean_caption
+from tercet.errors import TercetError
+from tercet.files import write_atomic
+from tercet.model.folder import load_model, require_tokenizer
+from tercet.model.tercet import Tercet
+from tercet.model.vision import resize_position_embed
+from tercet.tasks.pretrain import Pretraining
+from tercet.train.checkpoint import Position, list_checkpoints, load_newest
+from tercet.train.optim import build_optimizer
+from tercet.train.parallel import Placement, place
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
+
+
+@dataclass
+class Session:
+    """A run, ready to take its next step.
+
+    Attributes:
+        config: resolved; the model's sizes are those of the model.
+        folder: the run folder.
+        source: the training pairs.
+        tokenizer: of model and loader.
+        loader: batches by epoch and step.
+        task: student, teacher, queue and losses.
+        optimizer: over the parameters that learn.
+        placement: device and precision.
+        step: optimizer steps taken.
+        messages: what the user should know before the first step.
+    """
+
+    config: Config
+    folder: Path
+    source: Source
+    tokenizer: Tokenizer
+    loader: TrainLoader
+    task: Pretraining
+    optimizer: torch.optim.Optimizer
+    placement: Placement
+    step: int
+    messages: list[str]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch; batches that do not fill an accumulated step wait for the next epoch."""
+        return max(1, self.loader.steps_per_epoch // self.config.optim.accumulate)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        total = self.steps_per_epoch * self.config.train.epochs
+        return min(total, self.config.train.max_steps or total)
+
+    @property
+    def position(self) -> Position:
+        """What a checkpoint says of where the run stands."""
+        return Position(self.step, fingerprint(self.source))
+
+
+def open_session(config: Config, resume: Path | None = None) -> Session:
+    """Build a new run, or the one in the folder `resume` as it was at its newest whole checkpoint.
+
+    Raises:
+        TercetError: the folder holds a run already (or none, to resume), a file is missing, or the data has changed.
+    """
+    folder = resume if resume is not None else _new_folder(config)
+    if not config.data.train:
+        raise TercetError("data.train names no source; give --data.train FILE, FOLDER or 'scenes'")
+    messages: list[str] = []
+    source = open_sources(config.data.train, config.data, "train")
+    if len(source.problems):
+        messages.append(
+            f"{len(source.problems)} rows of the training data are left out; the first: {source.problems[0]}"
+        )
+    placement = place(config.train)
+    torch.manual_seed(config.train.seed)
+    student, tokenizer, made = _build_student(config, source, folder)
+    messages += made
+    config = config.model_copy(update={"model": student.config, "output": str(folder)})
+    published = config.compat == "published"
+    task = Pretraining(student, config.objectives, published, match_ids=not published).to(placement.device)
+    task.train()
+    optimizer = build_optimizer(student, config.optim, published)
+    loader = TrainLoader(
+        source,
+        tokenizer,
+        config.data,
+        image_size=student.config.vision.image_size,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        compat=config.compat,
+    )
+    session = Session(config, folder, source, tokenizer, loader, task, optimizer, placement, 0, messages)
+    if resume is None:
+        tokenizer.save(folder / TOKENIZER)
+        write_atomic(folder / CONFIG, dump_config(config))
+    elif list_checkpoints(folder / CHECKPOINTS):
+        _restore(session)
+    else:
+        session.messages.append("the run was cut off before its first checkpoint; it starts again")
+    return session
+
+
+def due_steps(session: Session) -> Iterator[list[Batch]]:
+    """The batches of each step still due, up to `total_steps`; the caller counts `session.step` on."""
+    per_step = session.config.optim.accumulate
+    while session.step < session.total_steps:
+        epoch, first = divmod(session.step, session.steps_per_epoch)
+        batches = iter(session.loader.batches(epoch, first * per_step))
+        for _ in range(first, session.steps_per_epoch):
+            due = [batch for _, batch in zip(range(per_step), batches, strict=False)]
+            yield due
+            if session.step >= session.total_steps:
+                return
+
+
+def fingerprint(source: Source) -> str:
+    """A digest of how many images and captions a source holds and of some of their names."""
+    digest = hashlib.sha256(f"{source.image_count} {int(source.caption_counts.sum())}".encode())
+    stride = max(1, source.image_count // 64)
+    for index in range(0, source.image_count, stride):
+        digest.update(source.key(index).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+def _new_folder(config: Config) -> Path:
+    if config.output is not None:
+        folder = Path(config.output)
+        if (folder / CONFIG).exists():
+            raise TercetError(f"{folder} holds a run already; go on with --resume {folder}, or name another --output")
+    else:
+        folder = Path("runs") / config.name
+        number = 2
+        while folder.exists():
+            folder = Path("runs") / f"{config.name}-{number}"
+            number += 1
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TercetError(f"cannot make the run folder {folder}: {error.strerror}; name another --output") from error
+    return folder
+
+
+def _build_student(config: Config, source: Source, folder: Path) -> tuple[Tercet, Tokenizer, list[str]]:
+    """The model to train and its tokenizer: loaded from `init`, or new with a tokenizer loaded or trained."""
+    if config.init is not None:
+        student = load_model(config.init).train()
+        tokenizer = require_tokenizer(student)
+        size = config.model.vision.image_size
+        if "vision" in config.model.model_fields_set and size != student.config.vision.image_size:
+            resize_images(student, size)
+        return student, tokenizer, [f"starts from {config.init}"]
+    saved = folder / TOKENIZER
+    messages: list[str] = []
+    if saved.is_dir():
+        tokenizer = Tokenizer.load(saved)
+    elif config.data.tokenizer is not None:
+        tokenizer = Tokenizer.load(config.data.tokenizer)
+    else:
+        captions = (
+            clean_caption(caption, config.data.max_words)
+            for index in range(source.image_count)
+            for caption in source.captions(index)
+        )
+        tokenizer = Tokenizer.train(captions, config.data.tokenizer_size)
+        messages.append(f"trained a tokenizer of {tokenizer.vocabulary_size} word pieces on the captions")
+    return Tercet(_fitted(config.model, tokenizer, config.data.max_tokens)), tokenizer, messages
+
+
+def _fitted(model: ModelConfig, tokenizer: Tokenizer, max_tokens: int) -> ModelConfig:
+    """The sizes with the tokenizer's vocabulary and special ids, and positions enough for the longest caption."""
+    text = model.text.model_copy(
+        update={
+            "vocabulary_size": tokenizer.vocabulary_size,
+            "pad_id": tokenizer.pad_id,
+            "cls_id": tokenizer.cls_id,
+            "sep_id": tokenizer.sep_id,
+            "mask_id": tokenizer.mask_id,
+            "max_positions": max(model.text.max_positions, max_tokens),
+        }
+    )
+    return model.model_copy(update={"text": text})
+
+
+def resize_images(model: Tercet, image_size: int) -> None:
+    """Make `model` take images of another size: its position embeddings are resized, bicubically."""
+    vision = model.config.vision.model_copy(update={"image_size": image_size})
+    table = resize_position_embed(model.vision.position_embed.detach(), vision.grid, vision.grid)
+    model.vision.position_embed = torch.nn.Parameter(table.clone())
+    model.config = model.config.model_copy(update={"vision": vision})
+
+
+def _restore(session: Session) -> None:
+    position, complaints = load_newest(session.folder / CHECKPOINTS, session.task, session.optimizer)
+    if position.data != session.position.data:
+        raise TercetError(
+            f"the training data is not what {session.folder} was trained on (images, captions or names differ); "
+            "bring the old data back, or start a new run with --init"
+        )
+    session.step = position.step
+    session.messages += [*complaints, f"resumed at step {position.step}"]

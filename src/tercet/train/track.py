@@ -1,0 +1,153 @@
+"""What a run says while it goes: a progress bar, metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tercet.files import write_atomic
+
+METRICS = "metrics.jsonl"
+# Lines in a log file, where a bar cannot redraw itself.
+PLAIN_LINES = 40
+
+
+class Tracker:
+    """Progress bar, metrics.jsonl and TensorBoard of one run.
+
+    Args:
+        folder: the run folder.
+        total: steps of the run.
+        step: steps already taken; lines of metrics.jsonl beyond it, left by a run that was cut off, are dropped.
+    """
+
+    def __init__(self, folder: Path, total: int, step: int = 0) -> None:
+        self.folder = folder
+        self.total = total
+        self.console = Console(stderr=True, soft_wrap=True)
+        _drop_later_lines(folder / METRICS, step)
+        self._stream = (folder / METRICS).open("a", encoding="utf-8")
+        self._board = self._open_board(step)
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._bar = self._progress.add_task("training", total=total, completed=step, status="")
+        self._started = (time.monotonic(), step)
+        self._last_plain = step
+
+    def __enter__(self) -> Tracker:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        self._stream.close()
+        if self._board is not None:
+            self._board.close()
+
+    def advance(self, step: int) -> None:
+        """Show that `step` steps are done."""
+        self._progress.update(self._bar, completed=step)
+
+    def log_train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write a line of training metrics and show the losses."""
+        self._write("train", step, metrics)
+        losses = [name for name in ("loss", "cma", "imc", "lmi", "itm", "mlm") if name in metrics]
+        status = " ".join(f"{name} {metrics[name]:.3f}" for name in losses)
+        status += f" | {metrics['pairs_per_second']:.0f} pairs/s"
+        self._progress.update(self._bar, completed=step, status=status)
+        if not self.console.is_terminal and step - self._last_plain >= self.total / PLAIN_LINES:
+            self._last_plain = step
+            self.console.print(f"step {step}/{self.total} {status} | {self._time_left(step)} left", highlight=False)
+
+    def log_evaluation(self, step: int, data: str, metrics: Mapping[str, Mapping[str, float]]) -> None:
+        """Write the line of an evaluation on `data` (`validation` or `test`)."""
+        self._write("evaluate", step, {"data": data, **metrics})
+
+    def event(self, step: int, message: str) -> None:
+        """Write and show something that happened."""
+        self._write("event", step, {"message": message})
+        self.console.print(f"step {step}: {message}", highlight=False, markup=False)
+
+    def waiting(self, description: str) -> contextlib.AbstractContextManager[object]:
+        """Show what the run does outside of training steps."""
+        if self.console.is_terminal:
+            self._progress.update(self._bar, description=description)
+        else:
+            self.console.print(f"{description} ...", highlight=False)
+        return contextlib.nullcontext()
+
+    def _write(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
+        line = {"kind": kind, "step": step, "time": time.time(), **fields}
+        self._stream.write(json.dumps(_finite(line)) + "\n")
+        self._stream.flush()
+        if self._board is not None and kind != "event":
+            for name, value in _flatten(fields, kind):
+                self._board.add_scalar(name, value, step)
+
+    def _time_left(self, step: int) -> str:
+        since, first = self._started
+        seconds = (time.monotonic() - since) / max(1, step - first) * (self.total - step)
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+    def _open_board(self, step: int) -> Any:
+        if importlib.util.find_spec("tensorboard") is None:
+            self.console.print("TensorBoard is not installed (pip install 'tercet[track]'); metrics.jsonl has it all")
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=step or None)
+
+
+def _drop_later_lines(file: Path, step: int) -> None:
+    """Keep the whole lines of steps that the run has really taken."""
+    if not file.is_file():
+        return
+    kept: list[str] = []
+    for line in file.read_text("utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            print(f"{file}: left out a line that was cut short", file=sys.stderr)
+    write_atomic(file, "".join(f"{line}\n" for line in kept))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a number that is none becomes null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    return value
+
+
+def _flatten(fields: Mapping[str, Any], prefix: str) -> list[tuple[str, float]]:
+    pairs: list[tuple[str, float]] = []
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            pairs += _flatten(value, f"{prefix}/{name}")
+        elif isinstance(value, int | float):
+            pairs.append((f"{prefix}/{name}", float(value)))
+    return pairs
