@@ -90,12 +90,25 @@ class EvaluateArguments:
 
 @dataclass(frozen=True)
 class ConvertArguments:
-    """Turn a checkpoint of others (TCL, ALBEF, BERT, DeiT, ViT) into a model folder."""
+    """Turn a checkpoint of others (TCL, ALBEF, BERT, DeiT, ViT) into a model folder.
+
+    BERT and ViT weights make one model in two calls, the second with --base and the folder of the first.
+    """
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """the checkpoint: .pth, .bin or .safetensors"""
+    """the checkpoint: .pth, .bin or .safetensors, or a Hugging Face folder of one"""
     to: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """model folder to write"""
+    base: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """model folder or hub id that gives what FILE does not hold; default: made new"""
+    tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """vocab.txt, tokenizer.json or a folder of one; default: the one beside FILE"""
+    image_size: Annotated[int | None, tyro.conf.arg(metavar="PIXELS", aliases=["--image-size"])] = None
+    """side of the images that the position embeddings are resized for; default: as in FILE"""
+    vision_heads: Annotated[int | None, tyro.conf.arg(metavar="N", aliases=["--vision-heads"])] = None
+    """attention heads of the vision transformer; default: 64 channels a head"""
+    text_heads: Annotated[int | None, tyro.conf.arg(metavar="N", aliases=["--text-heads"])] = None
+    """attention heads of the text stack; default: what a config.json beside FILE says, else 64 channels a head"""
 
 
 @dataclass(frozen=True)

@@ -113,9 +113,18 @@ def convert(arguments: list[str]) -> None:
 
     options = parsing.parse(parsing.ConvertArguments, "convert", arguments)
 
-    from tercet.model import convert as conversion
+    from tercet.model.convert import convert as convert_weights
 
-    print(conversion.convert(options.file, options.to))
+    result = convert_weights(
+        options.file,
+        options.to,
+        base=options.base,
+        tokenizer=options.tokenizer,
+        image_size=options.image_size,
+        vision_heads=options.vision_heads,
+        text_heads=options.text_heads,
+    )
+    print(result.summary())
     print(f"The model is {options.to}.")
 
 

@@ -34,7 +34,9 @@ def write_atomic(path: str | Path, data: bytes | str) -> Path:
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        raise TercetError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
+        raise TercetError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
     return path
 
 
@@ -63,13 +65,15 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         _swap(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise TercetError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
+        raise TercetError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _swap(temporary: Path, path: Path) -> None:
-    """Move `temporary` to `path`; what stood there steps aside first, since a folder cannot be renamed over a full one."""
+    """Move `temporary` to `path`; what stood there steps aside, since a folder cannot be renamed over a full one."""
     if not path.exists():
         temporary.rename(path)
         return
