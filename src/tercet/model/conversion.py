@@ -43,10 +43,11 @@ class ConversionReport:
     def summary(self) -> str:
         """A few lines: the counts and the notes."""
         left = sum(map(len, self.left_over.values()))
+        new_parts = ", ".join(dict.fromkeys(map(part_of, self.made_new)))
         counts = [
             f"{len(self.used)} tensors of the model come from it",
             f"{len(self.kept)} from the base model" if self.kept else "",
-            f"{len(self.made_new)} were made new ({_parts(self.made_new)})" if self.made_new else "",
+            f"{len(self.made_new)} were made new ({new_parts})" if self.made_new else "",
             f"{left} entries of it were left over ({', '.join(self.left_over)})" if left else "",
         ]
         return "\n".join(
@@ -72,9 +73,9 @@ class ConversionReport:
         return "\n".join([*lines, self.summary()])
 
 
-def _parts(names: list[str]) -> str:
-    """The parts of the model that `names` belong to, cross-attention told apart from the rest of the stack."""
-    return ", ".join(dict.fromkeys("cross-attention" if ".cross_" in name else name.split(".")[0] for name in names))
+def part_of(name: str) -> str:
+    """The part of the model that our key `name` belongs to; cross-attention is told apart from its stack."""
+    return "cross-attention" if ".cross_" in name else name.split(".")[0]
 
 
 def _collapse(names: Iterable[str]) -> list[str]:

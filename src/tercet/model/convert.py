@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tercet.config import ModelConfig, merge
 from tercet.errors import TercetError
-from tercet.model.conversion import ConversionReport
+from tercet.model.conversion import ConversionReport, part_of
 from tercet.model.folder import empty_model, load_model, model_card, save_model
 from tercet.model.published import (
     PRETRAINING,
@@ -298,8 +298,10 @@ def _fill(
     shapes = {name: value.shape for name, value in empty_model(config).state_dict().items()}
     spare = {} if base is None else base.state_dict()
     missing = [name for name in shapes if name not in gathered]
-    kept = [name for name in missing if name in spare and spare[name].shape == shapes[name]]
-    made_new = [name for name in missing if name not in set(kept)]
+    # A part comes from the base model whole or not at all: a bias is worth nothing without its matrix.
+    unfit = {part_of(name) for name in missing if name not in spare or spare[name].shape != shapes[name]}
+    kept = [name for name in missing if part_of(name) not in unfit]
+    made_new = [name for name in missing if part_of(name) in unfit]
     fresh: dict[str, Tensor] = {}
     if made_new:
         with torch.random.fork_rng(devices=[]):
