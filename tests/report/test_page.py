@@ -56,7 +56,13 @@ def run(tmp_path: Path) -> Path:
     for step in (100, 300):
         recalls = dict.fromkeys(RECALLS, 40.0 + step / 100)
         lines.append(
-            {"kind": "evaluate", "step": step, "data": "validation", "images": 100, "texts": 500, "dual": recalls}
+            {
+                "kind": "evaluate",
+                "step": step,
+                "data": "validation",
+                "size": {"images": 100, "texts": 500},
+                "dual": recalls,
+            }
             | {"reranked": {key: value + 10 for key, value in recalls.items()}}
         )
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -104,7 +104,8 @@ def _recall(record: RunRecord) -> str:
 
 
 def _recall_table(name: str, line: Line) -> str:
-    images, texts = line.get("images"), line.get("texts")
+    counted = line.get("size")
+    images, texts = (counted.get("images"), counted.get("texts")) if isinstance(counted, dict) else (None, None)
     columns = [
         (label, line[key])
         for key, label in (("dual", "Dual encoder"), ("reranked", "Re-ranked"))
