@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -233,6 +233,7 @@ def configs(draw: st.DrawFn) -> Config:
 
 @settings(max_examples=60, deadline=None)
 @given(configs())
+@example(default_config({"name": "next\x85line", "data.train": ["a\u2028b", "tab\t", "\ufeff", "line\n", "😀"]}))
 def test_a_written_config_reads_as_itself(config: Config) -> None:
     text = dump_config(config)
     assert config_of(text) == config

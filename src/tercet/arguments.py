@@ -236,15 +236,15 @@ def _unknown(flag: str, options: Collection[str], keys: Collection[str]) -> str:
 
 
 def _sentence(drawing: str) -> str:
-    """What a framed message says above its first rule."""
+    """What a message says between its title and its first rule; drawn in a frame, or plainly without UTF-8."""
+    lines = [line.strip("│╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", drawing).splitlines()[1:]]
     words: list[str] = []
-    for line in re.sub(r"\x1b\[[0-9;]*m", "", drawing).splitlines():
-        if line.startswith("╭"):
+    for line in lines:
+        if set(line) <= set("─-"):
+            if words:
+                break
             continue
-        text = line.strip("│╰╯ ")
-        if set(text) <= {"─"}:
-            break
-        words.append(text)
+        words.append(line)
     return " ".join(words).rstrip(".")
 
 

@@ -209,7 +209,9 @@ def _explain(error: ValidationError, layers: list[Layer]) -> str:
     path = _named_path(first["loc"])
     origin = _origin(path, layers)
     key = ".".join(path)
-    where = f"--{key}" if origin == FLAGS else f"{origin}: {key}"
+    where = f"{origin}: {key}"
+    if origin == FLAGS:
+        where = f"--{key}" if key in dict(config_fields()) else key
     more = f" ({len(details) - 1} more after it)" if len(details) > 1 else ""
     return f"{where}: {_word(first, key)}{more}"
 
@@ -307,6 +309,12 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     return int(loader.construct_scalar(node))
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # PyYAML leaves some line breaks of Unicode (U+0085 among them) bare outside double quotes, and reads them as space.
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
 _CORE = (
     ("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
@@ -320,3 +328,4 @@ for _tag, _pattern, _first in _CORE:
     _Loader.add_implicit_resolver(_tag, _pattern, _first)
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
+_Dumper.add_representer(str, _represent_text)
