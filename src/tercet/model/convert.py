@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
@@ -37,6 +38,9 @@ from tercet.model.sizes import needed, published_config, text_sizes, vision_size
 from tercet.model.tercet import Tercet
 from tercet.model.vision import resize_position_embed
 from tercet.model.weights_file import find_weights, read_weights
+
+if TYPE_CHECKING:
+    from tercet.data.texts import Tokenizer
 
 _HEADS = ("vision_projection", "text_projection", "itm_head", "mlm_head", "temperature")
 _FOREIGN_HEADS = ("head", "head_dist", "dist_token", "pre_logits", "pooler", "cls")
@@ -93,42 +97,37 @@ def convert(
             holds code, a tokenizer that does not fit.
     """
     path = find_weights(Path(file).expanduser())
-    state = read_weights(path)
     base_model = None if base is None else load_model(base)
-    try:
-        source = _recognise(state, path, vision_heads, text_heads)
+    with _errors_name(path):
+        source = _recognise(read_weights(path), path, vision_heads, text_heads)
         gathered, used = gather(source.state, source.names, find_stack(source.state, source.names))
         config = _build_config(source, base_model)
         _check(source, gathered, used, config)
         left_over = _leave(source, used)
-    except TercetError as error:
-        raise TercetError(f"{path}: {error}") from error
-    except ValidationError as error:
-        detail = error.errors(include_url=False)[0]
-        key = ".".join(["model", *map(str, detail["loc"])])
-        raise TercetError(f"{path}: its sizes make no Tercet model: {key}: {detail['msg']}") from error
     weights, kept, made_new = _fill(gathered, config, base_model, seed)
     config, resized = _resize(weights, config, image_size)
     words, notes = _find_tokenizer(path, tokenizer, source, base_model)
     if words is not None:
-        ids = {name: getattr(words, name) for name in ("pad_id", "cls_id", "sep_id", "mask_id")}
-        config = ModelConfig.model_validate(merge(config.model_dump(), {"text": ids}))
+        config = _with_tokens_of(config, words)
     model = empty_model(config)
     model.load_state_dict(weights, assign=True)
-    report = ConversionReport(
-        source=path,
-        folder=Path(to),
-        kind=source.kind,
-        config=config,
-        used=used,
-        made_new=made_new,
-        kept=kept,
-        resized=resized,
-        left_over=left_over,
-        notes=source.notes + notes,
-    )
+    notes = source.notes + notes
+    report = ConversionReport(path, Path(to), source.kind, config, used, made_new, kept, resized, left_over, notes)
     save_model(model, to, words, f"{model_card(model)}\n## Origin\n\n{report.summary()}\n")
     return report
+
+
+@contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+    """Put the file's name in front of what is wrong with it."""
+    try:
+        yield
+    except TercetError as error:
+        raise TercetError(str(error) if str(error).startswith(f"{path}: ") else f"{path}: {error}") from error
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        key = ".".join(["model", *map(str, detail["loc"])])
+        raise TercetError(f"{path}: its sizes make no Tercet model: {key}: {detail['msg']}") from error
 
 
 def _recognise(state: dict[str, Tensor], path: Path, vision_heads: int | None, text_heads: int | None) -> _Source:
@@ -327,9 +326,14 @@ def _resize(weights: dict[str, Tensor], config: ModelConfig, image_size: int | N
     return ModelConfig.model_validate(merge(config.model_dump(), {"vision": {"image_size": image_size}})), [resized]
 
 
+def _with_tokens_of(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    ids = {name: getattr(tokenizer, name) for name in ("pad_id", "cls_id", "sep_id", "mask_id")}
+    return ModelConfig.model_validate(merge(config.model_dump(), {"text": ids}))
+
+
 def _find_tokenizer(
     path: Path, given: str | Path | None, source: _Source, base: Tercet | None
-) -> tuple[Any, list[str]]:
+) -> tuple[Tokenizer | None, list[str]]:
     """The tokenizer of the text encoder: the one given, the one beside the file, or the base model's."""
     from tercet.data.texts import Tokenizer
 
