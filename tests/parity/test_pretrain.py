@@ -1,0 +1,277 @@
+"""The pre-training step equals the published one: losses, gradients, teacher, queue, and three AdamW steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures import Fixture, assert_close_to_norm, load_fixture, load_student, load_task, read_batch
+from torch import Tensor
+
+from tercet.config import ObjectivesConfig, OptimConfig
+from tercet.model.published import published_teacher, published_to_state
+from tercet.objectives.contrast import cross_modal, gather_candidates, intra_modal, same_image, similarity
+from tercet.objectives.matching import negative_weights
+from tercet.objectives.total import total
+from tercet.tasks.pretrain import Pretraining
+from tercet.train.optim import build_optimizer
+
+CASES = ("pretrain_grid4", "pretrain_grid16")
+LOSSES = ("cma", "imc", "lmi", "itm", "mlm")
+
+
+@pytest.fixture(scope="module", params=CASES)
+def fixture(request: pytest.FixtureRequest, parity_dir: Path) -> Fixture:
+    return load_fixture(parity_dir, request.param)
+
+
+def objectives(fixture: Fixture) -> ObjectivesConfig:
+    settings = fixture.about["model_config"]
+    return ObjectivesConfig(
+        queue_size=settings["queue_size"], momentum=settings["momentum"], mask_probability=settings["mlm_probability"]
+    )
+
+
+def expected_losses(part: dict[str, Tensor]) -> dict[str, float]:
+    pairs = {
+        "cma": ("loss_i2t", "loss_t2i"),
+        "imc": ("loss_i2i", "loss_t2t"),
+        "lmi": ("loss_i2i_inMod_l", "loss_t2t_inMod_l"),
+    }
+    named = {name: (part[first] + part[second]).item() / 2 for name, (first, second) in pairs.items()}
+    for name in ("itm", "mlm"):
+        if f"loss_{name}" in part:
+            named[name] = part[f"loss_{name}"].item()
+    return named
+
+
+def run_step(task: Pretraining, fixture: Fixture, prefix: str = "in.", alpha: float | None = None):
+    batch, negatives, recorded = read_batch(fixture, prefix)
+    task.begin_step()
+    output = task(batch, recorded if alpha is None else alpha, negatives)
+    return batch, output
+
+
+def test_losses_and_gradients_equal_the_published_step(fixture: Fixture) -> None:
+    task = load_task(fixture, objectives(fixture))
+    _, output = run_step(task, fixture)
+    loss = total(output.losses, task.config)
+    loss.backward()
+
+    expected = expected_losses(fixture.part("out."))
+    assert set(output.losses) == set(LOSSES)
+    for name in LOSSES:
+        assert output.losses[name].item() == pytest.approx(expected[name], rel=1e-5), name
+    assert loss.item() == pytest.approx(fixture.tensors["out.loss_total"].item(), rel=1e-5)
+
+    gradients = published_to_state(fixture.part("grad."))
+    seen = {name: value.grad for name, value in task.student.named_parameters() if value.requires_grad}
+    assert set(seen) == set(gradients)
+    for name, gradient in seen.items():
+        assert gradient is not None, name
+        # 1e-6 is what the reference's own fp32 run differs from its fp64 run by, where a gradient is truly 0.
+        assert_close_to_norm(gradient, gradients[name], 1e-4, 1e-6, name)
+
+
+def test_teacher_and_queue_after_the_forward_pass(fixture: Fixture) -> None:
+    task = load_task(fixture, objectives(fixture))
+    batch, output = run_step(task, fixture)
+    task.remember(batch, output)
+    after = fixture.part("after_fwd.")
+
+    assert task.teacher is not None and task.queue is not None
+    expected = published_teacher(after)
+    actual = task.teacher.model.state_dict()
+    assert set(expected) == set(actual)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-6, atol=1e-7, msg=name)
+    torch.testing.assert_close(task.queue.image_feats, after["image_queue"].T, rtol=0, atol=1e-5)
+    torch.testing.assert_close(task.queue.text_feats, after["text_queue"].T, rtol=0, atol=1e-5)
+    assert task.queue.pointer.item() == after["queue_ptr"].item()
+
+
+def test_parameters_after_three_steps_of_adamw(fixture: Fixture) -> None:
+    settings = fixture.about["optimizer"]
+    task = load_task(fixture, objectives(fixture))
+    config = OptimConfig(lr=settings["lr"], warmup_lr=settings["lr"], weight_decay=settings["weight_decay"])
+    optimizer = build_optimizer(task.student, config, published=True)
+    for prefix in ("in.", "in2.", "in3."):
+        optimizer.zero_grad()
+        batch, output = run_step(task, fixture, prefix)
+        expected = expected_losses(fixture.part(prefix.replace("in", "out")))
+        for name in LOSSES:
+            assert output.losses[name].item() == pytest.approx(expected[name], rel=2e-5), (prefix, name)
+        total(output.losses, task.config).backward()
+        optimizer.step()
+        task.remember(batch, output)
+
+    after = fixture.part("after3.")
+    lr = settings["lr"]
+    assert_weights(task.student.state_dict(), published_to_state(after), noise_bounds(fixture, after, lr))
+    assert task.teacher is not None and task.queue is not None
+    assert_weights(task.teacher.model.state_dict(), published_teacher(after), {})
+    torch.testing.assert_close(task.queue.image_feats, after["image_queue"].T, rtol=0, atol=2e-5)
+    assert task.queue.pointer.item() == after["queue_ptr"].item()
+
+
+def noise_bounds(fixture: Fixture, after: dict[str, Tensor], lr: float) -> dict[str, Tensor]:
+    """Where the true gradient is 0, AdamW turns rounding noise into up to `lr` a step, in either direction.
+
+    Keys' biases are such; queries and values, which our tensors hold beside them, are not.
+    """
+    bounds: dict[str, Tensor] = {}
+    for name in fixture.about["after3_tensors_that_are_noise_sensitive"]:
+        noisy = torch.full_like(after[name], 2 * 3 * lr)
+        if name.endswith("qkv.bias"):
+            query, _, value = noisy.chunk(3)
+            query.zero_()
+            value.zero_()
+        bounds[name] = noisy
+        if ".self.key." in name:
+            for other in (".query.", ".value."):
+                bounds[name.replace(".key.", other)] = torch.zeros_like(after[name])
+    return published_to_state(bounds)
+
+
+def assert_weights(actual: dict[str, Tensor], expected: dict[str, Tensor], noisy: dict[str, Tensor]) -> None:
+    assert set(expected) == set(actual)
+    for name, value in expected.items():
+        allowed = 1e-5 + 1e-5 * value.abs() + noisy.get(name, torch.zeros_like(value))
+        excess = (actual[name] - value).abs() - allowed
+        assert excess.max() <= 0, f"{name}: {excess.max():.3g} beyond what is allowed"
+
+
+@pytest.mark.parametrize(
+    ("variant", "alpha", "temperature"),
+    [("out_temp0p6.", None, 0.6), ("out_alpha0.", 0.0, None), ("out_alpha1.", 1.0, None)],
+)
+def test_variants(fixture: Fixture, variant: str, alpha: float | None, temperature: float | None) -> None:
+    task = load_task(fixture, objectives(fixture))
+    if temperature is not None:
+        task.student.temperature.data.fill_(temperature)
+    _, output = run_step(task, fixture, alpha=alpha)
+    expected = fixture.part(variant)
+    for name, value in expected_losses(expected).items():
+        assert output.losses[name].item() == pytest.approx(value, rel=1e-5), name
+    contrastive = {name: output.losses[name] for name in ("cma", "imc", "lmi")}
+    total(contrastive, task.config).backward()
+    assert task.student.temperature.item() == pytest.approx(expected["temp_after_forward"].item(), abs=1e-7)
+
+
+def test_features_similarities_and_targets(fixture: Fixture) -> None:
+    task = load_task(fixture, objectives(fixture))
+    batch, _, alpha = read_batch(fixture, "in.")
+    out = fixture.part("out.")
+    task.begin_step()
+    features, _ = task._student_features(batch)
+    view = task._teacher_view(batch, alpha)
+    assert view is not None and view.features is not None and view.mlm_logits is not None
+    teacher = view.features
+    for name, value in (
+        ("image_embeds", features.image_embeds),
+        ("text_embeds", features.text_embeds),
+        ("image_feat", features.image_feats),
+        ("text_feat", features.text_feats),
+        ("image_embeds_m", teacher.image_embeds),
+        ("text_embeds_m", teacher.text_embeds),
+        ("image_feat_m", teacher.image_feats),
+        ("text_feat_m", teacher.text_feats),
+    ):
+        torch.testing.assert_close(value, out[name], rtol=1e-5, atol=1e-5, msg=name)
+
+    temperature = task.student.temperature
+    candidates = gather_candidates(teacher.image_feats, teacher.text_feats, None, task.queue, exclude_empty=False)
+    for name, feats, others in (
+        ("sim_i2t", features.image_feats, candidates.text_feats),
+        ("sim_t2i", features.text_feats, candidates.image_feats),
+        ("sim_i2i", features.image_feats, candidates.image_feats),
+        ("sim_t2t", features.text_feats, candidates.text_feats),
+    ):
+        torch.testing.assert_close(similarity(feats, others, temperature), out[name], rtol=0, atol=5e-5, msg=name)
+    pair = cross_modal(
+        features.image_feats,
+        features.text_feats,
+        teacher.image_feats,
+        teacher.text_feats,
+        candidates,
+        temperature,
+        alpha,
+    )
+    own = intra_modal(features.image_feats, features.text_feats, candidates, temperature)
+    local = task.local_losses(batch, features, teacher)
+    names = ("loss_i2t", "loss_t2i", "loss_i2i", "loss_t2t", "loss_i2i_inMod_l", "loss_t2t_inMod_l")
+    for name, value in zip(names, (*pair, *own, *local), strict=True):
+        assert value.item() == pytest.approx(out[name].item(), rel=1e-5), name
+
+    size = len(batch.input_ids)
+    same = same_image(None, size, batch.images.device)
+    for name, feats, others in (
+        ("weights_i2t", features.image_feats, teacher.text_feats),
+        ("weights_t2i", features.text_feats, teacher.image_feats),
+    ):
+        recorded = out[name] / out[name].sum(1, keepdim=True)
+        drawn = negative_weights(similarity(feats, others, temperature), same)
+        torch.testing.assert_close(drawn, recorded, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_logits_of_the_fused_passes(fixture: Fixture) -> None:
+    """The plain passes through the public model give the published logits at every position."""
+    model = load_student(fixture).eval()
+    batch, negatives, _ = read_batch(fixture, "in.")
+    out = fixture.part("out.")
+    with torch.no_grad():
+        image_embeds = model.encode_image(batch.images)
+        text_embeds = model.encode_text(batch.input_ids, batch.attention_mask)
+        memory = model.remember(image_embeds)
+        mask = batch.attention_mask
+        fused = model.fuse(text_embeds, mask, memory)
+        torch.testing.assert_close(fused[mask], out["output_pos_last"][mask], rtol=1e-4, atol=2e-5)
+        logits = torch.cat(
+            [
+                model.match_logits(text_embeds, mask, memory),
+                model.match_logits(text_embeds, mask, memory.select(negatives.images)),
+                model.match_logits(text_embeds[negatives.texts], mask[negatives.texts], memory),
+            ]
+        )
+        torch.testing.assert_close(logits, out["itm_logits"], rtol=1e-5, atol=1e-5)
+        assert batch.masked is not None
+        masked_embeds = model.encode_text(batch.masked.input_ids, mask)
+        words = model.mlm_logits(model.fuse(masked_embeds, mask, memory))
+        torch.testing.assert_close(words[mask], out["mlm_logits"][mask], rtol=1e-5, atol=2e-5)
+        rows = model.fuse(masked_embeds, mask, memory, batch.masked.rows)
+        chosen = model.mlm_logits(rows.flatten(0, 1)[batch.masked.chosen])
+        labels = fixture.tensors["in.mlm_labels"]
+        torch.testing.assert_close(chosen, words[labels != -100], rtol=1e-5, atol=1e-5)
+
+
+def test_weight_decay_groups_are_the_published_ones(fixture: Fixture) -> None:
+    task = load_task(fixture, objectives(fixture))
+    optimizer = build_optimizer(task.student, OptimConfig(weight_decay=0.02), published=True)
+    names = {id(value): name for name, value in task.student.named_parameters()}
+    for group in fixture.about["optimizer"]["groups"]:
+        ones = {name: torch.ones_like(fixture.tensors[f"state.{name}"]) for name in group["params"]}
+        expected = set(published_to_state(ones))
+        actual = [
+            {names[id(value)] for value in ours["params"]}
+            for ours in optimizer.param_groups
+            if (ours["weight_decay"] > 0) == (group["weight_decay"] > 0)
+        ]
+        assert actual == [expected]
+
+
+def test_the_default_mode_differs_only_where_told(fixture: Fixture) -> None:
+    """Our own mode leaves slots never written to out of the contrast; everything else of the step is the same."""
+    published = load_task(fixture, objectives(fixture))
+    ours = Pretraining(published.student, objectives(fixture))
+    assert ours.teacher is not None and ours.queue is not None and published.teacher is not None
+    ours.teacher.load_state_dict(published.teacher.state_dict())
+    ours.queue.load_state_dict(published.queue.state_dict())  # type: ignore[union-attr]
+    ours.queue.image_ids.fill_(10_000)
+    ours.train()
+    batch, negatives, alpha = read_batch(fixture, "in.")
+    for task in (published, ours):
+        task.begin_step()
+    expected, actual = published(batch, alpha, negatives), ours(batch, alpha, negatives)
+    for name in LOSSES:
+        assert actual.losses[name].item() == pytest.approx(expected.losses[name].item(), rel=1e-6), name
