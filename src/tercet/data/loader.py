@@ -257,8 +257,9 @@ def picture(source: Source, index: int, pixel_limit: int, minimum_side: int | No
 def describe(source: Source, index: int, error: OSError | TercetError) -> str:
     """Why image `index` was left out, beginning with its name."""
     key = source.key(index)
-    reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-    return reason if key in reason else f"{key}: {reason}"
+    file = getattr(error, "filename", None)
+    reason = f"{getattr(error, 'strerror', None)} ({file})" if file else " ".join(str(error).split())
+    return reason if reason.startswith(key) else f"{key}: {reason}"
 
 
 def stack(views: Sequence[np.ndarray], size: int) -> Tensor:

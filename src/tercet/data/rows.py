@@ -22,27 +22,25 @@ SPLIT_ALIASES = {"validation": "val", "dev": "val"}
 
 
 class Problems(Sequence[str]):
-    """Messages of refused rows.  `total` is how many there were; only the first thousand are kept as text."""
+    """Messages of refused rows.  Its length counts all of them; only the first thousand are kept to be read."""
 
     def __init__(self) -> None:
-        self.total = 0
+        self._total = 0
         self._messages: list[str] = []
 
     def add(self, message: str) -> None:
         """Count one refused row."""
-        self.total += 1
+        self._total += 1
         if len(self._messages) < MESSAGES_KEPT:
             self._messages.append(message)
 
     def extend(self, other: Sequence[str]) -> None:
         """Count the refused rows of another source."""
-        for message in other:
-            self.add(message)
-        if isinstance(other, Problems):
-            self.total += other.total - len(other)
+        self._messages += list(other)[: MESSAGES_KEPT - len(self._messages)]
+        self._total += len(other)
 
     def __len__(self) -> int:
-        return len(self._messages)
+        return self._total
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -57,8 +55,8 @@ class Problems(Sequence[str]):
     def lines(self, limit: int = 20) -> list[str]:
         """What to print: the first `limit` messages and how many more there are."""
         shown = self._messages[:limit]
-        if self.total > len(shown):
-            shown.append(f"and {self.total - len(shown)} more")
+        if len(self) > len(shown):
+            shown.append(f"and {len(self) - len(shown)} more")
         return shown
 
 
@@ -206,7 +204,7 @@ def require_pairs(collector: PairCollector, file: str, looked_for: str) -> None:
     if len(collector):
         return
     problems = collector.problems
-    refused = f"; {problems.total} refused, the first: {problems[0]}" if problems.total else ""
+    refused = f"; {len(problems)} refused, the first: {problems[0]}" if problems else ""
     raise TercetError(f"{file}: no image with a caption found; looked for {looked_for}{refused}")
 
 

@@ -231,7 +231,7 @@ def _divide(spec: str) -> tuple[str, str | None]:
     if "#" not in spec or (not is_url(spec) and Path(spec).exists()):
         return spec, None
     file, _, suffix = spec.rpartition("#")
-    return file, suffix
+    return (spec, None) if "/" in suffix else (file, suffix)
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -34,14 +34,17 @@ def read_bytes(location: str) -> bytes:
     Raises:
         TercetError: it is not there or cannot be read; the message names the nearest file beside it.
     """
-    try:
-        if is_url(location):
+    if is_url(location):
+        try:
             with fsspec.open(location, "rb") as stream:
                 return stream.read()  # pyright: ignore[reportAttributeAccessIssue]
+        except Exception as error:  # each protocol has exceptions of its own, with no common base
+            raise TercetError(f"cannot read {location}: {_reason(error)}") from error
+    try:
         return Path(location).read_bytes()
     except FileNotFoundError as error:
         raise TercetError(missing(location)) from error
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise TercetError(f"cannot read {location}: {_reason(error)}") from error
 
 
@@ -72,7 +75,7 @@ def local_copy(location: str) -> str:
     storage = str(cache_folder() / "downloads")
     try:
         return str(fsspec.open_local(f"filecache::{location}", filecache={"cache_storage": storage}))
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:  # each protocol has exceptions of its own, with no common base
         raise TercetError(f"cannot fetch {location}: {_reason(error)}") from error
 
 
@@ -103,6 +106,8 @@ class FileImages:
             return read_bytes(name)
         if is_url(self.root):
             return read_bytes(f"{self.root.rstrip('/')}/{name}")
+        if "\0" in name:
+            raise OSError("not a file name: it holds a null character")
         return (Path(self.root) / name).read_bytes()
 
     def require_some(self, file: str) -> None:

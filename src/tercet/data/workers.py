@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
+import signal
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import cv2
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -90,13 +97,37 @@ class _Tasks(Sampler[Any]):
 
 
 class _Calls(Dataset[Made]):
-    """A function seen as a data set: `calls[task]` is `make(task)`."""
+    """A function seen as a data set: `calls[task]` is `make(task)`.
+
+    Where workers are not forked but started anew, the function is pickled for each.  Its large arrays then go through a
+    file that all workers map, so that a long list of captions is in memory once and not once a worker.
+    """
 
     def __init__(self, make: Callable[[Any], Made]) -> None:
         self._make = make
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __getitem__(self, task: Any) -> Made:
         return self._make(task)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        buffers: list[pickle.PickleBuffer] = []
+        small = pickle.dumps(self._make, protocol=5, buffer_callback=buffers.append)
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="tercet-", ignore_cleanup_errors=True)
+            with Path(self._folder.name, "arrays").open("wb") as stream:
+                for buffer in buffers:
+                    stream.write(buffer.raw())
+        sizes = [buffer.raw().nbytes for buffer in buffers]
+        return _restore, (small, str(Path(self._folder.name, "arrays")), sizes)
+
+
+def _restore(small: bytes, file: str, sizes: list[int]) -> _Calls[Any]:
+    """The function of a `_Calls` in a worker, its arrays mapped from `file`."""
+    everything = memoryview(np.memmap(file, np.uint8, "r")) if any(sizes) else memoryview(b"")
+    ends = list(itertools.accumulate(sizes, initial=0))
+    buffers = [everything[start:end] for start, end in itertools.pairwise(ends)]
+    return _Calls(pickle.loads(small, buffers=buffers))
 
 
 def _unchanged(batch: Made) -> Made:
@@ -108,3 +139,11 @@ def _begin_worker(_: int) -> None:
     # The processes are the parallelism; threads inside each would only take turns on the same cores.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    # Ctrl-C, and the SIGTERM of a scheduler, reach every process of the group.  The training process wants to finish
+    # its step and write a checkpoint; it then ends the workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _ignore_once)
+
+
+def _ignore_once(_: int, __: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
