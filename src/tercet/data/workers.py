@@ -8,7 +8,6 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import cv2
@@ -124,7 +123,7 @@ class _Calls(Dataset[Made]):
 
 def _restore(small: bytes, file: str, sizes: list[int]) -> _Calls[Any]:
     """The function of a `_Calls` in a worker, its arrays mapped from `file`."""
-    everything = memoryview(np.memmap(file, np.uint8, "r")) if any(sizes) else memoryview(b"")
+    everything = np.memmap(file, np.uint8, "r") if any(sizes) else np.zeros(0, np.uint8)
     ends = list(itertools.accumulate(sizes, initial=0))
     buffers = [everything[start:end] for start, end in itertools.pairwise(ends)]
     return _Calls(pickle.loads(small, buffers=buffers))
@@ -139,11 +138,6 @@ def _begin_worker(_: int) -> None:
     # The processes are the parallelism; threads inside each would only take turns on the same cores.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    # Ctrl-C, and the SIGTERM of a scheduler, reach every process of the group.  The training process wants to finish
-    # its step and write a checkpoint; it then ends the workers itself.
+    # Ctrl-C reaches every process of the terminal.  The training process wants to finish its step and write a
+    # checkpoint; it then ends the workers itself, by SIGTERM if need be, which must therefore stay as it is.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _ignore_once)
-
-
-def _ignore_once(_: int, __: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
