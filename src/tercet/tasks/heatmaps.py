@@ -1,0 +1,200 @@
+"""Where in an image a text is seen: attention weights times their positive gradients (Grad-CAM, arXiv 1610.02391)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tercet.errors import TercetError
+from tercet.model.layers import AttentionTap, CrossAttention, SelfAttention, TextLayer
+from tercet.model.tercet import Tercet
+from tercet.model.vision import VisionTransformer
+
+Mode = Literal["itm", "itc"]
+
+
+def default_layer(model: Tercet, mode: Mode) -> int:
+    """The layer to look at, counted as published: text layer 8 of 12 for `itm`, ViT block 8 of 12 for `itc`."""
+    if mode == "itc":
+        return model.config.vision.depth * 2 // 3
+    text = model.config.text
+    return text.fusion_layer + (text.depth - text.fusion_layer) // 3
+
+
+def matching_heatmaps(
+    model: Tercet, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor, layer: int | None = None
+) -> Tensor:
+    """Mode `itm`: where each token looks in the image, as far as that raises the logit of a match.
+
+    Args:
+        model: in evaluation mode.
+        image_embeds: `[images, 1 + patches, vision_width]`.
+        text_embeds: `[pairs, tokens, width]` from the text encoder; consecutive pairs share an image, as in
+            `ImageMemory`.
+        attention_mask: bool `[pairs, tokens]`.
+        layer: index in the whole text stack; default `default_layer`.
+
+    Returns:
+        `[pairs, tokens, patches]`, averaged over heads; 0 at padding.  In the last layer the logit reads nothing but
+        `[CLS]`, so only that token has a map.
+
+    Raises:
+        TercetError: there is no fusion layer of that index.
+    """
+    weights, gradient = matching_attention(model, image_embeds, text_embeds, attention_mask, layer)
+    maps = (weights * gradient.clamp(min=0))[..., 1:].mean(dim=1)
+    return maps * attention_mask[..., None]
+
+
+def contrast_heatmaps(model: Tercet, images: Tensor, text_feats: Tensor, layer: int | None = None) -> Tensor:
+    """Mode `itc`: where the image's class token looks, as far as that raises the similarity to a text.
+
+    Args:
+        model: in evaluation mode.
+        images: `[images, 3, height, width]`, uint8 or normalised floats.
+        text_feats: `[pairs, embed_dim]`; consecutive pairs share an image.
+        layer: index of the ViT block; default `default_layer`.
+
+    Returns:
+        `[pairs, patches]`, averaged over heads.
+
+    Raises:
+        TercetError: there is no block of that index.
+    """
+    weights, gradient = contrast_attention(model, images, text_feats, layer)
+    own = weights[:, None, :, 0, 1:] * gradient[:, :, :, 0, 1:].clamp(min=0)
+    return own.mean(dim=2).flatten(0, 1)
+
+
+def matching_attention(
+    model: Tercet, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor, layer: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-attention of a fusion layer and the gradient of the logit of a match with respect to it.
+
+    Arguments as of `matching_heatmaps`.
+
+    Returns:
+        `[pairs, heads, tokens, 1 + patches]` both.
+    """
+    cross_attention = _fusion_attention(model, default_layer(model, "itm") if layer is None else layer)
+    with _differentiable(), _tapped(cross_attention) as tap:
+        memory = model.remember(_plain(image_embeds))
+        # Whatever parameters are frozen, the graph starts here.
+        text = _plain(text_embeds).requires_grad_()
+        fused = model.fuse(text, attention_mask, memory)
+        logits = model.itm_head(fused[:, 0]).float()
+        weights = _read(tap)
+        (gradient,) = torch.autograd.grad(logits[:, 1].sum(), weights)
+    pairs = text.shape[0]
+    return _unfold(weights.detach(), len(memory), pairs), _unfold(gradient, len(memory), pairs)
+
+
+def contrast_attention(
+    model: Tercet, images: Tensor, text_feats: Tensor, layer: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Self-attention of a ViT block and the gradients of the similarities, over the temperature, with respect to it.
+
+    Arguments as of `contrast_heatmaps`.
+
+    Returns:
+        `[images, heads, 1 + patches, 1 + patches]`, and the same for each text of an image,
+        `[images, texts, heads, 1 + patches, 1 + patches]`.
+    """
+    attention = _block_attention(model.vision, default_layer(model, "itc") if layer is None else layer)
+    group = text_feats.shape[0] // images.shape[0]
+    with _differentiable(), _tapped(attention) as tap:
+        pixels = _plain(model.vision.normalise(images)).requires_grad_()
+        image_feats = model.project_image(model.encode_image(pixels)[:, 0])
+        weights = _read(tap)
+        feats = _plain(text_feats).unflatten(0, (images.shape[0], group))
+        logits = torch.einsum("ie,ige->gi", image_feats, feats) / model.temperature.detach()
+        # One backward pass for each text of an image, over the blocks above the tapped one alone.
+        gradients = [
+            torch.autograd.grad(own.sum(), weights, retain_graph=text + 1 < group)[0] for text, own in enumerate(logits)
+        ]
+    return weights.detach(), torch.stack(gradients, dim=1)
+
+
+def average_words(maps: Tensor, attention_mask: Tensor, published: bool = False) -> Tensor:
+    """One map a text: the mean over its tokens.
+
+    Args:
+        maps: `[pairs, tokens, patches]` from `matching_heatmaps`.
+        attention_mask: bool `[pairs, tokens]`.
+        published: divide by all tokens, padding included, so that the map's scale depends on the rest of the batch.
+
+    Returns:
+        `[pairs, patches]`.
+    """
+    if published:
+        return maps.mean(dim=1)
+    return maps.sum(dim=1) / attention_mask.sum(dim=1, keepdim=True)
+
+
+def to_grid(maps: Tensor, height: int, width: int) -> Tensor:
+    """`[..., patches]` to `[..., rows, columns]` for images of `height` x `width` pixels, or patches, of that shape."""
+    rows = round(math.sqrt(maps.shape[-1] * height / width))
+    return maps.unflatten(-1, (rows, maps.shape[-1] // rows))
+
+
+def enlarge(maps: Tensor, height: int, width: int) -> Tensor:
+    """`[batch, rows, columns]` to `[batch, height, width]` pixels, bicubic; a cubic may dip below 0 near a peak."""
+    return F.interpolate(maps[:, None], size=(height, width), mode="bicubic", align_corners=False)[:, 0]
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Gradients, even where the caller has switched them off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _plain(values: Tensor) -> Tensor:
+    """`values` without their graph; a tensor of inference mode is copied, since no graph can hold it."""
+    return values.clone() if values.is_inference() else values.detach()
+
+
+@contextmanager
+def _tapped(attention: SelfAttention | CrossAttention) -> Iterator[AttentionTap]:
+    tap = attention.tap = AttentionTap()
+    try:
+        yield tap
+    finally:
+        attention.tap = None
+
+
+def _read(tap: AttentionTap) -> Tensor:
+    assert tap.weights is not None
+    return tap.weights
+
+
+def _fusion_attention(model: Tercet, layer: int) -> CrossAttention:
+    text = model.config.text
+    if not text.fusion_layer <= layer < text.depth:
+        raise TercetError(
+            f"layer {layer} has no cross-attention; the fusion layers are {text.fusion_layer} to {text.depth - 1}"
+        )
+    chosen = model.fusion.layers[layer - text.fusion_layer]
+    assert isinstance(chosen, TextLayer)
+    return chosen.cross_attention
+
+
+def _block_attention(vision: VisionTransformer, layer: int) -> SelfAttention:
+    if not 0 <= layer < len(vision.blocks):
+        raise TercetError(f"no ViT block {layer}; the blocks are 0 to {len(vision.blocks) - 1}")
+    attention = vision.blocks[layer].attention
+    assert isinstance(attention, SelfAttention)
+    return attention
+
+
+def _unfold(weights: Tensor, images: int, pairs: int) -> Tensor:
+    """Weights of pairs that were folded into one long query an image: `[pairs, heads, queries, keys]`."""
+    if pairs == images:
+        return weights
+    return weights.unflatten(2, (pairs // images, -1)).transpose(1, 2).flatten(0, 1)
