@@ -47,8 +47,9 @@ def attention(
     logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
-    tap.weights = logits.softmax(dim=-1)
-    return F.dropout(tap.weights, dropout) @ value
+    weights = logits.softmax(dim=-1)
+    tap.weights = weights
+    return F.dropout(weights, dropout) @ value
 
 
 def split_heads(hidden: Tensor, heads: int) -> Tensor:
@@ -66,6 +67,35 @@ def take_rows(hidden: Tensor, rows: Tensor) -> Tensor:
     return hidden.gather(1, rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
+class TokenCache:
+    """Keys and values of the tokens that a causal decoder has read, so that only the new ones are computed.
+
+    Attributes:
+        keys_values: for each layer, keys and values `[batch, heads, read_tokens, head_width]`.
+    """
+
+    def __init__(self, keys_values: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
+        self.keys_values = list(keys_values)
+
+    def __len__(self) -> int:
+        return self.keys_values[0][0].shape[2] if self.keys_values else 0
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put keys and values of new tokens behind those of `layer`, and give all of them."""
+        if layer == len(self.keys_values):
+            self.keys_values.append((key, value))
+        else:
+            old_key, old_value = self.keys_values[layer]
+            self.keys_values[layer] = (torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2))
+        return self.keys_values[layer]
+
+    def select(self, index: Tensor) -> TokenCache:
+        """The texts that `index` `[batch]` names, in that order; what is read further leaves this one as it is."""
+        return TokenCache(
+            [(key.index_select(0, index), value.index_select(0, index)) for key, value in self.keys_values]
+        )
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one matrix for queries, keys and values."""
 
@@ -77,13 +107,23 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(width, width)
         self.tap: AttentionTap | None = None
 
-    def forward(self, hidden: Tensor, mask: Tensor | None = None, queries: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None = None,
+        queries: Tensor | None = None,
+        cache: TokenCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
         """Attend within `hidden`.
 
         Args:
             hidden: `[batch, tokens, width]`.
-            mask: bool `[batch, 1, 1, tokens]`, True where a token may be looked at.
+            mask: bool `[batch, 1, 1, tokens]`, True where a token may be looked at; with a cache, its last dimension
+                counts the cached tokens too.
             queries: `[batch, slots, width]`, the rows to compute; None computes all of them.
+            cache: tokens in front of `hidden` that may be looked at as well; `hidden` is added to it.
+            layer: index of this layer in the cache.
 
         Returns:
             `[batch, slots or tokens, width]`.
@@ -96,6 +136,8 @@ class SelfAttention(nn.Module):
             query = F.linear(queries, weight[:width], bias[:width])
             key, value = F.linear(hidden, weight[width:], bias[width:]).chunk(2, dim=-1)
         query, key, value = (split_heads(part, self.heads) for part in (query, key, value))
+        if cache is not None:
+            key, value = cache.extend(layer, key, value)
         dropout = self.dropout if self.training else 0.0
         return self.output(merge_heads(attention(query, key, value, mask, dropout, self.tap)))
 
@@ -109,23 +151,26 @@ class ImageMemory:
 
     Attributes:
         keys_values: for each fusion layer, keys and values `[images, heads, image_tokens, head_width]`.
+        mask: bool `[images, 1, 1, image_tokens]`, True where a token may be looked at; None: everywhere.
     """
 
-    def __init__(self, keys_values: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, keys_values: Sequence[tuple[Tensor, Tensor]], mask: Tensor | None = None) -> None:
         self.keys_values = list(keys_values)
+        self.mask = mask
 
     def __len__(self) -> int:
         return self.keys_values[0][0].shape[0]
 
     def select(self, index: Tensor) -> ImageMemory:
         """The images that `index` `[images]` names, in that order."""
+        mask = None if self.mask is None else self.mask.index_select(0, index)
         return ImageMemory(
-            [(key.index_select(0, index), value.index_select(0, index)) for key, value in self.keys_values]
+            [(key.index_select(0, index), value.index_select(0, index)) for key, value in self.keys_values], mask
         )
 
     def detach(self) -> ImageMemory:
         """The same memory without its graph."""
-        return ImageMemory([(key.detach(), value.detach()) for key, value in self.keys_values])
+        return ImageMemory([(key.detach(), value.detach()) for key, value in self.keys_values], self.mask)
 
     def attend(self, layer: int, query: Tensor, dropout: float, tap: AttentionTap | None) -> Tensor:
         """Attend from pairs to their images.
@@ -142,11 +187,11 @@ class ImageMemory:
         key, value = self.keys_values[layer]
         images, (pairs, heads, queries, head_width) = key.shape[0], query.shape
         if pairs == images:
-            return attention(query, key, value, None, dropout, tap)
+            return attention(query, key, value, self.mask, dropout, tap)
         group = pairs // images
         # Queries do not see one another here, so the pairs of an image are one long query and nothing is copied.
         folded = query.unflatten(0, (images, group)).transpose(1, 2).flatten(2, 3)
-        folded = attention(folded, key, value, None, dropout, tap)
+        folded = attention(folded, key, value, self.mask, dropout, tap)
         return folded.unflatten(2, (group, queries)).transpose(1, 2).reshape(pairs, heads, queries, head_width)
 
 
@@ -254,6 +299,7 @@ class TextLayer(nn.Module):
         memory: ImageMemory | None = None,
         layer: int = 0,
         rows: Tensor | None = None,
+        cache: TokenCache | None = None,
     ) -> Tensor:
         """One layer.
 
@@ -261,15 +307,16 @@ class TextLayer(nn.Module):
             hidden: `[batch, tokens, width]`.
             mask: bool `[batch, 1, 1, tokens]`, or `[batch, 1, tokens, tokens]` for a causal decoder.
             memory: image memory that a fusion layer reads.
-            layer: index of this layer in the memory.
+            layer: index of this layer in memory and cache.
             rows: `[batch, slots]` positions to compute; None computes all.
+            cache: tokens that this causal decoder layer has read before `hidden`, which is added to it.
 
         Returns:
             `[batch, slots or tokens, width]`.
         """
         queries = None if rows is None else take_rows(hidden, rows)
         residual = hidden if queries is None else queries
-        hidden = self.attention_norm(residual + self._drop(self.attention(hidden, mask, queries)))
+        hidden = self.attention_norm(residual + self._drop(self.attention(hidden, mask, queries, cache, layer)))
         if memory is not None:
             hidden = self.cross_norm(hidden + self._drop(self.cross_attention(hidden, memory, layer)))
         return self.mlp_norm(hidden + self._drop(self.mlp(hidden)))

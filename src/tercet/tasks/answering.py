@@ -1,0 +1,257 @@
+"""Answers from the decoder: ranked from a list, or written freely by greedy or beam search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tercet.config import TextConfig
+from tercet.data.texts import Tokenizer
+from tercet.errors import TercetError
+from tercet.model.answer import AnswerDecoder
+from tercet.model.layers import ImageMemory, TokenCache
+
+BLOCK = 32  # candidates of a question that are scored at once
+HEAD_ROWS = 2048  # rows of vocabulary logits that are held at once
+
+
+@dataclass
+class AnswerList:
+    """Answers to choose from, as word pieces.
+
+    Attributes:
+        texts: the answers.
+        input_ids: `[answers, tokens]`; `[CLS]`, the answer, `[SEP]`, padding.
+        lengths: `[answers]`, tokens that are not padding.
+    """
+
+    texts: list[str]
+    input_ids: Tensor
+    lengths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def to(self, device: torch.device | str) -> AnswerList:
+        """The same on another device."""
+        return AnswerList(self.texts, self.input_ids.to(device), self.lengths.to(device))
+
+
+def encode_answers(tokenizer: Tokenizer, answers: Sequence[str]) -> AnswerList:
+    """Word pieces of answers, `[CLS]` in front and `[SEP]` at the end.
+
+    Raises:
+        TercetError: there are no answers.
+    """
+    if not answers:
+        raise TercetError("the list of answers is empty; give at least one")
+    input_ids, attention_mask = tokenizer.encode([text + tokenizer.sep_token for text in answers], None)
+    return AnswerList(list(answers), input_ids, attention_mask.sum(dim=1))
+
+
+@dataclass
+class RankedAnswers:
+    """The best answers of a list to each question, the best first.
+
+    Attributes:
+        indices: `[questions, k]` in the list.
+        log_probabilities: `[questions, k]` of the whole answer; under `published`, the first word piece counts twice.
+        probabilities: `[questions, k]`, among the k alone.
+    """
+
+    indices: Tensor
+    log_probabilities: Tensor
+    probabilities: Tensor
+
+
+@torch.no_grad()
+def rank_answers(
+    decoder: AnswerDecoder,
+    question_states: Tensor,
+    question_mask: Tensor,
+    answers: AnswerList,
+    k: int = 128,
+    published: bool = False,
+) -> RankedAnswers:
+    """Rank the answers of a list: `k` are chosen by their first word piece, and those scored in full.
+
+    Args:
+        decoder: in evaluation mode.
+        question_states: `[questions, tokens, width]`, every token of the fused questions.
+        question_mask: `[questions, tokens]`.
+        answers: the list, on the decoder's device.
+        k: answers that are scored in full; all of them where the list is shorter.
+        published: count the first word piece twice, as the published code does.
+    """
+    memory = decoder.remember(question_states, question_mask)
+    cache = TokenCache()
+    first_log = _next_log_probabilities(decoder, answers.input_ids[:1, :1].expand(len(memory), 1), memory, cache)
+    first = first_log[:, answers.input_ids[:, 1]]
+    first, candidates = first.topk(max(1, min(k, len(answers))), dim=1)
+    rest = _score_rest(decoder, memory, cache, answers, candidates)
+    scores = first + rest + (first if published else 0)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return RankedAnswers(candidates.gather(1, order), scores, scores.softmax(dim=1))
+
+
+def _next_log_probabilities(
+    decoder: AnswerDecoder, input_ids: Tensor, memory: ImageMemory, cache: TokenCache
+) -> Tensor:
+    """`[answers, vocabulary]` behind one more token `[answers, 1]` of each answer."""
+    return decoder.logits(decoder(input_ids, memory, cache)[:, 0]).float().log_softmax(dim=-1)
+
+
+def _score_rest(
+    decoder: AnswerDecoder, memory: ImageMemory, cache: TokenCache, answers: AnswerList, candidates: Tensor
+) -> Tensor:
+    """Log-probability `[questions, k]` of what follows the first word piece of `candidates` `[questions, k]`.
+
+    `cache` has read `[CLS]` of every question.  Candidates of like length go together, so that little is padding.
+    """
+    scores = torch.zeros(candidates.shape, device=candidates.device)
+    columns = answers.lengths[candidates].argsort(dim=1)
+    for block in columns.split(BLOCK, dim=1):
+        chosen = candidates.gather(1, block)
+        lengths = answers.lengths[chosen].flatten()
+        longest = int(lengths.max())
+        if longest <= 2:  # nothing follows a first word piece that is [SEP]
+            continue
+        ids = answers.input_ids[chosen.flatten(), 1:longest]
+        rows = torch.arange(len(memory), device=ids.device).repeat_interleave(block.shape[1])
+        states = decoder(ids[:, :-1], memory, cache.select(rows))
+        real = torch.arange(2, longest, device=ids.device) < lengths[:, None]
+        guessed = torch.zeros(real.shape, device=ids.device)
+        guessed[real] = _log_probabilities_of(decoder, states[real], ids[:, 1:][real])
+        scores.scatter_(1, block, guessed.sum(dim=1).view_as(block))
+    return scores
+
+
+def _log_probabilities_of(decoder: AnswerDecoder, states: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability `[guesses]` of `labels` behind `states` `[guesses, width]`, a part at a time."""
+    parts = []
+    for some_states, some_labels in zip(states.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True):
+        logits = decoder.logits(some_states).float()
+        parts.append(logits.gather(1, some_labels[:, None]).squeeze(1) - logits.logsumexp(dim=1))
+    return torch.cat(parts)
+
+
+@dataclass
+class WrittenAnswers:
+    """The answer that the decoder wrote to each question.
+
+    Attributes:
+        input_ids: `[questions, tokens]` without `[CLS]`; padded behind the end.
+        scores: `[questions]`, log-probability over the length to the power of the length penalty.
+    """
+
+    input_ids: Tensor
+    scores: Tensor
+
+
+@torch.no_grad()
+def write_answers(
+    decoder: AnswerDecoder,
+    question_states: Tensor,
+    question_mask: Tensor,
+    text: TextConfig,
+    beams: int = 1,
+    max_tokens: int = 12,
+    length_penalty: float = 1.0,
+) -> WrittenAnswers:
+    """Write answers freely: the likeliest word piece at each step, or a beam of the likeliest beginnings.
+
+    Args:
+        decoder: in evaluation mode.
+        question_states: `[questions, tokens, width]`, every token of the fused questions.
+        question_mask: `[questions, tokens]`.
+        text: names the special ids.
+        beams: beginnings that are followed; 1 is greedy search.
+        max_tokens: word pieces after which an answer is cut off.
+        length_penalty: power of the length that log-probabilities are divided by; above 0 favours longer answers.
+
+    Raises:
+        TercetError: `beams` or `max_tokens` is below 1.
+    """
+    if beams < 1 or max_tokens < 1:
+        raise TercetError(f"cannot write answers with {beams} beams of {max_tokens} tokens; give 1 of each at least")
+    search = _BeamSearch(len(question_states), beams, max_tokens, length_penalty, text, question_states.device)
+    memory = decoder.remember(question_states, question_mask)
+    cache = TokenCache()
+    for _ in range(min(max_tokens, decoder.position_embed.num_embeddings)):
+        log_probabilities = _next_log_probabilities(decoder, search.last_tokens, memory, cache)
+        rows = search.advance(log_probabilities)
+        if bool(search.done.all()):
+            break
+        cache = cache.select(rows)
+    return search.finish()
+
+
+class _BeamSearch:
+    """Beginnings of answers that are followed, and answers that have ended, of a set of questions.
+
+    An answer that ends with a score among the `beams` best continuations is kept; a question is done when it has
+    `beams` of them.  With one beam that is greedy search.
+    """
+
+    def __init__(
+        self, questions: int, beams: int, max_tokens: int, penalty: float, text: TextConfig, device: torch.device
+    ) -> None:
+        self.beams, self.max_tokens, self.penalty, self.text = beams, max_tokens, penalty, text
+        shape = (questions, beams)
+        self.written = torch.full((*shape, max_tokens), text.pad_id, device=device)
+        self.scores = torch.full(shape, float("-inf"), device=device)
+        self.scores[:, 0] = 0  # all beams begin alike, so one stands for all
+        self.ended = self.written.clone()
+        self.ended_scores = torch.full(shape, float("-inf"), device=device)
+        self.done = torch.zeros(questions, dtype=torch.bool, device=device)
+        self.length = 0
+
+    @property
+    def last_tokens(self) -> Tensor:
+        """`[questions * beams, 1]`, the token that each beginning ends with."""
+        if self.length == 0:
+            return torch.full((self.scores.numel(), 1), self.text.cls_id, device=self.scores.device)
+        return self.written[:, :, self.length - 1].reshape(-1, 1)
+
+    def advance(self, log_probabilities: Tensor) -> Tensor:
+        """Take the next token.
+
+        Args:
+            log_probabilities: `[questions * beams, vocabulary]` of the token behind each beginning.
+
+        Returns:
+            For each new beginning `[questions * beams]`, the row of the one that it goes on from.
+        """
+        questions, beams = self.scores.shape
+        never = torch.tensor([self.text.pad_id, self.text.cls_id, self.text.mask_id], device=log_probabilities.device)
+        vocabulary = log_probabilities.shape[1]
+        scores = log_probabilities.index_fill(1, never, float("-inf")).view(questions, beams, vocabulary)
+        scores = (scores + self.scores[..., None]).flatten(1)
+        scores, places = scores.topk(min(2 * beams, scores.shape[1]), dim=1)
+        origins, tokens = places // vocabulary, places % vocabulary
+        written = self.written.gather(1, origins[..., None].expand(-1, -1, self.max_tokens))
+        written[:, :, self.length] = tokens
+        self.length += 1
+        ends = tokens == self.text.sep_id
+        among_best = torch.arange(tokens.shape[1], device=tokens.device) < beams
+        self._keep_ended(written, scores.masked_fill(~(ends & among_best), float("-inf")))
+        self.scores, kept = scores.masked_fill(ends, float("-inf")).topk(beams, dim=1)
+        self.written = written.gather(1, kept[..., None].expand(-1, -1, self.max_tokens))
+        first_row = torch.arange(questions, device=kept.device)[:, None] * beams
+        return (first_row + origins.gather(1, kept)).flatten()
+
+    def _keep_ended(self, written: Tensor, scores: Tensor) -> None:
+        """Merge answers `[questions, some, tokens]`, of summed log-probability `[questions, some]`, into the ended."""
+        scores = (scores / self.length**self.penalty).masked_fill(self.done[:, None], float("-inf"))
+        scores, best = torch.cat([self.ended_scores, scores], dim=1).topk(self.beams, dim=1)
+        both = torch.cat([self.ended, written], dim=1)
+        self.ended, self.ended_scores = both.gather(1, best[..., None].expand(-1, -1, self.max_tokens)), scores
+        self.done = scores.isfinite().all(dim=1)
+
+    def finish(self) -> WrittenAnswers:
+        """The best answer of each question; beginnings that never ended count as they stand."""
+        self._keep_ended(self.written, self.scores)
+        return WrittenAnswers(self.ended[:, 0], self.ended_scores[:, 0])
