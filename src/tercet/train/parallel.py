@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -54,3 +57,27 @@ def native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_amx_tile_supported()
+
+
+# glibc's mallopt parameters (malloc.h), and what they are set to.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+_NEVER = 2**31 - 1
+_TOP_PAD_BYTES = 64 << 20
+
+
+@functools.cache
+def keep_memory() -> bool:
+    """Make the C library keep freed memory for the next step instead of giving it back to the system.
+
+    A step on a CPU frees and asks for the same gigabytes again; each page that was given back is cleared and mapped
+    anew.  Holds for the whole process.  The same from outside: `MALLOC_TRIM_THRESHOLD_`, `MALLOC_TOP_PAD_` and
+    `MALLOC_MMAP_MAX_=0`.
+
+    Returns:
+        Whether it took effect: on Linux with glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _NEVER), (_TOP_PAD, _TOP_PAD_BYTES))
+    return all([mallopt(parameter, value) == 1 for parameter, value in settings])
