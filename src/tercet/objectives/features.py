@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -52,22 +53,35 @@ class Teacher(nn.Module):
     contrast compares (section 3.3).
     """
 
-    def __init__(self, student: Tercet, fused: bool) -> None:
-        """Copy `student`; `fused` also keeps what masked language modelling reads."""
+    def __init__(self, student: Tercet, fused: bool = False, parts: Collection[str] | None = None) -> None:
+        """Copy parts of `student`.
+
+        Args:
+            student: whom to follow.
+            fused: also keep what masked language modelling reads.
+            parts: names of the parts to keep instead, such as `("vision", "text", "fusion", "entailment_head")`.
+        """
         super().__init__()
         self.model = copy.deepcopy(student)
-        unread = ["itm_head", "temperature"] + ([] if fused else ["fusion", "mlm_head"])
-        for name in unread:
-            delattr(self.model, name)
+        if parts is None:
+            encoders = ("vision", "text", "vision_projection", "text_projection")
+            parts = (*encoders, "fusion", "mlm_head") if fused else encoders
+        own = [name for name, _ in self.model.named_children()]
+        for name in (*own, "temperature"):
+            if name not in parts:
+                delattr(self.model, name)
         self.model.requires_grad_(False)
 
     @torch.no_grad()
     def update(self, student: Tercet, momentum: float) -> None:
         """Move every parameter: `teacher = momentum * teacher + (1 - momentum) * student`."""
         followed = dict(student.named_parameters())
-        teacher = list(self.model.named_parameters())
-        own = [parameter for _, parameter in teacher]
-        torch._foreach_lerp_(own, [followed[name].detach() for name, _ in teacher], 1 - momentum)
+        own: list[Tensor] = []
+        theirs: list[Tensor] = []
+        for name, parameter in self.model.named_parameters():
+            own.append(parameter)
+            theirs.append(followed[name].detach())
+        torch._foreach_lerp_(own, theirs, 1 - momentum)
 
 
 class FeatureQueue(nn.Module):

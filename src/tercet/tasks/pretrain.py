@@ -24,6 +24,7 @@ from tercet.objectives.features import FeatureQueue, Features, Teacher, extract_
 from tercet.objectives.local import local_global, pool_patches
 from tercet.objectives.masking import MaskedTexts, hide_words, masked_language
 from tercet.objectives.matching import Negatives, draw_negatives, matching
+from tercet.tasks.task import Task
 
 
 @dataclass
@@ -75,7 +76,7 @@ class TeacherView:
     mlm_logits: Tensor | None
 
 
-class Pretraining(nn.Module):
+class Pretraining(Task):
     """Student, teacher and queue, and the losses of a batch of pairs (arXiv 2202.10401).
 
     A step is `begin_step`, `forward` and, once the losses proved finite, `remember`.
@@ -109,10 +110,15 @@ class Pretraining(nn.Module):
         self.queue = FeatureQueue(queue_size, student.config.embed_dim) if queue_size else None
         self._freeze_unread()
 
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """Names of the enabled objectives."""
+        return self.config.enabled
+
     def _freeze_unread(self) -> None:
         """Parameters that no enabled loss reaches take no gradient, so that no optimizer or all-reduce waits for it."""
         fuses = bool(self.enabled & {"itm", "mlm"})
-        unread: list[nn.Module | nn.Parameter] = []
+        unread: list[nn.Module | nn.Parameter] = list(self.student.task_parts())
         if not fuses:
             unread.append(self.student.fusion)
         if "itm" not in self.enabled:
@@ -228,8 +234,7 @@ class Pretraining(nn.Module):
     ) -> dict[str, Tensor]:
         temperature = self.student.temperature
         losses: dict[str, Tensor] = {}
-        if self.enabled & {"cma", "imc"}:
-            candidates = self._candidates(batch, features, teacher)
+        candidates = self._candidates(batch, features, teacher)
         if "cma" in self.enabled:
             believed = (None, None) if teacher is None else (teacher.image_feats, teacher.text_feats)
             pair = cross_modal(features.image_feats, features.text_feats, *believed, candidates, temperature, alpha)

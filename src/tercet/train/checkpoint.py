@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from tercet.errors import TercetError
 from tercet.files import atomic_folder
@@ -33,7 +35,7 @@ from tercet.files import atomic_folder
 RECORD = "checkpoint.json"
 FORMAT_VERSION = 1
 # How dcp names a failure depends on what is broken; all of these mean that the files do not fit this run.
-LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, dcp.api.CheckpointException)
+LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, CheckpointException)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def save_checkpoint(
     state = _state(task, optimizer)
     with atomic_folder(path) as partial:
         try:
-            dcp.save(state, checkpoint_id=partial, no_dist=True)
+            save(state, checkpoint_id=partial, no_dist=True)
         except LOAD_ERRORS as error:
             raise TercetError(f"cannot write {path}: {error}; free some space and resume the run") from error
         record = {"format_version": FORMAT_VERSION, "step": position.step, "data": position.data}
@@ -105,7 +107,7 @@ def _load(path: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> Posi
             raise TercetError(f"checkpoint {path} is damaged: {name} is not what was written")
     state = _state(task, optimizer)
     try:
-        dcp.load(state, checkpoint_id=path, no_dist=True)
+        load(state, checkpoint_id=path, no_dist=True)
     except LOAD_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TercetError(f"checkpoint {path} does not fit this run: {reason}") from error
