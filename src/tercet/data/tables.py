@@ -168,7 +168,7 @@ def _holds_paths(file: str, table: Table, column: str) -> bool:
         fields = {kind.field(index).name for index in range(kind.num_fields)}
         if "bytes" in fields:
             first = next(table.batches([column]), None)
-            empty = first is None or first.column(0).field("bytes").null_count == len(first)
+            empty = first is None or _bytes_of(first.column(0)).null_count == len(first)
             return empty and "path" in fields
         if "path" in fields:
             return True
@@ -243,12 +243,20 @@ def _copy_images(table: Table, path: str, column: str, copy: Path) -> np.ndarray
     return np.concatenate(sizes)
 
 
+def _bytes_of(column: Any) -> Any:
+    """The binary array of an image column, null also where a struct as a whole is null."""
+    import pyarrow
+
+    if pyarrow.types.is_struct(column.type):
+        return column.flatten()[column.type.get_field_index("bytes")]
+    return column
+
+
 def _binary(column: Any) -> tuple[Any, np.ndarray, np.ndarray]:
     """A column's buffer, the ends of its values there, int64 [rows + 1], and their sizes, int64 [rows], 0 for null."""
     import pyarrow
 
-    if pyarrow.types.is_struct(column.type):
-        column = column.flatten()[column.type.get_field_index("bytes")]
+    column = _bytes_of(column)
     kind = np.dtype(np.int64 if pyarrow.types.is_large_binary(column.type) else np.int32)
     _, ends, values = column.buffers()
     if values is None:

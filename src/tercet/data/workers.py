@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import pickle
 import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -18,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tercet.errors import TercetError
 
 PREFETCH = 2
+ALIGNMENT = 64  # numpy copies a whole array that does not begin at a multiple of its items' size
 
 Made = TypeVar("Made")
 
@@ -49,7 +52,8 @@ class WorkerPool(Generic[Made]):
         self._tasks.tasks = tasks
         if self._loader is None:
             self._loader = self._start()
-        iterator = iter(self._loader)
+        with _deaths_told_on_reading():
+            iterator = iter(self._loader)
         for _ in tasks:
             try:
                 made = next(iterator)
@@ -80,6 +84,20 @@ class WorkerPool(Generic[Made]):
             prefetch_factor=PREFETCH if workers else None,
             worker_init_fn=_begin_worker,
         )
+
+
+@contextlib.contextmanager
+def _deaths_told_on_reading() -> Iterator[None]:
+    """Keep DataLoader from raising, when a worker dies, wherever the training process happens to be.
+
+    Its signal handler would do so in the middle of a step.  Without it the next read finds the death, within seconds.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
 
 
 class _Tasks(Sampler[Any]):
@@ -117,6 +135,7 @@ class _Calls(Dataset[Made]):
             with Path(self._folder.name, "arrays").open("wb") as stream:
                 for buffer in buffers:
                     stream.write(buffer.raw())
+                    stream.write(bytes(-stream.tell() % ALIGNMENT))
         sizes = [buffer.raw().nbytes for buffer in buffers]
         return _restore, (small, str(Path(self._folder.name, "arrays")), sizes)
 
@@ -124,8 +143,8 @@ class _Calls(Dataset[Made]):
 def _restore(small: bytes, file: str, sizes: list[int]) -> _Calls[Any]:
     """The function of a `_Calls` in a worker, its arrays mapped from `file`."""
     everything = np.memmap(file, np.uint8, "r") if any(sizes) else np.zeros(0, np.uint8)
-    ends = list(itertools.accumulate(sizes, initial=0))
-    buffers = [everything[start:end] for start, end in itertools.pairwise(ends)]
+    starts = itertools.accumulate((size + -size % ALIGNMENT for size in sizes), initial=0)
+    buffers = [everything[start : start + size] for start, size in zip(starts, sizes, strict=False)]
     return _Calls(pickle.loads(small, buffers=buffers))
 
 

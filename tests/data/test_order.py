@@ -1,0 +1,166 @@
+"""The order of pairs: every pair once, whatever the ranks, and the same again from any step on."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tercet.data.order import WINDOW_BLOCKS, PairOrder, hash_each, mix, permute, shuffled
+from tercet.errors import TercetError
+
+sizes = st.integers(1, 1100) | st.integers(1100, 9000)
+keys = st.integers(0, 2**64 - 1)
+counts = st.lists(st.integers(1, 6), min_size=1, max_size=200)
+choices = st.sampled_from(["random", "each"])
+
+
+def epoch_pairs(
+    caption_counts: list[int], batch_size: int, world: int, choice: Literal["random", "each"], epoch: int = 0, **options
+) -> list[list[tuple[int, int]]]:
+    """The (image, caption) pairs of each step, those of rank 0 first."""
+    steps: list[list[tuple[int, int]]] = []
+    orders = [
+        PairOrder(np.array(caption_counts), batch_size, 7, choice, rank=rank, world=world, **options)
+        for rank in range(world)
+    ]
+    for step in range(orders[0].steps_per_epoch):
+        parts = [order.step_indices(epoch, step) for order in orders]
+        steps.append(
+            [pair for part in parts for pair in zip(part.images.tolist(), part.captions.tolist(), strict=True)]
+        )
+    return steps
+
+
+@given(sizes, keys)
+def test_permute_is_a_permutation(size: int, key: int) -> None:
+    assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+
+
+@given(sizes, keys, st.integers(1, 400))
+def test_shuffled_is_a_permutation_for_every_block_size(size: int, key: int, block: int) -> None:
+    assert np.array_equal(np.sort(shuffled(np.arange(size), size, key, block)), np.arange(size))
+
+
+@given(sizes, keys, st.integers(1, 50), st.data())
+def test_a_part_of_the_order_equals_that_part_of_the_whole(
+    size: int, key: int, block: int, data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(0, size - 1))
+    part = np.arange(start, min(start + 40, size))
+    assert np.array_equal(shuffled(part, size, key, block), shuffled(np.arange(size), size, key, block)[part])
+
+
+def test_permute_of_a_small_set_is_close_to_uniform() -> None:
+    draws = np.stack([permute(np.arange(5), 5, mix(key)) for key in range(10_000)])
+    for place in range(5):
+        share = np.bincount(draws[:, place], minlength=5) / len(draws)
+        assert np.abs(share - 0.2).max() < 0.02  # five standard deviations
+    orders = np.unique(draws, axis=0, return_counts=True)[1]
+    assert len(orders) == 120
+    assert orders.max() < 2 * 10_000 / 120
+
+
+def test_neighbours_of_a_shuffle_are_unrelated() -> None:
+    order = shuffled(np.arange(50_000), 50_000, 3)
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.02
+    assert abs(np.corrcoef(order, np.arange(50_000))[0, 1]) < 0.02
+
+
+def test_a_window_reads_few_blocks() -> None:
+    size, block = 100_000, 100
+    order = shuffled(np.arange(size), size, 3, block)
+    windows = [order[start : start + block * WINDOW_BLOCKS] // block for start in range(0, size, block * WINDOW_BLOCKS)]
+    assert max(len(np.unique(window)) for window in windows) <= WINDOW_BLOCKS + 1
+    # Yet a batch mixes blocks from all over the set.
+    assert len(np.unique(order[:64] // block)) > WINDOW_BLOCKS // 2
+    assert np.ptp(order[:64]) > size / 2
+
+
+@given(counts, st.integers(1, 40), st.integers(1, 5), st.integers(0, 3), st.sampled_from([1, 4]))
+def test_every_pair_once_over_all_ranks(
+    caption_counts: list[int], batch_size: int, world: int, epoch: int, block: int
+) -> None:
+    steps = epoch_pairs(caption_counts, batch_size, world, "each", epoch, drop_last=False, block_size=block)
+    seen = sorted(pair for step in steps for pair in step)
+    assert seen == [(image, caption) for image, count in enumerate(caption_counts) for caption in range(count)]
+
+
+@given(counts, st.integers(1, 40), st.integers(1, 5), st.integers(0, 3))
+def test_random_choice_gives_every_image_once_with_a_caption_of_its_own(
+    caption_counts: list[int], batch_size: int, world: int, epoch: int
+) -> None:
+    steps = epoch_pairs(caption_counts, batch_size, world, "random", epoch, drop_last=False)
+    seen = [pair for step in steps for pair in step]
+    assert sorted(image for image, _ in seen) == list(range(len(caption_counts)))
+    assert all(0 <= caption < caption_counts[image] for image, caption in seen)
+
+
+@given(counts, st.sampled_from([12, 24]), st.sampled_from([1, 2, 3, 4, 6]), choices, st.booleans())
+def test_the_global_batch_is_the_same_for_any_number_of_ranks(
+    caption_counts: list[int], global_batch: int, world: int, choice: Literal["random", "each"], drop_last: bool
+) -> None:
+    alone = epoch_pairs(caption_counts, global_batch, 1, choice, drop_last=drop_last)
+    together = epoch_pairs(caption_counts, global_batch // world, world, choice, drop_last=drop_last)
+    assert alone == together
+
+
+@given(counts, st.integers(1, 40), st.integers(1, 4), choices)
+def test_dropping_the_last_batch_leaves_full_batches(
+    caption_counts: list[int], batch_size: int, world: int, choice: Literal["random", "each"]
+) -> None:
+    steps = epoch_pairs(caption_counts, batch_size, world, choice, drop_last=True)
+    slots = len(caption_counts) if choice == "random" else sum(caption_counts)
+    if slots < batch_size * world:
+        assert [len(step) for step in steps] == [slots]
+    else:
+        assert [len(step) for step in steps] == [batch_size * world] * (slots // (batch_size * world))
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**63), st.integers(0, 50))
+def test_seeds_and_epochs_give_other_orders_and_the_same_again(seed: int, epoch: int) -> None:
+    def slots(seed: int, epoch: int) -> list[int]:
+        order = PairOrder(np.full(500, 5), 500, seed)
+        return order.step_indices(epoch, 0).slots.tolist()
+
+    assert slots(seed, epoch) == slots(seed, epoch)
+    assert slots(seed, epoch) != slots(seed + 1, epoch)
+    assert slots(seed, epoch) != slots(seed, epoch + 1)
+
+
+def test_captions_are_drawn_evenly_over_epochs() -> None:
+    order = PairOrder(np.full(400, 5), 400, 0)
+    drawn = np.zeros((400, 5), np.int64)
+    for epoch in range(50):
+        pairs = order.step_indices(epoch, 0)
+        drawn[pairs.images, pairs.captions] += 1
+    assert np.abs(drawn.sum(0) / drawn.sum() - 0.2).max() < 0.015
+    assert (drawn > 0).mean() > 0.99
+
+
+def test_a_step_costs_the_same_in_a_large_set() -> None:
+    order = PairOrder(np.ones(10_000_000, np.int64), 256, 0, block_size=1024)
+    start = time.perf_counter()
+    for step in range(20):
+        assert len(order.step_indices(1, step * 1000)) == 256
+    assert (time.perf_counter() - start) / 20 < 0.05
+
+
+def test_hash_does_not_warn_and_spreads() -> None:
+    with np.errstate(all="raise"):
+        bits = hash_each(np.arange(10_000), 1)
+    assert len(np.unique(bits >> np.uint64(32))) > 9_990
+
+
+def test_refusals() -> None:
+    with pytest.raises(TercetError, match="no images"):
+        PairOrder(np.zeros(0, np.int64), 4, 0)
+    with pytest.raises(TercetError, match="rank 2 of 2"):
+        PairOrder(np.ones(3, np.int64), 4, 0, rank=2, world=2)
+    with pytest.raises(IndexError, match="step 1 of an epoch of 1"):
+        PairOrder(np.ones(3, np.int64), 4, 0).step_indices(0, 1)
