@@ -44,7 +44,7 @@ class EvaluateKeys(DataKeys):
     """The keys that an evaluation reads."""
 
     train: DeviceKeys = Field(default_factory=DeviceKeys, description="where the model runs")
-    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="retrieval evaluation")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="evaluation")
 
 
 ConfigFlags = Annotated[Config, FLAT, tyro.conf.FlagConversionOff]
@@ -77,12 +77,16 @@ class TrainArguments:
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """Retrieval on held-out pairs: recall by the dual encoder alone, and re-ranked by the fusion encoder."""
+    """Measure a model on held-out data: in retrieval, by recall of the dual encoder and re-ranked, or in a task."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """model folder, run folder, or hub id"""
     data: Annotated[list[str], tyro.conf.arg(metavar="FILE...")]
-    """sources of image-text pairs: annotation files, folders, tar shards, or scenes:test"""
+    """annotation files of the task (for retrieval also folders and tar shards), or scenes:test"""
+    task: Annotated[str | None, tyro.conf.arg(metavar="TASK")] = None
+    """what is measured; default: what the model's run trained, else retrieval"""
+    predictions: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """write what the model said of each sample to this JSON file"""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """print the numbers as one JSON object"""
     config: Annotated[EvaluateKeys, FLAT, tyro.conf.FlagConversionOff] = field(default_factory=EvaluateKeys)

@@ -87,7 +87,7 @@ def train(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    """Retrieval on held-out pairs: recall of a model by its dual encoder, and re-ranked."""
+    """Measure a model on held-out data, in retrieval or in the task that it was fine-tuned for."""
     from tercet import arguments as parsing
 
     overrides, rest = parsing.split_flags(arguments, parsing.EvaluateArguments)
@@ -95,16 +95,23 @@ def evaluate(arguments: list[str]) -> None:
     folder, config = _model_and_config(options.model, overrides)
 
     from tercet import load
-    from tercet.data.sources import open_sources
-    from tercet.tasks.retrieval import evaluate as evaluate_retrieval
+    from tercet.files import write_atomic
+    from tercet.tasks.build import evaluate_task, open_data
     from tercet.train.parallel import place
 
-    source = open_sources(options.data, config.data, "test")
-    metrics = evaluate_retrieval(load(folder).to(place(config.train).device), source, config)
+    task = options.task or config.task
+    model = load(folder).to(place(config.train).device)
+    result = evaluate_task(task, model, open_data(task, options.data, config.data, "test"), config)
+    for problem in result.problems[:5]:
+        print(f"left out: {problem}", file=sys.stderr)
+    if len(result.problems) > 5:
+        print(f"left out: {len(result.problems) - 5} more", file=sys.stderr)
+    if options.predictions is not None:
+        write_atomic(options.predictions, json.dumps(result.predictions()) + "\n")
     if options.json:
-        print(json.dumps(metrics))
+        print(json.dumps(result.metrics()))
     else:
-        _print_metrics(metrics)
+        _print_metrics(result.metrics())
 
 
 def convert(arguments: list[str]) -> None:
@@ -231,6 +238,10 @@ def _model_and_config(model: str, overrides: dict[str, Any]) -> tuple[str, Confi
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
+    if not metrics.keys() & ROWS.keys():
+        for group, numbers in metrics.items():
+            _print_table([group, ""], [[name, f"{value:.2f}"] for name, value in numbers.items()])
+        return
     rows = [
         [meaning, *(f"{metrics[row][column]:.2f}" for column in COLUMNS)]
         for row, meaning in ROWS.items()

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 OBJECTIVE_NAMES = ("cma", "imc", "lmi", "itm", "mlm")
+HeadName = Literal["answer", "entailment", "nlvr", "assignment"]
 
 
 class Section(BaseModel):
@@ -132,6 +133,9 @@ class ModelConfig(Section):
     text: TextConfig = Field(default_factory=TextConfig, description="text encoder and fusion encoder")
     embed_dim: int = Field(default=256, ge=2, description="width of the space shared by image_feats and text_feats")
     temperature: float = Field(default=0.07, gt=0, description="start of the learned temperature")
+    heads: list[HeadName] = Field(
+        default_factory=list, description="parts for downstream tasks; a task adds those that it needs by itself"
+    )
 
     @model_validator(mode="before")
     @classmethod

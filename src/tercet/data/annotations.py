@@ -100,9 +100,9 @@ def _file_rows(file: str, data: DataConfig) -> Iterator[Row]:
 def _json_rows(file: str, data: DataConfig) -> Iterator[Row]:
     """A list of objects, one at a time so that only the text and one row are in memory; or an object with `images`."""
     text = read_text(file)
-    start = _skip_space(text, 0)
+    start = skip_space(text, 0)
     if text[start : start + 1] == "[":
-        for number, value in enumerate(_list_items(file, text, start + 1), 1):
+        for number, value in enumerate(list_items(file, text, start + 1), 1):
             yield _object_row(value, f"{file} row {number}", data)
         return
     try:
@@ -111,7 +111,7 @@ def _json_rows(file: str, data: DataConfig) -> Iterator[Row]:
         if error.msg == "Extra data" and "\n" in text[start : error.pos]:
             yield from _json_line_rows(file, text, data)
             return
-        raise _broken_json(file, text, error) from error
+        raise broken_json(file, text, error) from error
     except RecursionError as error:
         raise TercetError(f"{file}: nested too deep to be a list of pairs") from error
     if not isinstance(value, dict) or not isinstance(value.get("images"), list):
@@ -122,35 +122,35 @@ def _json_rows(file: str, data: DataConfig) -> Iterator[Row]:
         yield from _karpathy_rows(file, value["images"])
 
 
-def _list_items(file: str, text: str, position: int) -> Iterator[Any]:
+def list_items(file: str, text: str, position: int) -> Iterator[Any]:
     """The items of a JSON list whose text goes on at `position`, after its opening bracket."""
     decoder = json.JSONDecoder()
-    position = _skip_space(text, position)
+    position = skip_space(text, position)
     if text[position : position + 1] == "]":
         return
     while True:
         try:
             value, position = decoder.raw_decode(text, position)
-            position = _skip_space(text, position)
+            position = skip_space(text, position)
             mark = text[position : position + 1]
             if mark not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
         except json.JSONDecodeError as error:
-            raise _broken_json(file, text, error) from error
+            raise broken_json(file, text, error) from error
         except RecursionError as error:
             raise TercetError(f"{file}: nested too deep at character {position}") from error
         yield value
         if mark == "]":
             return
-        position = _skip_space(text, position + 1)
+        position = skip_space(text, position + 1)
 
 
-def _skip_space(text: str, position: int) -> int:
+def skip_space(text: str, position: int) -> int:
     match = SPACE.match(text, position)
     return match.end() if match else position
 
 
-def _broken_json(file: str, text: str, error: json.JSONDecodeError) -> TercetError:
+def broken_json(file: str, text: str, error: json.JSONDecodeError) -> TercetError:
     at_end = text[error.pos :].strip() == "" or "Unterminated string" in error.msg
     what = "the JSON ends too early; the file was cut short" if at_end else f"not JSON: {error.msg}"
     return TercetError(f"{file}: {what} (line {error.lineno}, column {error.colno}, character {error.pos})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -113,6 +113,42 @@ class TextBatch(HostBatch):
 
 
 @dataclass
+class SampleBatch(HostBatch):
+    """Samples of a downstream task.  Broken ones are left out, so that `batch` may be smaller than asked for, even 0.
+
+    Attributes:
+        images: uint8 [images, 3, height, width], RGB; while training [batch * images_per_sample, ...], those of one
+            sample beside each other.
+        image_rows: int64 [batch, images_per_sample]; row in `images` of each image of each sample, when samples share
+            images (evaluation).  None: sample i has the rows images_per_sample * i and following (training).
+        input_ids: int64 [batch, tokens].
+        attention_mask: bool [batch, tokens].
+        targets: what each sample is to be learned or measured by [batch].
+        texts: the texts as cleaned [batch].
+        keys: names each sample for messages, file and row [batch].
+        epoch: the epoch of this batch.
+        step: its index within the epoch.
+        skipped: samples that were broken and left out.
+        problems: why, one message for each.
+    """
+
+    images: Tensor
+    image_rows: Tensor | None
+    input_ids: Tensor
+    attention_mask: Tensor
+    targets: list[Any]
+    texts: list[str]
+    keys: list[str]
+    epoch: int = 0
+    step: int = 0
+    skipped: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass
 class SkipReport:
     """Samples that were left out of batches: how many, and the first few by name.
 
@@ -124,7 +160,7 @@ class SkipReport:
     count: int = 0
     messages: list[str] = field(default_factory=list)
 
-    def add(self, batch: Batch | ImageBatch) -> None:
+    def add(self, batch: Batch | ImageBatch | SampleBatch) -> None:
         """Count what `batch` left out."""
         self.count += batch.skipped
         for message in batch.problems:

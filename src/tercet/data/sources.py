@@ -10,7 +10,7 @@ import glob
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,6 +28,7 @@ BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
+@runtime_checkable
 class Source(Protocol):
     """Images with captions, by index.  Instances are read from several processes, and pickle."""
 
@@ -184,8 +185,7 @@ def _open(spec: str, data: DataConfig, split: str) -> Iterator[Source]:
     if spec == "scenes" or spec.startswith("scenes:"):
         yield _open_scenes(spec, data, split)
         return
-    pattern, suffix = _divide(spec)
-    files = [file for braces in expand_braces(pattern) for file in _matches(braces)]
+    files, suffix = find_files(spec)
     shards = [file for file in files if _extension(file) == ".tar"]
     if shards:
         problems = Problems()
@@ -194,6 +194,16 @@ def _open(spec: str, data: DataConfig, split: str) -> Iterator[Source]:
     for file in files:
         if file not in shards:
             yield _open_file(file, suffix, data)
+
+
+def find_files(spec: str) -> tuple[list[str], str | None]:
+    """The files that a specification names, and the split after its '#'.
+
+    Raises:
+        TercetError: there is none.
+    """
+    pattern, suffix = _divide(spec)
+    return [file for braces in expand_braces(pattern) for file in _matches(braces)], suffix
 
 
 def _open_file(file: str, suffix: str | None, data: DataConfig) -> Source:
@@ -216,14 +226,24 @@ def _open_file(file: str, suffix: str | None, data: DataConfig) -> Source:
 def _open_scenes(spec: str, data: DataConfig, split: str) -> Source:
     from tercet.data.scenes import SceneSource
 
+    wanted = scene_split(spec, split)
+    if wanted == "train":
+        return SceneSource(data.scenes, wanted)
+    return SceneSource(HELD_OUT_SCENES, wanted, distinct=True)
+
+
+def scene_split(spec: str, split: str) -> str:
+    """The split that `scenes` or `scenes:SPLIT` names; `split` where it names none.
+
+    Raises:
+        TercetError: there is no such split.
+    """
     wanted = spec.partition(":")[2] or split
     splits = ("train", "validation", "test")
     if wanted not in splits:
         near = difflib.get_close_matches(wanted, splits, 1)
         raise TercetError(f"{spec}: no scenes of split {wanted!r}; write scenes:{near[0] if near else 'test'}")
-    if wanted == "train":
-        return SceneSource(data.scenes, wanted)
-    return SceneSource(HELD_OUT_SCENES, wanted, distinct=True)
+    return wanted
 
 
 def _divide(spec: str) -> tuple[str, str | None]:

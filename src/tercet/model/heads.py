@@ -1,12 +1,22 @@
-"""Heads on top of the fused text: masked language modelling."""
+"""Heads on top of the fused text: masked language modelling, and the parts that downstream tasks add to a model."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tercet.config import HeadName, ModelConfig
 from tercet.model.text import initialise_bert
+
+if TYPE_CHECKING:
+    from tercet.model.tercet import Tercet
+
+ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")
 
 
 class MlmHead(nn.Module):
@@ -30,3 +40,43 @@ class MlmHead(nn.Module):
             `mlm_logits` `[..., vocabulary]`.
         """
         return F.linear(self.norm(F.gelu(self.transform(hidden))), word_embed, self.bias)
+
+
+class Classifier(nn.Module):
+    """Two linear maps around a ReLU, on the fused `[CLS]`."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, width)
+        self.output = nn.Linear(width, classes)
+
+    def forward(self, fused: Tensor) -> Tensor:
+        """`[..., width]` to logits `[..., classes]`."""
+        return self.output(F.relu(self.hidden(fused)))
+
+
+@dataclass(frozen=True)
+class Part:
+    """An attribute of `Tercet` that a head consists of; heads may share one.
+
+    Attributes:
+        make: builds it with random weights.
+        start: sets it to what it begins fine-tuning from, out of the model that it is added to; None: it stays random.
+    """
+
+    make: Callable[[ModelConfig], nn.Module]
+    start: Callable[[nn.Module, Tercet], None] | None = None
+
+
+def parts_of_head(head: HeadName) -> dict[str, Part]:
+    """The attributes of `Tercet` that a head consists of."""
+    return _PARTS[head]
+
+
+def _entailment_head(config: ModelConfig) -> nn.Module:
+    return Classifier(config.text.width, len(ENTAILMENT_LABELS))
+
+
+_PARTS: dict[HeadName, dict[str, Part]] = {
+    "entailment": {"entailment_head": Part(_entailment_head)},
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tercet.config import ModelConfig
-from tercet.model.heads import MlmHead
+from tercet.config import HeadName, ModelConfig
+from tercet.errors import TercetError
+from tercet.model.heads import Classifier, MlmHead, parts_of_head
 from tercet.model.layers import ImageMemory
 from tercet.model.text import FusionEncoder, TextEncoder, class_rows
 from tercet.model.vision import VisionTransformer
@@ -28,6 +30,7 @@ class Tercet(nn.Module):
     Attributes:
         config: the sizes.
         tokenizer: reads texts for this model; None while it is trained from captions, or where it was made without.
+        entailment_head: three classes of a fused pair; None without the head `entailment`.
     """
 
     tokenizer: Tokenizer | None = None
@@ -44,6 +47,9 @@ class Tercet(nn.Module):
         self.itm_head = nn.Linear(text.width, 2)
         self.mlm_head = MlmHead(text.width, text.vocabulary_size)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
+        self.entailment_head: Classifier | None = None
+        for head in config.heads:
+            self._make_parts(head)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """`images` `[batch, 3, height, width]` (uint8, or normalised floats) to `image_embeds`
@@ -80,6 +86,48 @@ class Tercet(nn.Module):
     def mlm_logits(self, fused: Tensor) -> Tensor:
         """Vocabulary logits `[..., vocabulary]` of fused tokens `[..., width]`."""
         return self.mlm_head(fused, self.text.word_embed.weight)
+
+    def add_heads(self, heads: Iterable[HeadName]) -> list[str]:
+        """Give the model parts for downstream tasks that it does not have yet, started as published.
+
+        Returns:
+            Names of the parts that are new.
+        """
+        made: list[str] = []
+        for head in heads:
+            if head in self.config.heads:
+                continue
+            self.config = self.config.model_copy(update={"heads": [*self.config.heads, head]})
+            for name in self._make_parts(head):
+                start = parts_of_head(head)[name].start
+                if start is not None:
+                    start(getattr(self, name), self)
+                made.append(name)
+        return made
+
+    def require_heads(self, heads: Iterable[HeadName], task: str) -> None:
+        """Refuse a model without the parts that a task needs.
+
+        Raises:
+            TercetError: it lacks one.
+        """
+        for head in heads:
+            if head not in self.config.heads:
+                raise TercetError(
+                    f"this model has no head for {head}; fine-tune it first: tercet train {task} --init MODEL"
+                )
+
+    def task_parts(self) -> list[nn.Module]:
+        """The parts that belong to downstream tasks."""
+        names = [name for head in self.config.heads for name in parts_of_head(head)]
+        return [getattr(self, name) for name in dict.fromkeys(names)]
+
+    def _make_parts(self, head: HeadName) -> list[str]:
+        """Make the parts of `head` that are not there yet, and name them."""
+        missing = [name for name in parts_of_head(head) if getattr(self, name) is None]
+        for name in missing:
+            setattr(self, name, parts_of_head(head)[name].make(self.config).to(self.temperature.device))
+        return missing
 
     def save(self, folder: str | Path, tokenizer: Tokenizer | None = None, card: str | None = None) -> Path:
         """Write this model as a folder; see `tercet.model.folder.save_model`."""

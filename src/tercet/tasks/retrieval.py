@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -189,6 +190,20 @@ class RetrievalResult:
     def metrics(self) -> dict[str, dict[str, float]]:
         """`{"dual": {...}, "reranked": {...}}`, the second only where there is one."""
         return {"dual": self.dual} | ({"reranked": self.reranked} if self.reranked is not None else {})
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many images and texts there were."""
+        return {"images": len(self.images.keys), "texts": len(self.captions)}
+
+    @property
+    def problems(self) -> list[str]:
+        """Why images were left out."""
+        return self.images.problems
+
+    def predictions(self) -> list[dict[str, Any]]:
+        """Nothing: a ranking of everything against everything is no prediction of single samples."""
+        return []
 
 
 def evaluate_source(

@@ -10,10 +10,11 @@ import cv2
 import torch
 
 from tercet.data.loader import picture
-from tercet.data.sources import Source, open_sources
+from tercet.data.sources import Source
 from tercet.files import write_atomic
 from tercet.model.folder import model_card, save_model
-from tercet.tasks.retrieval import RetrievalResult, evaluate_source, ranks
+from tercet.tasks.build import evaluate_task, open_data
+from tercet.tasks.retrieval import RetrievalResult, ranks
 from tercet.train.session import Session
 from tercet.train.track import Tracker
 
@@ -39,24 +40,23 @@ def finish_run(session: Session, tracker: Tracker) -> None:
 def evaluate_split(
     session: Session, tracker: Tracker, split: Literal["validation", "test"], gallery: bool = False
 ) -> None:
-    """Evaluate retrieval on a held-out source, where the config names one."""
+    """Evaluate the task on a held-out source, where the config names one."""
     config = session.config
     specs = config.data.validation if split == "validation" else config.data.test
     if not specs:
         return
     with tracker.waiting(f"evaluating on {split}"):
-        source = open_sources(specs, config.data, split)
+        source = open_data(config.task, specs, config.data, split)
         student = session.task.student
         student.tokenizer = session.tokenizer
-        result = evaluate_source(student, source, config)
-    sizes = {"images": len(result.images.keys), "texts": len(result.captions)}
-    tracker.log_evaluation(session.step, split, result.metrics() | {"size": sizes})
+        result = evaluate_task(config.task, student, source, config)
+    tracker.log_evaluation(session.step, split, result.metrics() | {"size": result.sizes})
     for name, metrics in result.metrics().items():
         words = " ".join(f"{key} {value:.1f}" for key, value in metrics.items())
         tracker.event(session.step, f"{split}, {name}: {words}")
-    for problem in result.images.problems[:5]:
+    for problem in result.problems[:5]:
         tracker.event(session.step, f"left out of {split}: {problem}")
-    if gallery:
+    if gallery and isinstance(result, RetrievalResult):
         entries = gallery_entries(result, source, config.data.pixel_limit)
         write_atomic(session.folder / GALLERY, json.dumps(entries))
 

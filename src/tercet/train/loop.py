@@ -7,20 +7,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tercet.config import Config
-from tercet.data.loader import Batch
 from tercet.data.order import mix
 from tercet.errors import TercetError
 from tercet.objectives.total import total
-from tercet.tasks.pretrain import PairBatch, PairOutput
+from tercet.tasks.task import StepBatch, TaskOutput
 from tercet.train.checkpoint import save_checkpoint
 from tercet.train.finish import evaluate_split, finish_run
 from tercet.train.optim import alpha_of, learning_rate
-from tercet.train.session import CHECKPOINTS, Session, due_steps, open_session
+from tercet.train.session import CHECKPOINTS, Session, due_steps, open_session, text_count
 from tercet.train.stop import StopRequest
 from tercet.train.track import Tracker
 
@@ -96,7 +96,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
     return session.folder
 
 
-def take_step(session: Session, batches: Sequence[Batch]) -> StepResult:
+def take_step(session: Session, batches: Sequence[StepBatch]) -> StepResult:
     """One optimizer step over one batch, or over several whose gradients are summed.
 
     Every random choice follows from the seed and the step, so that a resumed run repeats an unbroken one exactly.
@@ -113,7 +113,8 @@ def take_step(session: Session, batches: Sequence[Batch]) -> StepResult:
 
     task.begin_step()
     optimizer.zero_grad(set_to_none=True)
-    done: list[tuple[PairBatch, PairOutput]] = []
+    done: list[tuple[Any, TaskOutput]] = []
+    losses: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
         seed = mix(config.train.seed, step, index)
         prepared = task.prepare(batch, session.placement.device, seed)
@@ -122,7 +123,8 @@ def take_step(session: Session, batches: Sequence[Batch]) -> StepResult:
             output = task(prepared, alpha)
         (total(output.losses, config.objectives) / len(batches)).backward()
         done.append((prepared, output))
-    losses = {name: torch.stack([output.losses[name].detach() for _, output in done]).mean() for name in output.losses}
+        for name, loss in output.losses.items():
+            losses[name] = losses.get(name, torch.zeros(())) + loss.detach() / len(batches)
     limit = config.optim.clip_norm or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(task.student.parameters(), limit, foreach=True)
 
@@ -136,7 +138,7 @@ def take_step(session: Session, batches: Sequence[Batch]) -> StepResult:
     return StepResult(losses, grad_norm, pairs)
 
 
-def name_trouble(losses: dict[str, Tensor], batches: Sequence[Batch]) -> str:
+def name_trouble(losses: dict[str, Tensor], batches: Sequence[StepBatch]) -> str:
     """Which objective was not finite, on which samples."""
     named = [name for name, loss in losses.items() if not bool(torch.isfinite(loss))] or ["the gradient"]
     keys = [key for batch in batches for key in batch.keys]
@@ -152,7 +154,7 @@ class Pace:
         self._pairs = 0
         self._skipped = 0
 
-    def add(self, pairs: int, batches: Sequence[Batch]) -> None:
+    def add(self, pairs: int, batches: Sequence[StepBatch]) -> None:
         """Count a step."""
         self._pairs += pairs
         self._skipped += sum(batch.skipped for batch in batches)
@@ -185,15 +187,15 @@ def announce(session: Session, tracker: Tracker) -> None:
     """Say what is about to run."""
     model = session.task.student
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    pairs = int(session.source.caption_counts.sum())
+    texts = text_count(session.source)
     placement = session.placement
     for message in session.messages:
         tracker.event(session.step, message)
     tracker.event(
         session.step,
-        f"{session.source.image_count} images with {pairs} captions, {parameters / 1e6:.1f} M parameters, "
+        f"{session.source.image_count} images with {texts} texts, {parameters / 1e6:.1f} M parameters, "
         f"{session.total_steps} steps on {placement.device} in {placement.precision}, "
-        f"objectives {', '.join(session.config.objectives.enabled)}",
+        f"losses: {', '.join(session.task.loss_names)}",
     )
 
 

@@ -11,15 +11,15 @@ import torch
 
 from tercet.config import Config, ModelConfig
 from tercet.config_io import dump_config
-from tercet.data.loader import Batch, TrainLoader
-from tercet.data.sources import Source, open_sources
-from tercet.data.texts import Tokenizer, clean_caption
+from tercet.data.sources import Source
+from tercet.data.texts import Tokenizer
 from tercet.errors import TercetError
 from tercet.files import write_atomic
 from tercet.model.folder import load_model, require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.model.vision import resize_position_embed
-from tercet.tasks.pretrain import Pretraining
+from tercet.tasks.build import build_loader, build_task, kind_of, open_data, words_of
+from tercet.tasks.task import Loader, StepBatch, Task, TaskData
 from tercet.train.checkpoint import Position, list_checkpoints, load_newest
 from tercet.train.optim import build_optimizer
 from tercet.train.parallel import Placement, place
@@ -36,10 +36,10 @@ class Session:
     Attributes:
         config: resolved; the model's sizes are those of the model.
         folder: the run folder.
-        source: the training pairs.
+        source: the training pairs, or the samples of a downstream task.
         tokenizer: of model and loader.
         loader: batches by epoch and step.
-        task: student, teacher, queue and losses.
+        task: the student, what follows it, and its losses.
         optimizer: over the parameters that learn.
         placement: device and precision.
         step: optimizer steps taken.
@@ -48,10 +48,10 @@ class Session:
 
     config: Config
     folder: Path
-    source: Source
+    source: TaskData
     tokenizer: Tokenizer
-    loader: TrainLoader
-    task: Pretraining
+    loader: Loader
+    task: Task
     optimizer: torch.optim.Optimizer
     placement: Placement
     step: int
@@ -84,7 +84,7 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
     if not config.data.train:
         raise TercetError("data.train names no source; give --data.train FILE, FOLDER or 'scenes'")
     messages: list[str] = []
-    source = open_sources(config.data.train, config.data, "train")
+    source = open_data(config.task, config.data.train, config.data, "train")
     if len(source.problems):
         messages.append(
             f"{len(source.problems)} rows of the training data are left out; the first: {source.problems[0]}"
@@ -95,18 +95,10 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
     messages += made
     config = config.model_copy(update={"model": student.config, "output": str(folder)})
     published = config.compat == "published"
-    task = Pretraining(student, config.objectives, published, match_ids=not published).to(placement.device)
+    task = build_task(config, student).to(placement.device)
     task.train()
     optimizer = build_optimizer(student, config.optim, published)
-    loader = TrainLoader(
-        source,
-        tokenizer,
-        config.data,
-        image_size=student.config.vision.image_size,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        compat=config.compat,
-    )
+    loader = build_loader(config, source, tokenizer, student.config.vision.image_size)
     session = Session(config, folder, source, tokenizer, loader, task, optimizer, placement, 0, messages)
     if resume is None:
         tokenizer.save(folder / TOKENIZER)
@@ -118,7 +110,7 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
     return session
 
 
-def due_steps(session: Session) -> Iterator[list[Batch]]:
+def due_steps(session: Session) -> Iterator[list[StepBatch]]:
     """The batches of each step still due, up to `total_steps`; the caller counts `session.step` on."""
     per_step = session.config.optim.accumulate
     while session.step < session.total_steps:
@@ -131,9 +123,14 @@ def due_steps(session: Session) -> Iterator[list[Batch]]:
                 return
 
 
-def fingerprint(source: Source) -> str:
-    """A digest of how many images and captions a source holds and of some of their names."""
-    digest = hashlib.sha256(f"{source.image_count} {int(source.caption_counts.sum())}".encode())
+def text_count(source: TaskData) -> int:
+    """How many captions or samples a source holds."""
+    return int(source.caption_counts.sum()) if isinstance(source, Source) else source.sample_count
+
+
+def fingerprint(source: TaskData) -> str:
+    """A digest of how many images and texts a source holds and of some of their names."""
+    digest = hashlib.sha256(f"{source.image_count} {text_count(source)}".encode())
     stride = max(1, source.image_count // 64)
     for index in range(0, source.image_count, stride):
         digest.update(source.key(index).encode("utf-8", "surrogateescape"))
@@ -158,7 +155,7 @@ def _new_folder(config: Config) -> Path:
     return folder
 
 
-def _build_student(config: Config, source: Source, folder: Path) -> tuple[Tercet, Tokenizer, list[str]]:
+def _build_student(config: Config, source: TaskData, folder: Path) -> tuple[Tercet, Tokenizer, list[str]]:
     """The model to train and its tokenizer: loaded from `init`, or new with a tokenizer loaded or trained."""
     if config.init is not None:
         student = load_model(config.init).train()
@@ -166,7 +163,9 @@ def _build_student(config: Config, source: Source, folder: Path) -> tuple[Tercet
         size = config.model.vision.image_size
         if "vision" in config.model.model_fields_set and size != student.config.vision.image_size:
             resize_images(student, size)
-        return student, tokenizer, [f"starts from {config.init}"]
+        made = student.add_heads([*config.model.heads, *kind_of(config.task).heads])
+        new = f"; new in it: {', '.join(made)}" if made else ""
+        return student, tokenizer, [f"starts from {config.init}{new}"]
     saved = folder / TOKENIZER
     messages: list[str] = []
     if saved.is_dir():
@@ -174,14 +173,13 @@ def _build_student(config: Config, source: Source, folder: Path) -> tuple[Tercet
     elif config.data.tokenizer is not None:
         tokenizer = Tokenizer.load(config.data.tokenizer)
     else:
-        captions = (
-            clean_caption(caption, config.data.max_words)
-            for index in range(source.image_count)
-            for caption in source.captions(index)
-        )
-        tokenizer = Tokenizer.train(captions, config.data.tokenizer_size)
-        messages.append(f"trained a tokenizer of {tokenizer.vocabulary_size} word pieces on the captions")
-    return Tercet(_fitted(config.model, tokenizer, config.data.max_tokens)), tokenizer, messages
+        words = words_of(config.task, source, config.data)
+        tokenizer = Tokenizer.train(words, config.data.tokenizer_size)
+        messages.append(f"trained a tokenizer of {tokenizer.vocabulary_size} word pieces on the texts")
+    student = Tercet(_fitted(config.model, tokenizer, config.data.max_tokens))
+    # In this order, so that what a model without heads would draw stays the same.
+    student.add_heads(kind_of(config.task).heads)
+    return student, tokenizer, messages
 
 
 def _fitted(model: ModelConfig, tokenizer: Tokenizer, max_tokens: int) -> ModelConfig:

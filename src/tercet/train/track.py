@@ -19,6 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tercet.files import write_atomic
 
 METRICS = "metrics.jsonl"
+# What a training line holds besides losses.
+NOT_LOSSES = frozenset({"epoch", "lr", "temperature", "grad_norm", "alpha", "pairs_per_second", "skipped"})
 # Lines in a log file, where a bar cannot redraw itself.
 PLAIN_LINES = 40
 
@@ -73,7 +75,7 @@ class Tracker:
     def log_train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write a line of training metrics and show the losses."""
         self._write("train", step, metrics)
-        losses = [name for name in ("loss", "cma", "imc", "lmi", "itm", "mlm") if name in metrics]
+        losses = [name for name in metrics if name not in NOT_LOSSES]
         status = " ".join(f"{name} {metrics[name]:.3f}" for name in losses)
         status += f" | {metrics['pairs_per_second']:.0f} pairs/s"
         self._progress.update(self._bar, completed=step, status=status)

@@ -1,0 +1,240 @@
+"""Batches of samples, by worker processes, in the order that `order` says.
+
+As with pairs, one task of a worker is one whole batch, and every random choice follows from (seed, epoch, sample).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+
+from tercet.config import DataConfig
+from tercet.data.batches import SampleBatch, SkipReport
+from tercet.data.images import one_view, resize, sufficient_side
+from tercet.data.loader import encode_captions, stack
+from tercet.data.order import PairOrder
+from tercet.data.samples import Sample, SampleSource
+from tercet.data.texts import Tokenizer, clean_caption
+from tercet.data.workers import WorkerPool
+from tercet.errors import TercetError
+
+Clean = Callable[[str, int], str]
+
+SAMPLE_STREAM = 8  # keeps these random streams apart from others of the same seed
+SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
+
+
+def tells_sides(text: str) -> bool:
+    """Whether a text speaks of left or right, so that a mirrored picture would make it false."""
+    return SIDES.search(text) is not None
+
+
+class SampleTrainPlan:
+    """Makes the training batch of (epoch, step): a pure function, whichever process calls it."""
+
+    def __init__(
+        self,
+        source: SampleSource,
+        tokenizer: Tokenizer,
+        data: DataConfig,
+        image_size: int,
+        order: PairOrder,
+        compat: Literal["tercet", "published"],
+        clean: Clean,
+    ) -> None:
+        self.source = source
+        self.tokenizer = tokenizer
+        self.data = data
+        self.image_size = image_size
+        self.order = order
+        self.compat: Literal["tercet", "published"] = compat
+        self.clean = clean
+        sufficient = sufficient_side(image_size, data.crop_scale) if data.augment != "none" else image_size
+        self._minimum_side = None if compat == "published" else sufficient
+
+    def __call__(self, number: tuple[int, int]) -> SampleBatch:
+        """The batch of `number`, an (epoch, step)."""
+        epoch, step = number
+        kept: list[Sample] = []
+        views: list[np.ndarray] = []
+        problems: list[str] = []
+        for slot in self.order.step_indices(epoch, step).slots.tolist():
+            sample = self.source.sample(slot)
+            rng = np.random.default_rng((SAMPLE_STREAM, self.order.seed, epoch, slot))
+            try:
+                views += [self._view(image, sample, rng) for image in sample.images]
+            except (OSError, TercetError) as error:
+                problems.append(_describe(sample, error))
+                continue
+            kept.append(sample)
+        texts = [self.clean(sample.text, self.data.max_words) for sample in kept]
+        input_ids, attention_mask = encode_captions(self.tokenizer, texts, self.data.max_tokens)
+        return SampleBatch(
+            images=stack(views, self.image_size),
+            image_rows=None,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            targets=[sample.target for sample in kept],
+            texts=texts,
+            keys=[sample.key for sample in kept],
+            epoch=epoch,
+            step=step,
+            skipped=len(problems),
+            problems=problems,
+        )
+
+    def _view(self, image: int, sample: Sample, rng: np.random.Generator) -> np.ndarray:
+        data = self.data
+        pixels = self.source.pixels(image, data.pixel_limit, self._minimum_side)
+        flip = data.flip and (self.compat == "published" or not tells_sides(sample.text))
+        return one_view(pixels, self.image_size, rng, data.augment, data.crop_scale, self.compat, flip)
+
+
+class SamplePlan:
+    """Makes evaluation batch `number`: samples in order, each different image of the batch once."""
+
+    def __init__(
+        self,
+        source: SampleSource,
+        tokenizer: Tokenizer,
+        data: DataConfig,
+        image_size: int,
+        batch_size: int,
+        count: int,
+        clean: Clean,
+    ) -> None:
+        self.source = source
+        self.tokenizer = tokenizer
+        self.data = data
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.count = count
+        self.clean = clean
+
+    def __call__(self, number: int) -> SampleBatch:
+        """Samples number * batch_size and following."""
+        views: dict[int, np.ndarray] = {}
+        kept: list[Sample] = []
+        problems: list[str] = []
+        start = number * self.batch_size
+        for index in range(start, min(start + self.batch_size, self.count)):
+            sample = self.source.sample(index)
+            try:
+                seen = {image: self._view(image) for image in sample.images if image not in views}
+            except (OSError, TercetError) as error:
+                problems.append(_describe(sample, error))
+                continue
+            views.update(seen)
+            kept.append(sample)
+        places = {image: place for place, image in enumerate(views)}
+        texts = [self.clean(sample.text, self.data.max_words) for sample in kept]
+        input_ids, attention_mask = encode_captions(self.tokenizer, texts, self.data.max_tokens)
+        rows = torch.tensor([[places[image] for image in sample.images] for sample in kept], dtype=torch.int64)
+        return SampleBatch(
+            images=stack(list(views.values()), self.image_size),
+            image_rows=rows.view(len(kept), self.source.images_per_sample),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            targets=[sample.target for sample in kept],
+            texts=texts,
+            keys=[sample.key for sample in kept],
+            step=number,
+            skipped=len(problems),
+            problems=problems,
+        )
+
+    def _view(self, image: int) -> np.ndarray:
+        return resize(self.source.pixels(image, self.data.pixel_limit), self.image_size)
+
+
+class SampleLoader:
+    """Training batches of samples; each sample comes once an epoch.
+
+    Args:
+        source: the samples.
+        tokenizer: turns texts to ids.
+        data: augmentation, text lengths, number of workers.
+        image_size: side of the views in pixels.
+        batch_size: samples a step on each rank.
+        seed: every random choice follows from it, the epoch and the sample.
+        compat: 'published' for the published code's augmentation; it mirrors pictures whatever the text says.
+        rank, world: this process among those that train together.
+        drop_last: leave out an epoch's last batch when it is smaller; a set smaller than a batch gives one batch.
+        clean: cleans a text and cuts it to a number of words.
+
+    Attributes:
+        report: what was left out so far, and why.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        tokenizer: Tokenizer,
+        data: DataConfig,
+        image_size: int,
+        batch_size: int,
+        seed: int,
+        compat: Literal["tercet", "published"] = "tercet",
+        rank: int = 0,
+        world: int = 1,
+        drop_last: bool = True,
+        clean: Clean = clean_caption,
+    ) -> None:
+        ones = np.ones(source.sample_count, np.int64)
+        self.order = PairOrder(ones, batch_size, seed, rank=rank, world=world, drop_last=drop_last)
+        self.report = SkipReport()
+        plan = SampleTrainPlan(source, tokenizer, data, image_size, self.order, compat, clean)
+        self._pool: WorkerPool[SampleBatch] = WorkerPool(plan, data.workers)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of every epoch; equal on all ranks."""
+        return self.order.steps_per_epoch
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[SampleBatch]:
+        """The batches of `epoch` from `first_step` on.
+
+        Raises:
+            TercetError: a worker process died.
+        """
+        for batch in self._pool.run([(epoch, step) for step in range(first_step, self.steps_per_epoch)]):
+            self.report.add(batch)
+            yield batch
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._pool.close()
+
+
+def sample_batches(
+    source: SampleSource,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    image_size: int,
+    batch_size: int,
+    limit: int | None = None,
+    clean: Clean = clean_caption,
+) -> Iterator[SampleBatch]:
+    """The samples of a source in order, or the first `limit` of them, by `data.workers` processes.
+
+    Raises:
+        TercetError: a worker process died.
+    """
+    count = min(source.sample_count, limit or source.sample_count)
+    plan = SamplePlan(source, tokenizer, data, image_size, batch_size, count, clean)
+    pool: WorkerPool[SampleBatch] = WorkerPool(plan, data.workers)
+    try:
+        yield from pool.run(list(range(-(-count // batch_size))))
+    finally:
+        pool.close()
+
+
+def _describe(sample: Sample, error: OSError | TercetError) -> str:
+    """Why a sample was left out, beginning with its file and row."""
+    file = getattr(error, "filename", None)
+    reason = f"{getattr(error, 'strerror', None)} ({file})" if file else " ".join(str(error).split())
+    return f"{sample.key}: {reason}"

@@ -1,0 +1,405 @@
+"""Samples of the downstream tasks: one or more images, a text, and what is to be learned of them.
+
+`open_samples` reads what the specifications name, by the reader of the task's own formats or from drawn scenes.  A
+mistake in a row of an annotated task is an error and not a row left out: annotations are few and dear, and a wrong
+label is a wrong number in the end.  Images are read when they are asked for; broken ones are left out and counted.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from tercet.config import DataConfig
+from tercet.data.annotations import broken_json, list_items, skip_space
+from tercet.data.images import decode
+from tercet.data.packed import PackedStrings, StringPacker, encode
+from tercet.data.rows import Problems, SplitFilter
+from tercet.data.sources import HELD_OUT_SCENES, find_files, scene_split
+from tercet.data.storage import FileImages, is_url, read_text
+from tercet.errors import TercetError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a task.
+
+    Attributes:
+        images: indices of its images in its source; equally many for all samples of a source.
+        text: the sentence or question as it was written.
+        target: what the task learns or is measured by: plain values, as JSON has them.
+        key: names the sample in messages: file and row.
+    """
+
+    images: tuple[int, ...]
+    text: str
+    target: Any
+    key: str
+
+
+class SampleSource(Protocol):
+    """Samples over a set of images.  Instances are read from several processes, and pickle."""
+
+    @property
+    def image_count(self) -> int:
+        """How many images there are."""
+        ...
+
+    @property
+    def sample_count(self) -> int:
+        """How many samples there are."""
+        ...
+
+    @property
+    def images_per_sample(self) -> int:
+        """How many images every sample has."""
+        ...
+
+    @property
+    def problems(self) -> Sequence[str]:
+        """Messages of the rows that were left out, each naming its file and row."""
+        ...
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index`."""
+        ...
+
+    def image(self, index: int) -> bytes:
+        """The encoded image.  Raises OSError or TercetError when it cannot be read."""
+        ...
+
+    def pixels(self, index: int, pixel_limit: int, minimum_side: int | None = None) -> np.ndarray:
+        """Image `index` decoded: uint8 [height, width, 3].  Raises OSError or TercetError when it cannot be read."""
+        ...
+
+    def key(self, index: int) -> str:
+        """What names image `index` in messages."""
+        ...
+
+
+class Drawings(Protocol):
+    """Images that are drawn when they are asked for, such as scenes."""
+
+    @property
+    def image_count(self) -> int:
+        """How many images there are."""
+        ...
+
+    def array(self, index: int) -> np.ndarray:
+        """Image `index`: uint8 [height, width, 3]."""
+        ...
+
+    def image(self, index: int) -> bytes:
+        """The encoded image."""
+        ...
+
+    def key(self, index: int) -> str:
+        """What names image `index` in messages."""
+        ...
+
+
+class SampleTable:
+    """Samples held compactly, over images that lie in files or are drawn.
+
+    Args:
+        images: the images.
+        rows: int64 [samples, images_per_sample]; which images a sample has.
+        texts: [samples].
+        targets: JSON of each target [samples].
+        keys: [samples].
+        problems: why rows were left out.
+    """
+
+    def __init__(
+        self,
+        images: FileImages | Drawings,
+        rows: np.ndarray,
+        texts: PackedStrings,
+        targets: PackedStrings,
+        keys: PackedStrings,
+        problems: Sequence[str] = (),
+    ) -> None:
+        self.problems = problems
+        self._images = images
+        self._rows = rows
+        self._texts = texts
+        self._targets = targets
+        self._keys = keys
+
+    @property
+    def image_count(self) -> int:
+        """How many images there are."""
+        return len(self._images.names) if isinstance(self._images, FileImages) else self._images.image_count
+
+    @property
+    def sample_count(self) -> int:
+        """How many samples there are."""
+        return len(self._rows)
+
+    @property
+    def images_per_sample(self) -> int:
+        """How many images every sample has."""
+        return self._rows.shape[1]
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index`."""
+        images = tuple(self._rows[index].tolist())
+        return Sample(images, self._texts[index], json.loads(self._targets.raw(index)), self._keys[index])
+
+    def image(self, index: int) -> bytes:
+        """The encoded image.  Raises OSError or TercetError when it cannot be read."""
+        return self._images.read(index) if isinstance(self._images, FileImages) else self._images.image(index)
+
+    def pixels(self, index: int, pixel_limit: int, minimum_side: int | None = None) -> np.ndarray:
+        """Image `index` decoded: uint8 [height, width, 3].  Raises OSError or TercetError when it cannot be read."""
+        if not isinstance(self._images, FileImages):  # drawn: no need to encode it first
+            return self._images.array(index)
+        return decode(self._images.read(index), self.key(index), pixel_limit, minimum_side)
+
+    def key(self, index: int) -> str:
+        """What names image `index` in messages: its path."""
+        return self._images.names[index] if isinstance(self._images, FileImages) else self._images.key(index)
+
+
+class JoinedSamples:
+    """Several sources of samples one after the other, seen as one."""
+
+    def __init__(self, parts: Sequence[SampleSource]) -> None:
+        """Join `parts`.
+
+        Raises:
+            TercetError: there are none.
+        """
+        if not parts:
+            raise TercetError("no data given; name an annotation file of the task, or 'scenes'")
+        self.parts = list(parts)
+        self.problems = Problems()
+        for part in parts:
+            self.problems.extend(part.problems)
+        self._first_image = _starts([part.image_count for part in parts])
+        self._first_sample = _starts([part.sample_count for part in parts])
+
+    @property
+    def image_count(self) -> int:
+        """How many images there are."""
+        return int(self._first_image[-1])
+
+    @property
+    def sample_count(self) -> int:
+        """How many samples there are."""
+        return int(self._first_sample[-1])
+
+    @property
+    def images_per_sample(self) -> int:
+        """How many images every sample has."""
+        return self.parts[0].images_per_sample
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index`."""
+        part, local = _find(self._first_sample, index)
+        found, first = self.parts[part].sample(local), int(self._first_image[part])
+        return Sample(tuple(first + image for image in found.images), found.text, found.target, found.key)
+
+    def image(self, index: int) -> bytes:
+        """The encoded image.  Raises OSError or TercetError when it cannot be read."""
+        part, local = _find(self._first_image, index)
+        return self.parts[part].image(local)
+
+    def pixels(self, index: int, pixel_limit: int, minimum_side: int | None = None) -> np.ndarray:
+        """Image `index` decoded: uint8 [height, width, 3].  Raises OSError or TercetError when it cannot be read."""
+        part, local = _find(self._first_image, index)
+        return self.parts[part].pixels(local, pixel_limit, minimum_side)
+
+    def key(self, index: int) -> str:
+        """What names image `index` in messages."""
+        part, local = _find(self._first_image, index)
+        return self.parts[part].key(local)
+
+
+class SampleCollector:
+    """Takes samples one by one and packs them; images that several samples name are held once."""
+
+    def __init__(self, problems: Problems | None = None) -> None:
+        self.problems = Problems() if problems is None else problems
+        self._rows: list[list[int]] = []
+        self._texts = StringPacker()
+        self._targets = StringPacker()
+        self._keys = StringPacker()
+        self._names = StringPacker()
+        self._places: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, key: str, images: Sequence[str | int], text: str, target: object) -> None:
+        """Take one sample.
+
+        Args:
+            key: names it in messages: file and row.
+            images: names of its images in files, or their numbers among drawn ones.
+            text: its sentence or question.
+            target: plain values, as JSON has them.
+        """
+        self._rows.append([image if isinstance(image, int) else self._place(image) for image in images])
+        self._texts.add(text)
+        self._targets.add(json.dumps(target))
+        self._keys.add(key)
+
+    def finish(self, file: str, data: DataConfig) -> SampleTable:
+        """The samples, over images below `data.image_root` or else the folder of `file`.
+
+        Raises:
+            TercetError: there are none, or none of a few images is there.
+        """
+        if not self._rows:
+            why = f"; {len(self.problems)} left out, the first: {self.problems[0]}" if self.problems else ""
+            raise TercetError(f"{file}: no samples in it{why}")
+        images = FileImages(image_root(file, data), self._names.pack())
+        images.require_some(file)
+        return self._table(images)
+
+    def finish_drawn(self, drawings: Drawings) -> SampleTable:
+        """The samples, over images that are drawn."""
+        return self._table(drawings)
+
+    def _place(self, name: str) -> int:
+        place = self._places.setdefault(name, len(self._places))
+        if place == len(self._names):
+            self._names.add(encode(name))
+        return place
+
+    def _table(self, images: FileImages | Drawings) -> SampleTable:
+        rows = np.array(self._rows, np.int64)
+        return SampleTable(images, rows, self._texts.pack(), self._targets.pack(), self._keys.pack(), self.problems)
+
+
+ReadFile = Callable[[str, str | None, DataConfig], SampleSource]
+DrawSamples = Callable[[int, str], SampleSource]
+
+
+def open_samples(
+    specs: Sequence[str], data: DataConfig, split: str, read: ReadFile, draw: DrawSamples | None = None
+) -> SampleSource:
+    """Open what the specifications name, one after the other, as one source.
+
+    A specification is a file, a glob or braces of files, or `scenes`; after '#' it may name a split.
+
+    Args:
+        specs: the specifications.
+        data: where images lie; how many scenes are drawn for training.
+        split: 'train', 'validation' or 'test': which scenes `scenes` draws.
+        read: reads one file: (file, the split after '#', data) to samples.
+        draw: makes samples of drawn scenes: (scenes, split) to samples; None where scenes have none.
+
+    Raises:
+        TercetError: a file is missing or cannot be parsed, a row is wrong, or there is no sample.
+    """
+    parts: list[SampleSource] = []
+    for spec in [specs] if isinstance(specs, str) else specs:
+        if spec == "scenes" or spec.startswith("scenes:"):
+            if draw is None:
+                raise TercetError(f"{spec}: drawn scenes have no samples of this task; name an annotation file")
+            wanted = scene_split(spec, split)
+            parts.append(draw(data.scenes if wanted == "train" else HELD_OUT_SCENES, wanted))
+            continue
+        files, suffix = find_files(spec)
+        parts += [read(file, suffix, data) for file in files]
+    return parts[0] if len(parts) == 1 else JoinedSamples(parts)
+
+
+def read_objects(file: str, suffix: str | None = None, inside: str | None = None) -> Iterator[tuple[str, dict]]:
+    """The objects of a JSON list or of JSON lines, each with its file and row for messages.
+
+    Args:
+        file: path or URL.
+        suffix: take the rows of this `split` alone.
+        inside: when the file is one object, the key that holds the list.
+
+    Raises:
+        TercetError: not JSON, cut short, or an entry that is no object.
+    """
+    chosen = SplitFilter(suffix)
+    for where, value in _json_values(file, read_text(file), inside):
+        if not isinstance(value, dict):
+            raise TercetError(f"{where}: {type(value).__name__} {str(value)[:60]!r} is no object with keys")
+        if chosen.accepts(value.get("split") if suffix is not None else None):
+            yield where, value
+    chosen.check(file)
+
+
+def text_of(row: dict, where: str, *keys: str) -> str:
+    """The text under the first of `keys` that the row has.
+
+    Raises:
+        TercetError: it has none of them, or there is no text under it; names file and row.
+    """
+    for key in keys:
+        if key in row:
+            if isinstance(row[key], str) and row[key]:
+                return row[key]
+            raise TercetError(f"{where}: {key!r} is {str(row[key])[:60]!r}, not a text")
+    raise TercetError(f"{where}: no {' or '.join(map(repr, keys))}; the keys there are {', '.join(map(str, row))}")
+
+
+def image_root(file: str, data: DataConfig) -> str:
+    """The folder that the image paths of `file` start from."""
+    if data.image_root is not None:
+        return data.image_root
+    return file.rsplit("/", 1)[0] if is_url(file) else str(Path(file).parent)
+
+
+def choose_layout(root: str, layouts: Sequence[Sequence[str]]) -> int:
+    """Which of several ways to lay out a data set's images is the one on this disk.
+
+    Args:
+        root: the folder that paths start from.
+        layouts: for each way, where a few images would lie.
+
+    Returns:
+        The first way by which any of the images is there; 0 when there is none, or `root` is a URL.
+    """
+    if is_url(root):
+        return 0
+    found = (index for index, paths in enumerate(layouts) if any((Path(root) / path).is_file() for path in paths))
+    return next(found, 0)
+
+
+def _json_values(file: str, text: str, inside: str | None) -> Iterator[tuple[str, Any]]:
+    start = skip_space(text, 0)
+    if text[start : start + 1] == "[":
+        for number, value in enumerate(list_items(file, text, start + 1), 1):
+            yield f"{file} row {number}", value
+        return
+    if inside is not None:
+        try:
+            whole = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise broken_json(file, text, error) from error
+        if not isinstance(whole, dict) or not isinstance(whole.get(inside), list):
+            raise TercetError(f"{file}: neither a list of objects nor an object with a list of {inside!r}")
+        for number, value in enumerate(whole[inside], 1):
+            yield f"{file} {inside} {number}", value
+        return
+    # Split at newlines alone: str.splitlines would cut a text at U+2028, which JSON allows inside a string.
+    for number, line in enumerate(io.StringIO(text, newline="\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{file} line {number}", json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise TercetError(f"{file} line {number}: not JSON ({str(error)[:80]}); was the file cut short?") from error
+
+
+def _starts(counts: Sequence[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def _find(starts: np.ndarray, index: int) -> tuple[int, int]:
+    part = int(np.searchsorted(starts, index, side="right")) - 1
+    return part, int(index - starts[part])

@@ -1,0 +1,98 @@
+"""The tasks by name: the only place that knows them all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tercet.config import Config, DataConfig
+from tercet.data.loader import TrainLoader, cleaned_captions
+from tercet.data.sample_loader import SampleLoader
+from tercet.data.sources import open_sources
+from tercet.data.texts import Tokenizer
+from tercet.errors import TercetError
+from tercet.model.tercet import Tercet
+from tercet.tasks.pretrain import Pretraining
+from tercet.tasks.retrieval import evaluate_source
+from tercet.tasks.task import Loader, Task, TaskKind, TaskResult
+
+
+def _build_pretraining(config: Config, student: Tercet) -> Task:
+    published = config.compat == "published"
+    # The published pre-training makes every pair its own only positive; its fine-tuning goes by image ids.
+    match_ids = config.task != "pretrain" or not published
+    return Pretraining(student, config.objectives, published, match_ids)
+
+
+_PAIRS = TaskKind(open=open_sources, build=_build_pretraining, evaluate=evaluate_source, samples=False)
+
+KINDS: dict[str, TaskKind] = {
+    "pretrain": _PAIRS,
+    "retrieval": _PAIRS,
+}
+
+
+def kind_of(task: str) -> TaskKind:
+    """What is known of a task.
+
+    Raises:
+        TercetError: there is no such task.
+    """
+    if task not in KINDS:
+        raise TercetError(f"no task {task!r}; the tasks are {', '.join(KINDS)}")
+    return KINDS[task]
+
+
+def open_data(task: str, specs: Sequence[str], data: DataConfig, split: str) -> Any:
+    """What the specifications name, as `task` reads it: a `Source` of pairs or a `SampleSource`.
+
+    Raises:
+        TercetError: a file is missing or wrong; names file and row.
+    """
+    return kind_of(task).open(specs, data, split)
+
+
+def build_task(config: Config, student: Tercet) -> Task:
+    """The task that `config.task` names, over a student that has its heads.
+
+    Raises:
+        TercetError: nothing is trained by that name.
+    """
+    build = kind_of(config.task).build
+    if build is None:
+        raise TercetError(f"{config.task} is measured, not trained; see tercet evaluate --task {config.task}")
+    return build(config, student)
+
+
+def build_loader(config: Config, source: Any, tokenizer: Tokenizer, image_size: int) -> Loader:
+    """Training batches of `source`."""
+    kind, train = kind_of(config.task), config.train
+    if kind.samples:
+        return SampleLoader(
+            source,
+            tokenizer,
+            config.data,
+            image_size,
+            train.batch_size,
+            train.seed,
+            config.compat,
+            clean=kind.clean,
+        )
+    return TrainLoader(source, tokenizer, config.data, image_size, train.batch_size, train.seed, config.compat)
+
+
+def words_of(task: str, source: Any, data: DataConfig) -> Iterator[str]:
+    """The cleaned texts that a new tokenizer for `task` is trained on."""
+    kind = kind_of(task)
+    return kind.words(source, data) if kind.samples else cleaned_captions(source, data.max_words)
+
+
+def evaluate_task(task: str, model: Tercet, source: Any, config: Config) -> TaskResult:
+    """Measure `model` on what `open_data` gave for `task`.
+
+    Raises:
+        TercetError: the model lacks a head of the task or its tokenizer, or no image can be read.
+    """
+    kind = kind_of(task)
+    model.require_heads(kind.heads, task)
+    return kind.evaluate(model, source, config)

@@ -1,0 +1,160 @@
+"""What every task is to the training loop, and what an evaluation gives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tercet.config import Config, DataConfig, HeadName
+from tercet.data.batches import SkipReport
+from tercet.data.samples import SampleSource
+from tercet.data.sources import Source
+from tercet.data.texts import clean_caption
+from tercet.model.layers import ImageMemory
+from tercet.model.tercet import Tercet
+
+
+class TaskOutput(Protocol):
+    """What `forward` gives: at least the losses; what else the task's own `remember` reads is its business."""
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """`{name: loss}`, `[]` each; a name that is no objective of pre-training counts with weight 1."""
+        ...
+
+
+class Task(nn.Module, ABC):
+    """A model in training: the student, whatever follows it, and the losses of a batch.
+
+    A step is `begin_step`; for each of its batches `prepare` and `forward`; and, once the losses proved finite,
+    `remember`.  Parameters that no loss of the task reaches take no gradient.
+
+    Attributes:
+        student: the model that learns.
+    """
+
+    student: Tercet
+
+    @property
+    @abstractmethod
+    def loss_names(self) -> tuple[str, ...]:
+        """Names of the losses that a step gives."""
+
+    @abstractmethod
+    def prepare(self, batch: Any, device: torch.device, seed: int) -> Any:
+        """The host's part of a step: `batch` of the task's loader, on `device`; random choices follow from `seed`."""
+
+    def begin_step(self) -> None:
+        """What comes once before the batches of a step, such as moving the teacher."""
+
+    @abstractmethod
+    def forward(self, prepared: Any, alpha: float, /) -> TaskOutput:
+        """Losses of what `prepare` gave; `alpha` is the weight of the teacher's soft targets now."""
+
+    def remember(self, prepared: Any, output: Any, /) -> None:
+        """Keep what later steps read, such as features for the queue."""
+
+
+class TaskResult(Protocol):
+    """An evaluation."""
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Numbers by group, such as `{"accuracy": {"all": 81.2}}`."""
+        ...
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What was counted, such as `{"samples": 500}`."""
+        ...
+
+    @property
+    def problems(self) -> Sequence[str]:
+        """Why samples were left out, each naming its file and row."""
+        ...
+
+    def predictions(self) -> list[dict[str, Any]]:
+        """What the model said of each sample, as JSON has it; empty for tasks that say nothing of single samples."""
+        ...
+
+
+class StepBatch(Protocol):
+    """What the loop reads of a batch."""
+
+    keys: list[str]
+    skipped: int
+
+    def __len__(self) -> int: ...
+
+
+class Loader(Protocol):
+    """Training batches by epoch and step."""
+
+    report: SkipReport
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of every epoch."""
+        ...
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Any]:
+        """The batches of `epoch` from `first_step` on."""
+        ...
+
+    def close(self) -> None:
+        """End what makes the batches."""
+        ...
+
+
+TaskData = Source | SampleSource
+Words = Callable[[Any, DataConfig], Iterator[str]]
+
+
+def sample_words(source: SampleSource, data: DataConfig) -> Iterator[str]:
+    """The cleaned texts of all samples: what a tokenizer is trained on."""
+    for index in range(source.sample_count):
+        yield clean_caption(source.sample(index).text, data.max_words)
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """A task as `tercet.tasks.build` knows it.
+
+    Attributes:
+        open: opens data: (specifications, data config, split).
+        evaluate: measures a model, in evaluation mode or not, on what `open` gave.
+        build: makes the task that trains a student; None for what is measured alone.
+        heads: optional parts of the model that the task needs.
+        samples: whether `open` gives samples; else images with captions.
+        clean: cleans a sample's text and cuts it to a number of words.
+        words: the texts of a source of samples that a new tokenizer is trained on.
+    """
+
+    open: Callable[[Sequence[str], DataConfig, str], Any]
+    evaluate: Callable[[Tercet, Any, Config], TaskResult]
+    build: Callable[[Config, Tercet], Task] | None = None
+    heads: tuple[HeadName, ...] = ()
+    samples: bool = True
+    clean: Callable[[str, int], str] = clean_caption
+    words: Words = sample_words
+
+
+def memory_of(memory: ImageMemory, image_rows: Tensor | None, place: int, images_per_sample: int) -> ImageMemory:
+    """The memory of the image at `place` of each sample.
+
+    Args:
+        memory: of the images of a `SampleBatch`.
+        image_rows: `[batch, images_per_sample]`, as in `SampleBatch`.
+        place: which of a sample's images.
+        images_per_sample: how many a sample has.
+    """
+    if image_rows is not None:
+        return memory.select(image_rows[:, place])
+    if images_per_sample == 1:
+        return memory
+    device = memory.keys_values[0][0].device
+    return memory.select(torch.arange(place, len(memory), images_per_sample, device=device))
