@@ -87,6 +87,21 @@ def decode(data: bytes, name: str, pixel_limit: int = PIXEL_LIMIT, minimum_side:
         ) from error
 
 
+def from_pillow(image: Image.Image, name: str) -> Pixels:
+    """An image that Pillow has opened, as `decode` gives it: uint8 RGB `[height, width, 3]`, upright.
+
+    Raises:
+        BrokenImage: cut short, or of samples that do not fit into 8 bits.
+    """
+    try:
+        image.load()
+    except Exception as error:  # hostile bytes bring decoders to raise nearly anything
+        raise BrokenImage(
+            name, f"the image cannot be decoded ({_one_line(error)}); it is damaged or cut short"
+        ) from error
+    return _turn_upright(_to_rgb(image, name), _orientation(image))
+
+
 def resize(image: Pixels, size: int) -> Pixels:
     """The evaluation transform: `[height, width, 3]` to `[size, size, 3]`, bicubic, aspect ratio not kept."""
     if image.shape[:2] == (size, size):

@@ -31,8 +31,8 @@ def pad_texts(text_embeds: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def score_image(model: Tercet, image_embeds: Tensor, text_embeds: list[Tensor], batch_tokens: int = 8192) -> Tensor:
-    """`itm_logits` of class 1 (a match) of one image against texts.
+def match_image(model: Tercet, image_embeds: Tensor, text_embeds: list[Tensor], batch_tokens: int = 8192) -> Tensor:
+    """`itm_logits` of one image against texts; class 1 is a match.
 
     Args:
         model: in evaluation mode.
@@ -41,19 +41,23 @@ def score_image(model: Tercet, image_embeds: Tensor, text_embeds: list[Tensor], 
         batch_tokens: text tokens in one pass, padding included.
 
     Returns:
-        `[texts]`.
+        `[texts, 2]`.
     """
     memory = model.remember(image_embeds[None])
-    scores = image_embeds.new_empty(len(text_embeds), dtype=torch.float32)
+    logits = image_embeds.new_empty(len(text_embeds), 2, dtype=torch.float32)
     # Texts of like length share a batch, so that hardly any padding is computed.
     order = sorted(range(len(text_embeds)), key=lambda index: text_embeds[index].shape[0])
     while order:
         count = max(1, batch_tokens // text_embeds[order[-1]].shape[0])
         chunk, order = order[-count:], order[:-count]
         padded, mask = pad_texts([text_embeds[index] for index in chunk])
-        logits = model.match_logits(padded, mask, memory)
-        scores[torch.tensor(chunk, device=scores.device)] = logits[:, 1]
-    return scores
+        logits[torch.tensor(chunk, device=logits.device)] = model.match_logits(padded, mask, memory)
+    return logits
+
+
+def score_image(model: Tercet, image_embeds: Tensor, text_embeds: list[Tensor], batch_tokens: int = 8192) -> Tensor:
+    """What re-ranking goes by: the logit of a match of one image with each text, `[texts]`; see `match_image`."""
+    return match_image(model, image_embeds, text_embeds, batch_tokens)[:, 1]
 
 
 def candidate_pairs(similarities: Tensor, count: int) -> tuple[Tensor, Tensor]:
