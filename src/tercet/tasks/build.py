@@ -12,9 +12,11 @@ from tercet.data.sources import open_sources
 from tercet.data.texts import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
+from tercet.tasks.entailment import ENTAILMENT
 from tercet.tasks.pretrain import Pretraining
 from tercet.tasks.retrieval import evaluate_source
 from tercet.tasks.task import Loader, Task, TaskKind, TaskResult
+from tercet.tasks.vqa import VQA
 
 
 def _build_pretraining(config: Config, student: Tercet) -> Task:
@@ -29,6 +31,8 @@ _PAIRS = TaskKind(open=open_sources, build=_build_pretraining, evaluate=evaluate
 KINDS: dict[str, TaskKind] = {
     "pretrain": _PAIRS,
     "retrieval": _PAIRS,
+    "vqa": VQA,
+    "entailment": ENTAILMENT,
 }
 
 

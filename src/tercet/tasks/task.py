@@ -132,6 +132,8 @@ class TaskKind:
         samples: whether `open` gives samples; else images with captions.
         clean: cleans a sample's text and cuts it to a number of words.
         words: the texts of a source of samples that a new tokenizer is trained on.
+        adopt: lets a student keep something of its training data, such as the answers that occur in it; gives what
+            the user should know.
     """
 
     open: Callable[[Sequence[str], DataConfig, str], Any]
@@ -141,6 +143,12 @@ class TaskKind:
     samples: bool = True
     clean: Callable[[str, int], str] = clean_caption
     words: Words = sample_words
+    adopt: Callable[[Tercet, Any, Config], list[str]] | None = None
+
+
+def within_positions(data: DataConfig, model: Tercet) -> DataConfig:
+    """`data`, with texts cut to the positions that `model` has."""
+    return data.model_copy(update={"max_tokens": min(data.max_tokens, model.config.text.max_positions)})
 
 
 def memory_of(memory: ImageMemory, image_rows: Tensor | None, place: int, images_per_sample: int) -> ImageMemory:

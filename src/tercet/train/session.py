@@ -19,7 +19,7 @@ from tercet.model.folder import load_model, require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.model.vision import resize_position_embed
 from tercet.tasks.build import build_loader, build_task, kind_of, open_data, words_of
-from tercet.tasks.task import Loader, StepBatch, Task, TaskData
+from tercet.tasks.task import Loader, StepBatch, Task, TaskData, within_positions
 from tercet.train.checkpoint import Position, list_checkpoints, load_newest
 from tercet.train.optim import build_optimizer
 from tercet.train.parallel import Placement, place
@@ -93,8 +93,13 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
     torch.manual_seed(config.train.seed)
     student, tokenizer, made = _build_student(config, source, folder)
     messages += made
-    config = config.model_copy(update={"model": student.config, "output": str(folder)})
+    data = within_positions(config.data, student)
+    config = config.model_copy(update={"model": student.config, "data": data, "output": str(folder)})
     published = config.compat == "published"
+    student.tokenizer = tokenizer
+    adopt = kind_of(config.task).adopt
+    if adopt is not None:
+        messages += adopt(student, source, config)
     task = build_task(config, student).to(placement.device)
     task.train()
     optimizer = build_optimizer(student, config.optim, published)
