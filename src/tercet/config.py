@@ -210,8 +210,18 @@ class DataConfig(Section):
     )
     tokenizer_size: int = Field(default=8192, ge=64, description="word pieces of a tokenizer trained on the captions")
     workers: int = Field(default=2, ge=0, description="processes that read and augment")
-    augment: Literal["full", "light", "none"] = Field(
-        default="full", description="full: as published; light: crop and flip; none: resize only"
+    references: str | None = Field(
+        default=None, description="grounding: the official refs (JSON, or refs(unc).p) that hold the boxes of ref_ids"
+    )
+    instances: str | None = Field(
+        default=None, description="grounding: COCO's instances.json, which the refs' annotation ids point into"
+    )
+    detections: str | None = Field(
+        default=None, description="grounding: JSON of a detector's boxes to choose from, {image: [[x, y, w, h], ...]}"
+    )
+    augment: Literal["full", "light", "whole", "none"] = Field(
+        default="full",
+        description="full: as published; light: crop and flip; whole: as full without the crop; none: resize only",
     )
     crop_scale: tuple[float, float] = Field(
         default=(0.2, 1.0), description="share of the image's area that a random crop keeps"
@@ -271,6 +281,39 @@ class EvaluateConfig(Section):
     )
     batch_size: int = Field(default=64, ge=1, description="images or texts a batch")
     limit: int | None = Field(default=None, ge=1, description="evaluate on the first so many images only")
+    heatmap: Literal["itm", "itc"] = Field(
+        default="itm", description="grounding: read the fusion encoder's cross-attention, or the image's own attention"
+    )
+    heatmap_layer: int | None = Field(
+        default=None, ge=0, description="grounding: layer that is read, from 0; default two thirds up, as published"
+    )
+
+
+class VqaConfig(Section):
+    """Visual question answering."""
+
+    answers: str | None = Field(
+        default=None,
+        description="file of answers to choose from, JSON list or one a line; default: the commonest of the training",
+    )
+    answer_count: int = Field(
+        default=3128, ge=1, description="how many of the commonest training answers, where no file is named"
+    )
+    open_list: bool = Field(
+        default=False, description="allow questions without a right answer in the file; they count as wrong"
+    )
+    inference: Literal["auto", "rank", "write"] = Field(
+        default="auto", description="rank a list of answers, or write freely; auto ranks where there is a list"
+    )
+    candidates: int = Field(
+        default=128, ge=1, description="answers that are scored in full, chosen by their first word piece"
+    )
+    beams: int = Field(default=3, ge=1, description="beginnings that are followed in writing; 1 is greedy")
+    length_penalty: float = Field(
+        default=1.0, description="power of the length that divides an answer's log-probability in writing"
+    )
+    max_answer_tokens: int = Field(default=12, ge=1, description="word pieces of a written answer")
+    max_words: int = Field(default=50, ge=1, description="words of a question that are kept in evaluation")
 
 
 class Config(Section):
@@ -290,6 +333,7 @@ class Config(Section):
     data: DataConfig = Field(default_factory=DataConfig, description="pairs")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="optimizer and schedule")
     train: TrainConfig = Field(default_factory=TrainConfig, description="the loop")
+    vqa: VqaConfig = Field(default_factory=VqaConfig, description="visual question answering")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="retrieval evaluation")
 
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tercet.config import DataConfig
+from tercet.config import DataConfig, VqaConfig
+from tercet.data.augment import Pixels
 from tercet.data.inputs import ImageInput, ImageInputs, TextInputs, list_images, list_texts, to_batch, to_pixels
+from tercet.data.texts import clean_question
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
@@ -21,6 +24,9 @@ from tercet.tasks.classify import TEMPLATES, class_feats, zero_shot
 from tercet.tasks.encoding import BATCH, encode_sentences, evaluating, tokenise
 from tercet.tasks.heatmaps import Mode, average_words, contrast_heatmaps, enlarge, matching_heatmaps, to_grid
 from tercet.tasks.rerank import match_image, pad_texts
+
+if TYPE_CHECKING:
+    from tercet.tasks.answering import Answer
 
 # Words and word pieces that are kept of a text: as many as pre-training reads.
 _DATA = DataConfig()
@@ -93,7 +99,7 @@ def match(model: Tercet, images: ImageInputs, texts: TextInputs, paired: bool = 
 
 
 def classify(
-    model: Tercet, images: ImageInputs, labels: Sequence[str], templates: Sequence[str] = TEMPLATES
+    model: Tercet, images: ImageInputs, labels: Sequence[str], templates: Sequence[str] | None = None
 ) -> dict[str, float] | list[dict[str, float]]:
     """Probabilities of labels that the model was never trained on, by similarity to sentences that name them.
 
@@ -101,7 +107,8 @@ def classify(
         model: with its tokenizer.
         images: one or several.
         labels: names of the classes, such as "a dog".
-        templates: sentences with {} where the label goes; their features are averaged.
+        templates: sentences with {} where the label goes, their features averaged; default
+            `tercet.tasks.classify.TEMPLATES`.
 
     Returns:
         Of each image the labels with their probabilities, the likeliest first; one dict for one image.
@@ -112,7 +119,7 @@ def classify(
     if isinstance(labels, str) or not labels:
         raise TercetError("give classify a list of labels, such as ['a dog', 'a cat']")
     with evaluating(model):
-        classes = class_feats(model, list(labels), templates, _DATA)
+        classes = class_feats(model, list(labels), templates or TEMPLATES, _DATA)
     feats = embed_images(model, images)
     chances = zero_shot(feats.reshape(-1, feats.shape[-1]), classes, model.temperature.item())
     result = []
@@ -120,6 +127,38 @@ def classify(
         order = row.argsort(descending=True, stable=True).tolist()
         result.append({labels[index]: row[index].item() for index in order})
     return result[0] if feats.ndim == 1 else result
+
+
+def answer(
+    model: Tercet, images: ImageInputs, questions: TextInputs, answers: Sequence[str] | None = None
+) -> Answer | list[Answer]:
+    """Answers to questions about images.
+
+    Args:
+        model: fine-tuned for questions, with its tokenizer.
+        images: one, or as many as questions.
+        questions: one, or as many as images; one of either goes with all of the other.
+        answers: what to choose from; default the model's own list, and without one answers are written freely.
+
+    Returns:
+        One `Answer` (its `text`, its `score`) for one image and one question, else a list.
+
+    Raises:
+        TercetError: the model has no answer decoder, an image or question cannot be read, or their numbers do not fit.
+    """
+    from tercet.tasks.answering import Answerer
+
+    model.require_heads(("answer",), "vqa")
+    found: list[Answer] = []
+    pairs = _Pairs(images, questions)
+    with evaluating(model):
+        answerer = Answerer(model, VqaConfig(), model.answers if answers is None else list(answers))
+        for pixels, asked in pairs:
+            batch = to_batch(pixels, model.config.vision.image_size)
+            input_ids, attention_mask = tokenise(model, asked, _DATA, clean_question)
+            rows = torch.arange(len(asked))[:, None] if len(pixels) == len(asked) else torch.zeros(len(asked), 1).long()
+            found += answerer.answer(batch, input_ids, attention_mask, rows)
+    return found[0] if pairs.single else found
 
 
 @dataclass(frozen=True)
@@ -170,22 +209,16 @@ def ground(
     """
     if mode not in ("itm", "itc"):
         raise TercetError(f"no mode {mode!r}; the modes are itm and itc")
-    pictures, single_image = list_images(images)
-    several, single_text = list_texts(texts)
-    count = max(len(pictures), len(several))
-    if not {len(pictures), len(several)} <= {1, count}:
-        raise TercetError(f"{len(pictures)} images and {len(several)} texts; give one of either, or as many of both")
-    found = []
-    for start in range(0, count, BATCH):
-        chunk = range(start, min(start + BATCH, count))
-        own_pictures = [pictures[0]] if len(pictures) == 1 else [pictures[index] for index in chunk]
-        pixels = [to_pixels(picture, f"image {start + number}") for number, picture in enumerate(own_pictures, 1)]
-        said = [several[0] if len(several) == 1 else several[index] for index in chunk]
+    found: list[Grounding] = []
+    pairs = _Pairs(images, texts)
+    for pixels, said in pairs:
         found += _ground_some(model, pixels, said, mode, layer)
-    return found[0] if single_image and single_text else found
+    return found[0] if pairs.single else found
 
 
-def _ground_some(model: Tercet, pixels: list, texts: list[str], mode: Mode, layer: int | None) -> list[Grounding]:
+def _ground_some(
+    model: Tercet, pixels: list[Pixels], texts: list[str], mode: Mode, layer: int | None
+) -> list[Grounding]:
     """Groundings of as many texts as images, or of texts in one image."""
     with evaluating(model) as device:
         batch = to_batch(pixels, model.config.vision.image_size).to(device)
@@ -209,6 +242,32 @@ def _ground_some(model: Tercet, pixels: list, texts: list[str], mode: Mode, laye
             pieces = list(zip(names, to_grid(words[index, 1:length].cpu(), side, side), strict=True))
         result.append(Grounding(text, to_grid(maps[index].cpu(), side, side), pieces, height, width))
     return result
+
+
+class _Pairs:
+    """Images with texts, some at a time: as many of both, or one of either with all of the other.
+
+    Attributes:
+        single: whether one image and one text were given, both alone.
+    """
+
+    def __init__(self, images: ImageInputs, texts: TextInputs) -> None:
+        self.images, single_image = list_images(images)
+        self.texts, single_text = list_texts(texts)
+        self.single = single_image and single_text
+        self.count = max(len(self.images), len(self.texts))
+        if not {len(self.images), len(self.texts)} <= {1, self.count}:
+            raise TercetError(
+                f"{len(self.images)} images and {len(self.texts)} texts; give one of either, or as many of both"
+            )
+
+    def __iter__(self) -> Iterator[tuple[list[Pixels], list[str]]]:
+        """Images, decoded, and texts of some pairs; of several pairs with one image, that image alone."""
+        for start in range(0, self.count, BATCH):
+            chunk = range(start, min(start + BATCH, self.count))
+            own = chunk if len(self.images) > 1 else range(1)
+            pixels = [to_pixels(self.images[index], f"image {index + 1}") for index in own]
+            yield pixels, [self.texts[index if len(self.texts) > 1 else 0] for index in chunk]
 
 
 def _encoded(model: Tercet, images: list[ImageInput]) -> Iterator[Tensor]:

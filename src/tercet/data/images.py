@@ -17,10 +17,10 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from tercet.data.augment import Compat, Pixels, augment_fully, flip_sometimes
+from tercet.data.augment import Compat, Pixels, augment_fully, flip_sometimes, rand_augment
 from tercet.errors import TercetError
 
-Augment = Literal["full", "light", "none"]
+Augment = Literal["full", "light", "whole", "none"]
 
 PIXEL_LIMIT = 89_478_485
 # Pillow also reads formats that run other programs (EPS) or that nobody keeps photographs in; they stay shut.
@@ -143,13 +143,17 @@ def one_view(
         image: uint8 `[height, width, 3]`.
         size: side of the view in pixels.
         rng: source of every random choice: the same state gives the same view.
-        augment: "full" (crop, then all of `augment_fully`), "light" (crop and flip) or "none" (resize).
+        augment: "full" (crop, then all of `augment_fully`), "light" (crop and flip), "whole" (resize, flip and
+            RandAugment, as the published grounding) or "none" (resize).
         crop_scale: smallest and largest share of the image's area that the crop keeps.
         compat: "published" brings back the published RandAugment's defects.
         flip: whether left and right may be exchanged; captions are not changed with the image.
     """
     if augment == "none":
         return resize(image, size)
+    if augment == "whole":
+        view = resize(image, size)
+        return rand_augment(flip_sometimes(view, rng) if flip else view, rng, compat=compat)
     top, left, height, width = draw_crop(image.shape[0], image.shape[1], rng, crop_scale)
     view = resize(image[top : top + height, left : left + width], size)
     if augment == "full":

@@ -18,7 +18,7 @@ from tercet.data.batches import Batch, ImageBatch, SkipReport, TextBatch
 from tercet.data.images import decode, resize, sufficient_side, two_views
 from tercet.data.order import PairOrder
 from tercet.data.sources import JoinedSource, Source, block_size, image_ids
-from tercet.data.texts import Tokenizer, clean_caption
+from tercet.data.texts import Tokenizer, clean_caption, tells_sides
 from tercet.data.workers import WorkerPool
 from tercet.errors import TercetError
 
@@ -47,7 +47,7 @@ class TrainPlan:
         self.compat: Literal["tercet", "published"] = compat
         self._image_ids = image_ids(source)
         # The published code decodes in full; ours lets a JPEG come smaller where no crop can tell.
-        sufficient = sufficient_side(image_size, data.crop_scale) if data.augment != "none" else image_size
+        sufficient = sufficient_side(image_size, data.crop_scale) if data.augment in ("full", "light") else image_size
         self._minimum_side = None if compat == "published" else sufficient
 
     def __call__(self, number: tuple[int, int]) -> Batch:
@@ -68,7 +68,7 @@ class TrainPlan:
                 problems.append(describe(self.source, image, error))
                 continue
             rng = np.random.default_rng((AUGMENT_STREAM, self.order.seed, epoch, slot))
-            views.append(self._views(pixels, rng))
+            views.append(self._views(pixels, text, rng))
             captions.append(clean_caption(text, self.data.max_words))
             kept.append(image)
         input_ids, attention_mask = encode_captions(self.tokenizer, captions, self.data.max_tokens)
@@ -86,9 +86,10 @@ class TrainPlan:
             problems=problems,
         )
 
-    def _views(self, pixels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def _views(self, pixels: np.ndarray, text: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         data = self.data
-        return two_views(pixels, self.image_size, rng, data.augment, data.crop_scale, self.compat, data.flip)
+        flip = data.flip and (self.compat == "published" or not tells_sides(text))
+        return two_views(pixels, self.image_size, rng, data.augment, data.crop_scale, self.compat, flip)
 
 
 class ImagePlan:

@@ -5,7 +5,6 @@ As with pairs, one task of a worker is one whole batch, and every random choice 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -18,19 +17,13 @@ from tercet.data.images import one_view, resize, sufficient_side
 from tercet.data.loader import encode_captions, stack
 from tercet.data.order import PairOrder
 from tercet.data.samples import Sample, SampleSource
-from tercet.data.texts import Tokenizer, clean_caption
+from tercet.data.texts import Tokenizer, clean_caption, tells_sides
 from tercet.data.workers import WorkerPool
 from tercet.errors import TercetError
 
 Clean = Callable[[str, int], str]
 
 SAMPLE_STREAM = 8  # keeps these random streams apart from others of the same seed
-SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
-
-
-def tells_sides(text: str) -> bool:
-    """Whether a text speaks of left or right, so that a mirrored picture would make it false."""
-    return SIDES.search(text) is not None
 
 
 class SampleTrainPlan:
@@ -53,7 +46,7 @@ class SampleTrainPlan:
         self.order = order
         self.compat: Literal["tercet", "published"] = compat
         self.clean = clean
-        sufficient = sufficient_side(image_size, data.crop_scale) if data.augment != "none" else image_size
+        sufficient = sufficient_side(image_size, data.crop_scale) if data.augment in ("full", "light") else image_size
         self._minimum_side = None if compat == "published" else sufficient
 
     def __call__(self, number: tuple[int, int]) -> SampleBatch:

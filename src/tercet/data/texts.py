@@ -35,6 +35,7 @@ _ALIASES = {
 _DELETED = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
 _RUN_OF_SPACE = re.compile(r"\s{2,}")
 _WORDS_A_LINE = 10_000
+_SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 
 def clean_caption(text: str, max_words: int) -> str:
@@ -50,6 +51,11 @@ def clean_caption(text: str, max_words: int) -> str:
 def clean_question(text: str, max_words: int) -> str:
     """Lower-case a question and drop its punctuation; its spaces stay, and every one of them ends a word."""
     return _first_words(text.lower().translate(_DELETED).rstrip(" "), max_words)
+
+
+def tells_sides(text: str) -> bool:
+    """Whether a text speaks of left or right, so that a mirrored picture would make it false."""
+    return _SIDES.search(text) is not None
 
 
 class Tokenizer:

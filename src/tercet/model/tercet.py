@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,13 @@ from tercet.model.text import FusionEncoder, TextEncoder, class_rows
 from tercet.model.vision import VisionTransformer
 
 if TYPE_CHECKING:
+    from tercet.data.inputs import ImageInputs, TextInputs
     from tercet.data.texts import Tokenizer
+    from tercet.model.answer import AnswerDecoder
+    from tercet.model.nlvr import SecondFusion
+    from tercet.predict import Grounding
+    from tercet.tasks.answering import Answer
+    from tercet.tasks.heatmaps import Mode
 
 
 class Tercet(nn.Module):
@@ -30,10 +36,16 @@ class Tercet(nn.Module):
     Attributes:
         config: the sizes.
         tokenizer: reads texts for this model; None while it is trained from captions, or where it was made without.
+        answers: what it chooses answers to questions from; None where it writes them freely.
+        answer_decoder: writes answers to questions; None without the head `answer`.
         entailment_head: three classes of a fused pair; None without the head `entailment`.
+        second_fusion: layers that read the second of two images; None without the heads `nlvr` and `assignment`.
+        nlvr_head: two classes of a sentence fused with two images; None without the head `nlvr`.
+        assignment_head: which of two images a text belongs to; None without the head `assignment`.
     """
 
     tokenizer: Tokenizer | None = None
+    answers: list[str] | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -47,7 +59,11 @@ class Tercet(nn.Module):
         self.itm_head = nn.Linear(text.width, 2)
         self.mlm_head = MlmHead(text.width, text.vocabulary_size)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
+        self.answer_decoder: AnswerDecoder | None = None
         self.entailment_head: Classifier | None = None
+        self.second_fusion: SecondFusion | None = None
+        self.nlvr_head: Classifier | None = None
+        self.assignment_head: nn.Linear | None = None
         for head in config.heads:
             self._make_parts(head)
 
@@ -128,6 +144,54 @@ class Tercet(nn.Module):
         for name in missing:
             setattr(self, name, parts_of_head(head)[name].make(self.config).to(self.temperature.device))
         return missing
+
+    def embed_images(self, images: ImageInputs) -> Tensor:
+        """Unit vectors of images in the shared space; see `tercet.predict.embed_images`."""
+        from tercet.predict import embed_images
+
+        return embed_images(self, images)
+
+    def embed_texts(self, texts: TextInputs) -> Tensor:
+        """Unit vectors of texts in the shared space; see `tercet.predict.embed_texts`."""
+        from tercet.predict import embed_texts
+
+        return embed_texts(self, texts)
+
+    def similarity(self, images: ImageInputs, texts: TextInputs) -> Tensor | float:
+        """Cosines of images with texts by the dual encoder; see `tercet.predict.similarity`."""
+        from tercet.predict import similarity
+
+        return similarity(self, images, texts)
+
+    def match(self, images: ImageInputs, texts: TextInputs, paired: bool = False) -> Tensor | float:
+        """Probabilities that images and texts belong together; see `tercet.predict.match`."""
+        from tercet.predict import match
+
+        return match(self, images, texts, paired)
+
+    def classify(
+        self, images: ImageInputs, labels: Sequence[str], templates: Sequence[str] | None = None
+    ) -> dict[str, float] | list[dict[str, float]]:
+        """Probabilities of labels that it was never trained on; see `tercet.predict.classify`."""
+        from tercet.predict import classify
+
+        return classify(self, images, labels, templates)
+
+    def answer(
+        self, images: ImageInputs, questions: TextInputs, answers: Sequence[str] | None = None
+    ) -> Answer | list[Answer]:
+        """Answers to questions about images; see `tercet.predict.answer`."""
+        from tercet.predict import answer
+
+        return answer(self, images, questions, answers)
+
+    def ground(
+        self, images: ImageInputs, texts: TextInputs, mode: Mode = "itm", layer: int | None = None
+    ) -> Grounding | list[Grounding]:
+        """Where in images texts are seen; see `tercet.predict.ground`."""
+        from tercet.predict import ground
+
+        return ground(self, images, texts, mode, layer)
 
     def save(self, folder: str | Path, tokenizer: Tokenizer | None = None, card: str | None = None) -> Path:
         """Write this model as a folder; see `tercet.model.folder.save_model`."""

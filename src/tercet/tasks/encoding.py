@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,8 @@ from tercet.tasks.retrieval import encode_texts
 
 BATCH = 64
 
+Clean = Callable[[str, int], str]
+
 
 @contextmanager
 def evaluating(model: Tercet) -> Iterator[torch.device]:
@@ -32,15 +34,17 @@ def evaluating(model: Tercet) -> Iterator[torch.device]:
         model.train(training)
 
 
-def tokenise(model: Tercet, texts: Sequence[str], data: DataConfig) -> tuple[Tensor, Tensor]:
-    """`input_ids` and `attention_mask` `[texts, tokens]`, cleaned and cut as captions are.
+def tokenise(
+    model: Tercet, texts: Sequence[str], data: DataConfig, clean: Clean = clean_caption
+) -> tuple[Tensor, Tensor]:
+    """`input_ids` and `attention_mask` `[texts, tokens]`, cleaned and cut as captions are, or as `clean` does.
 
     Raises:
         TercetError: the model has no tokenizer, or nothing is left of a text after cleaning.
     """
     cleaned = []
     for text in texts:
-        cleaned.append(clean_caption(text, data.max_words))
+        cleaned.append(clean(text, data.max_words))
         if not cleaned[-1]:
             raise TercetError(f"nothing is left of the text {text!r} after its punctuation is removed; give it words")
     return require_tokenizer(model).encode(cleaned, min(data.max_tokens, model.config.text.max_positions))
