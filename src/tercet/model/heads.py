@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tercet.config import HeadName, ModelConfig
+from tercet.model.nlvr import ASSIGNMENT_CLASSES, STATEMENT_CLASSES, SecondFusion
 from tercet.model.text import initialise_bert
 
 if TYPE_CHECKING:
     from tercet.model.tercet import Tercet
 
-ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")
+ENTAILMENT_CLASSES = 3
 
 
 class MlmHead(nn.Module):
@@ -74,9 +75,44 @@ def parts_of_head(head: HeadName) -> dict[str, Part]:
 
 
 def _entailment_head(config: ModelConfig) -> nn.Module:
-    return Classifier(config.text.width, len(ENTAILMENT_LABELS))
+    return Classifier(config.text.width, ENTAILMENT_CLASSES)
 
+
+def _answer_decoder(config: ModelConfig) -> nn.Module:
+    from tercet.model.answer import AnswerDecoder  # it is built of this module's MlmHead
+
+    return AnswerDecoder(config.text)
+
+
+def _start_answer_decoder(decoder: nn.Module, model: Tercet) -> None:
+    from tercet.model.answer import AnswerDecoder
+
+    assert isinstance(decoder, AnswerDecoder)
+    decoder.start_from(model)
+
+
+def _nlvr_head(config: ModelConfig) -> nn.Module:
+    return Classifier(config.text.width, STATEMENT_CLASSES)
+
+
+def _assignment_head(config: ModelConfig) -> nn.Module:
+    return nn.Linear(config.text.width, ASSIGNMENT_CLASSES)
+
+
+def _second_fusion(config: ModelConfig) -> nn.Module:
+    return SecondFusion(config.text, config.vision.width)
+
+
+def _start_second_fusion(second: nn.Module, model: Tercet) -> None:
+    assert isinstance(second, SecondFusion)
+    second.start_from(model)
+
+
+_SECOND_FUSION = Part(_second_fusion, _start_second_fusion)
 
 _PARTS: dict[HeadName, dict[str, Part]] = {
+    "answer": {"answer_decoder": Part(_answer_decoder, _start_answer_decoder)},
     "entailment": {"entailment_head": Part(_entailment_head)},
+    "nlvr": {"second_fusion": _SECOND_FUSION, "nlvr_head": Part(_nlvr_head)},
+    "assignment": {"second_fusion": _SECOND_FUSION, "assignment_head": Part(_assignment_head)},
 }

@@ -12,7 +12,9 @@ from tercet.data.sources import open_sources
 from tercet.data.texts import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
+from tercet.tasks.assignment import ASSIGNMENT
 from tercet.tasks.entailment import ENTAILMENT
+from tercet.tasks.nlvr import NLVR
 from tercet.tasks.pretrain import Pretraining
 from tercet.tasks.retrieval import evaluate_source
 from tercet.tasks.task import Loader, Task, TaskKind, TaskResult
@@ -33,6 +35,8 @@ KINDS: dict[str, TaskKind] = {
     "retrieval": _PAIRS,
     "vqa": VQA,
     "entailment": ENTAILMENT,
+    "nlvr_pretrain": ASSIGNMENT,
+    "nlvr": NLVR,
 }
 
 
