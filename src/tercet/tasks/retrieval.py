@@ -18,8 +18,9 @@ from tercet.model.tercet import Tercet
 from tercet.tasks.rerank import EncodedTexts, candidate_pairs, score_image
 
 RANKS = (1, 5, 10)
-# Below every logit of a candidate; adding the similarity keeps the dual encoder's order among the rest.
-UNRANKED = -1e4
+# Below every logit of a candidate, yet small enough that fp32 keeps similarities apart to 1e-5 when they are added: the
+# dual encoder's order stays among the rest.
+UNRANKED = -100.0
 
 
 @dataclass
