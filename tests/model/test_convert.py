@@ -121,7 +121,7 @@ def test_retrieval_checkpoint_gives_the_published_scores(parity_dir: Path, tmp_p
 @pytest.mark.parametrize(
     ("name", "kind", "new", "left"),
     [
-        ("vqa", "question answering", {"vision_projection", "itm_head", "mlm_head"}, "text_decoder."),
+        ("vqa", "question answering", {"vision_projection", "itm_head", "mlm_head"}, ""),
         ("ve", "visual entailment", {"vision_projection", "itm_head", "mlm_head"}, "cls_head."),
         ("nlvr", "NLVR2", {"vision_projection", "itm_head", "mlm_head"}, "cls_head."),
         ("nlvr_pretrain", "text-assignment", {"itm_head", "mlm_head"}, "ta_head."),

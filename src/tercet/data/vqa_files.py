@@ -147,7 +147,8 @@ def _read_albef(file: str, suffix: str | None, data: DataConfig, need_answers: b
     collector = SampleCollector()
     seen: dict[QuestionId, str] = {}
     for where, row in read_objects(file, suffix):
-        question_id = _question_id(row, where, seen, needed=not need_answers)
+        # Training names no question, and its files join sets whose numbers overlap.
+        question_id = row.get("question_id") if need_answers else _question_id(row, where, seen)
         answers = _answers(row, where) if "answer" in row or need_answers else None
         alone = row.get("dataset") == "vg" or (answers is not None and isinstance(row["answer"], str))
         weight = ONE_ANNOTATOR_WEIGHT if alone else 1.0
@@ -188,7 +189,6 @@ def read_gold(file: str) -> dict[QuestionId, Gold]:
     seen: dict[QuestionId, str] = {}
     for where, row in read_objects(file):
         question_id = _question_id(row, where, seen)
-        assert question_id is not None
         golds[question_id] = Gold(tuple(_answers(row, where)), row.get("answer_type"), where)
     return golds
 
@@ -205,7 +205,6 @@ def read_results(file: str) -> dict[QuestionId, str]:
         raise TercetError(f'{file}: no list; results are a JSON list of {{"question_id", "answer"}}')
     for where, row in read_objects(file):
         question_id = _question_id(row, where, seen)
-        assert question_id is not None
         if not isinstance(row.get("answer"), str):
             raise TercetError(f"{where}: 'answer' is {str(row.get('answer'))[:60]!r}, not a text")
         answers[question_id] = row["answer"]
@@ -254,7 +253,6 @@ def _read_annotations(file: str, whole: Any) -> dict[QuestionId, Gold]:
         if not isinstance(row, dict):
             raise TercetError(f"{where}: {type(row).__name__} {str(row)[:60]!r} is no object with keys")
         question_id = _question_id(row, where, seen)
-        assert question_id is not None
         golds[question_id] = Gold(tuple(_answers(row, where, "answers")), row.get("answer_type"), where)
     return golds
 
@@ -268,23 +266,21 @@ def _answers(row: Mapping[str, Any], where: str, key: str = "answer") -> list[st
             f"is {str(given)[:60]!r}" if key in row else f"is missing; the keys there are {', '.join(map(str, row))}"
         )
         raise TercetError(f"{where}: {key!r} {there}; it must hold the annotators' answers")
-    answers = [entry.get("answer") if isinstance(entry, dict) else entry for entry in found]
-    for number, answer in enumerate(answers, 1):
+    answers: list[str] = []
+    for number, entry in enumerate(found, 1):
+        answer = entry.get("answer") if isinstance(entry, dict) else entry
         if not isinstance(answer, str):
             raise TercetError(f"{where}: answer {number} is {str(answer)[:60]!r}, not a text")
+        answers.append(answer)
     return answers
 
 
-def _question_id(
-    row: Mapping[str, Any], where: str, seen: dict[QuestionId, str], needed: bool = True
-) -> QuestionId | None:
+def _question_id(row: Mapping[str, Any], where: str, seen: dict[QuestionId, str]) -> QuestionId:
     """The row's question id, which `seen` did not have yet."""
     question_id = row.get("question_id")
-    if question_id is None and not needed:
-        return None
     if isinstance(question_id, bool) or not isinstance(question_id, int | str):
         raise TercetError(f"{where}: 'question_id' is {str(question_id)[:60]!r}, not a number or a text")
-    if question_id in seen and needed:
+    if question_id in seen:
         raise TercetError(f"{where}: question_id {question_id} is that of {seen[question_id]} already")
     seen[question_id] = where
     return question_id

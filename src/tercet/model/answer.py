@@ -91,13 +91,11 @@ class AnswerDecoder(nn.Module):
         return self.head(answer_states, self.word_embed.weight)
 
     @torch.no_grad()
-    def start_from(self, model: Tercet) -> list[str]:
+    def start_from(self, model: Tercet) -> None:
         """Take the weights that the published method starts the decoder with: the embeddings of the text encoder, the
         layers of the fusion encoder, and the head of masked language modelling.
 
-        Returns:
-            Names of the parameters that keep their random start, because cross-attention to the image has another
-            width than the text.
+        Where image and text differ in width, keys and values of cross-attention have no counterpart and stay random.
         """
         parts = (
             ("", model.text.state_dict()),
@@ -106,13 +104,9 @@ class AnswerDecoder(nn.Module):
         )
         # Layers of the text encoder have the names that layers of the fusion encoder have, and come first.
         start = {prefix + name: value for prefix, part in parts for name, value in part.items()}
-        kept: list[str] = []
         for name, parameter in self.named_parameters():
             if start[name].shape == parameter.shape:
                 parameter.copy_(start[name])
-            else:
-                kept.append(name)
-        return kept
 
     def _layers(self) -> list[TextLayer]:
         return [layer for layer in self.layers if isinstance(layer, TextLayer)]

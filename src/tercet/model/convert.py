@@ -153,7 +153,7 @@ def _recognise(state: dict[str, Tensor], path: Path, vision_heads: int | None, t
 def _published_source(state: dict[str, Tensor], vision_heads: int | None, text_heads: int | None) -> _Source:
     names = find_names(state)
     config = published_config(state, vision_heads, text_heads)
-    sizes = {"vision": config.vision.model_dump(), "text": config.text.model_dump(), "embed_dim": config.embed_dim}
+    sizes = config.model_dump(include={"vision", "text", "embed_dim", "heads"})
     if "vision_proj.weight" not in state:
         del sizes["embed_dim"]
     if names == PRETRAINING:
@@ -233,7 +233,7 @@ def _check(source: _Source, gathered: Mapping[str, Tensor], used: Mapping[str, l
     for name, value in empty_model(config).state_dict().items():
         part = name.split(".")[0]
         if name not in gathered:
-            newly = part in source.optional and part not in parts
+            newly = name not in theirs or (part in source.optional and part not in parts)
             if not newly and not (source.names.vision is None and ".cross_" in name):
                 raise TercetError(f"{theirs[name][0]} is missing, and {name} needs it; the file is incomplete")
         elif gathered[name].shape != value.shape:

@@ -5,6 +5,7 @@ folder/
   config.json        library, library_version, format_version, model (the dump of ModelConfig)
   model.safetensors  every parameter under its name in Tercet, float32
   tokenizer.json     absent from a model converted without one; such a model embeds images alone
+  answers.json       the answers to questions that the model chooses from, where it has such a list
   README.md          model card
 ```
 """
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
-_FILES = (CONFIG, WEIGHTS, TOKENIZER, CARD)
+ANSWERS = "answers.json"
+_FILES = (CONFIG, WEIGHTS, TOKENIZER, ANSWERS, CARD)
 _RANDOM = ("normal_", "uniform_", "kaiming_uniform_")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -75,6 +77,8 @@ def save_model(model: Tercet, folder: str | Path, tokenizer: Tokenizer | None = 
             raise TercetError(f"cannot write {folder / WEIGHTS}: {error}; free some space") from error
         if tokenizer is not None:
             tokenizer.save(partial)
+        if model.answers is not None:
+            (partial / ANSWERS).write_text(json.dumps(model.answers, ensure_ascii=False) + "\n", "utf-8")
         (partial / CARD).write_text(card or model_card(model), "utf-8")
     return folder
 
@@ -101,6 +105,7 @@ def load_model(
     model = empty_model(read_config(folder))
     model.load_state_dict(_read_weights(folder / WEIGHTS, model, device), assign=True)
     model.tokenizer = _read_tokenizer(folder, model.config)
+    model.answers = _read_answers(folder / ANSWERS)
     return model.to(device).eval()
 
 
@@ -349,6 +354,18 @@ def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     tokenizer = Tokenizer.load(folder / TOKENIZER)
     _check_tokenizer(tokenizer, config, str(folder / TOKENIZER))
     return tokenizer
+
+
+def _read_answers(path: Path) -> list[str] | None:
+    if not path.is_file():
+        return None
+    try:
+        answers = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise TercetError(f"{path}: not valid JSON ({error}); copy or download the model again") from error
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise TercetError(f"{path}: not a list of answers; copy or download the model again")
+    return answers
 
 
 def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, origin: str) -> None:

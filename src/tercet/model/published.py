@@ -30,16 +30,20 @@ class Names:
         text: prefix of the text stack.
         prediction: prefix of BERT's prediction head.
         joint: whether projections, temperature and matching head are there, under their published names.
+        answers: prefix of the answer decoder, which has embeddings and a prediction head of its own.
     """
 
     vision: str | None = None
     text: str | None = None
     prediction: str | None = None
     joint: bool = False
+    answers: str | None = None
 
 
 PRETRAINING = Names("visual_encoder.", "text_encoder.bert.", "text_encoder.cls.predictions.", joint=True)
-DOWNSTREAM = Names("visual_encoder.", "text_encoder.", "text_encoder.cls.predictions.", joint=True)
+DOWNSTREAM = Names(
+    "visual_encoder.", "text_encoder.", "text_encoder.cls.predictions.", joint=True, answers="text_decoder."
+)
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,14 @@ class Stack:
         text: layers of the text encoder.
         fusion: layers of the fusion encoder.
         doubled: second layers of the pairs that models for two images have in place of each fusion layer.
+        answers: layers of the answer decoder.
     """
 
     vision: list[int] = field(default_factory=list)
     text: list[int] = field(default_factory=list)
     fusion: list[int] = field(default_factory=list)
     doubled: list[int] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)
 
 
 _BLOCK = {
@@ -104,9 +110,13 @@ def layout(names: Names, stack: Stack) -> list[Piece]:
         for ours, theirs in _JOINT.items():
             pieces += _weight_and_bias(ours, (theirs,))
     if names.prediction is not None:
-        pieces += _weight_and_bias("mlm_head.transform", (f"{names.prediction}transform.dense",))
-        pieces += _weight_and_bias("mlm_head.norm", (f"{names.prediction}transform.LayerNorm",))
-        pieces.append(Piece("mlm_head.bias", (f"{names.prediction}bias",)))
+        pieces += _prediction_layout("mlm_head", names.prediction)
+    if names.answers is not None:
+        pieces += _embedding_layout("answer_decoder", f"{names.answers}bert.embeddings.")
+        for index, layer in enumerate(stack.answers):
+            ours, theirs = f"answer_decoder.layers.{index}", f"{names.answers}bert.encoder.layer.{layer}"
+            pieces += _layer_layout(ours, theirs, _LAYER | _CROSS)
+        pieces += _prediction_layout("answer_decoder.head", f"{names.answers}cls.predictions.")
     return pieces
 
 
@@ -123,6 +133,9 @@ def find_stack(state: Mapping[str, Tensor], names: Names) -> Stack:
     vision = [] if names.vision is None else layer_numbers(state, rf"{re.escape(names.vision)}blocks\.(\d+)\.")
     if names.text is None:
         return Stack(vision)
+    answers: list[int] = []
+    if names.answers is not None:
+        answers = layer_numbers(state, re.escape(names.answers) + r"bert\.encoder\.layer\.(\d+)\.")
     prefix = re.escape(names.text) + r"encoder\.layer\.(\d+)\."
     layers, cross = layer_numbers(state, prefix), layer_numbers(state, prefix + "crossattention")
     if not cross:
@@ -132,7 +145,7 @@ def find_stack(state: Mapping[str, Tensor], names: Names) -> Stack:
     two_images = any(name.startswith(("cls_head.", "ta_head.")) for name in state) and "itm_head.weight" not in state
     if two_images and len(fusion) == 2 * len(text):
         return Stack(vision, text, fusion[::2], fusion[1::2])
-    return Stack(vision, text, fusion)
+    return Stack(vision, text, fusion, answers=answers)
 
 
 def layer_numbers(state: Iterable[str], pattern: str) -> list[int]:
@@ -146,12 +159,15 @@ def layer_numbers(state: Iterable[str], pattern: str) -> list[int]:
 
 def tied_names(names: Names) -> dict[str, str]:
     """Second names that the published code stores tied tensors under, and the first."""
-    if names.prediction is None or names.text is None:
-        return {}
-    return {
-        f"{names.prediction}decoder.weight": f"{names.text}embeddings.word_embeddings.weight",
-        f"{names.prediction}decoder.bias": f"{names.prediction}bias",
-    }
+    tied: dict[str, str] = {}
+    if names.prediction is not None and names.text is not None:
+        tied[f"{names.prediction}decoder.weight"] = f"{names.text}embeddings.word_embeddings.weight"
+        tied[f"{names.prediction}decoder.bias"] = f"{names.prediction}bias"
+    if names.answers is not None:
+        head = f"{names.answers}cls.predictions."
+        tied[f"{head}decoder.weight"] = f"{names.answers}bert.embeddings.word_embeddings.weight"
+        tied[f"{head}decoder.bias"] = f"{head}bias"
+    return tied
 
 
 def gather(state: Mapping[str, Tensor], names: Names, stack: Stack) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
@@ -233,24 +249,27 @@ def state_to_published(
             state dict of the published code.
     """
     names = PRETRAINING if style == "pretraining" else DOWNSTREAM
-    text, fusion, vision = (
+    text, fusion, vision, answers = (
         len(layer_numbers(state, rf"{part}\.(\d+)\."))
-        for part in (r"text\.layers", r"fusion\.layers", r"vision\.blocks")
+        for part in (r"text\.layers", r"fusion\.layers", r"vision\.blocks", r"answer_decoder\.layers")
     )
-    stack = Stack(list(range(vision)), list(range(text)), list(range(text, text + fusion)))
+    stack = Stack(
+        list(range(vision)), list(range(text)), list(range(text, text + fusion)), answers=list(range(answers))
+    )
     published: dict[str, Tensor] = {}
     for piece in layout(names, stack):
         if piece.ours in state:
             parts = _take_apart(piece.ours, state[piece.ours], len(piece.theirs))
             published.update(zip(piece.theirs, parts, strict=True))
     if tied:
-        with_head = "mlm_head.bias" in state
         for alias, first in tied_names(names).items():
-            if with_head and first in published:
+            head = alias.rpartition("decoder.")[0]
+            if f"{head}bias" in published and first in published:
                 published[alias] = published[first]
-        positions = published.get(f"{names.text}embeddings.position_embeddings.weight")
-        if positions is not None:
-            published[f"{names.text}embeddings.position_ids"] = torch.arange(positions.shape[0]).unsqueeze(0)
+        for embeddings in (f"{names.text}embeddings.", f"{names.answers}bert.embeddings."):
+            positions = published.get(f"{embeddings}position_embeddings.weight")
+            if positions is not None:
+                published[f"{embeddings}position_ids"] = torch.arange(positions.shape[0]).unsqueeze(0)
     return published
 
 
@@ -272,19 +291,35 @@ def _vision_layout(prefix: str, blocks: list[int]) -> list[Piece]:
 
 
 def _text_layout(prefix: str, stack: Stack) -> list[Piece]:
-    embeddings = f"{prefix}embeddings."
-    pieces = [
-        Piece("text.word_embed.weight", (f"{embeddings}word_embeddings.weight",)),
-        Piece("text.position_embed.weight", (f"{embeddings}position_embeddings.weight",)),
-        Piece("text.type_embed.weight", (f"{embeddings}token_type_embeddings.weight",)),
-        *_weight_and_bias("text.norm", (f"{embeddings}LayerNorm",)),
-    ]
+    pieces = _embedding_layout("text", f"{prefix}embeddings.")
     for part, layers, table in (("text", stack.text, _LAYER), ("fusion", stack.fusion, _LAYER | _CROSS)):
         for index, layer in enumerate(layers):
-            for ours, theirs in table.items():
-                full = tuple(f"{prefix}encoder.layer.{layer}.{name}" for name in theirs)
-                pieces += _weight_and_bias(f"{part}.layers.{index}.{ours}", full)
+            pieces += _layer_layout(f"{part}.layers.{index}", f"{prefix}encoder.layer.{layer}", table)
     return pieces
+
+
+def _embedding_layout(ours: str, theirs: str) -> list[Piece]:
+    return [
+        Piece(f"{ours}.word_embed.weight", (f"{theirs}word_embeddings.weight",)),
+        Piece(f"{ours}.position_embed.weight", (f"{theirs}position_embeddings.weight",)),
+        Piece(f"{ours}.type_embed.weight", (f"{theirs}token_type_embeddings.weight",)),
+        *_weight_and_bias(f"{ours}.norm", (f"{theirs}LayerNorm",)),
+    ]
+
+
+def _layer_layout(ours: str, theirs: str, table: Mapping[str, tuple[str, ...]]) -> list[Piece]:
+    pieces: list[Piece] = []
+    for part, names in table.items():
+        pieces += _weight_and_bias(f"{ours}.{part}", tuple(f"{theirs}.{name}" for name in names))
+    return pieces
+
+
+def _prediction_layout(ours: str, theirs: str) -> list[Piece]:
+    return [
+        *_weight_and_bias(f"{ours}.transform", (f"{theirs}transform.dense",)),
+        *_weight_and_bias(f"{ours}.norm", (f"{theirs}transform.LayerNorm",)),
+        Piece(f"{ours}.bias", (f"{theirs}bias",)),
+    ]
 
 
 def _weight_and_bias(ours: str, theirs: tuple[str, ...]) -> list[Piece]:

@@ -83,6 +83,8 @@ def published_config(
     }
     if "vision_proj.weight" in state:
         sizes["embed_dim"] = state["vision_proj.weight"].shape[0]
+    if find_stack(state, names).answers:
+        sizes["heads"] = ["answer"]
     return ModelConfig.model_validate(sizes)
 
 

@@ -8,14 +8,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tercet.config import TextConfig
+from tercet.config import TextConfig, VqaConfig
 from tercet.data.texts import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.answer import AnswerDecoder
+from tercet.model.folder import require_tokenizer
 from tercet.model.layers import ImageMemory, TokenCache
+from tercet.model.tercet import Tercet
 
 BLOCK = 32  # candidates of a question that are scored at once
 HEAD_ROWS = 2048  # rows of vocabulary logits that are held at once
+
+
+def question_states(
+    model: Tercet, images: Tensor, input_ids: Tensor, attention_mask: Tensor, image_rows: Tensor | None = None
+) -> Tensor:
+    """Questions fused with their images, every token of them.
+
+    Args:
+        model: the encoders.
+        images: `[images, 3, height, width]`.
+        input_ids: `[questions, tokens]`.
+        attention_mask: `[questions, tokens]`.
+        image_rows: `[questions]`, the image of each question; None: each has its own.
+
+    Returns:
+        `question_states` `[questions, tokens, width]`.
+    """
+    memory = model.remember(model.encode_image(images))
+    if image_rows is not None:
+        memory = memory.select(image_rows)
+    return model.fuse(model.encode_text(input_ids, attention_mask), attention_mask, memory)
+
+
+def decoder_of(model: Tercet) -> AnswerDecoder:
+    """The model's answer decoder.
+
+    Raises:
+        TercetError: it has none.
+    """
+    model.require_heads(["answer"], "vqa")
+    assert model.answer_decoder is not None
+    return model.answer_decoder
 
 
 @dataclass
@@ -255,3 +289,82 @@ class _BeamSearch:
         """The best answer of each question; beginnings that never ended count as they stand."""
         self._keep_ended(self.written, self.scores)
         return WrittenAnswers(self.ended[:, 0], self.ended_scores[:, 0])
+
+
+@dataclass
+class Answer:
+    """The answer to a question.
+
+    Attributes:
+        text: the answer.
+        score: its probability among the candidates of a list; of a written answer, the geometric mean of those of its
+            word pieces (with a length penalty of 1).
+        others: the next best of a list and their probabilities; empty for a written answer.
+    """
+
+    text: str
+    score: float
+    others: list[tuple[str, float]]
+
+
+class Answerer:
+    """Answers questions with a model, by a list of answers or freely.
+
+    Attributes:
+        texts: the list; None when answers are written freely.
+    """
+
+    def __init__(
+        self, model: Tercet, config: VqaConfig, answers: Sequence[str] | None, published: bool = False, others: int = 4
+    ) -> None:
+        """Make ready.
+
+        Args:
+            model: with the head `answer` and its tokenizer, in evaluation mode by the time it answers.
+            config: how to answer.
+            answers: the list to choose from; None where there is none.
+            published: rank as the published code does.
+            others: how many next best answers to tell.
+
+        Raises:
+            TercetError: the model lacks decoder or tokenizer, or `config` asks to rank and there is no list.
+        """
+        self.model, self.config, self.published, self.others = model, config, published, others
+        self.decoder = decoder_of(model)
+        self.tokenizer = require_tokenizer(model)
+        if config.inference == "rank" and answers is None:
+            raise TercetError("there is no list of answers to rank; name one with --vqa.answers, or let it write them")
+        self.texts = None if config.inference == "write" or answers is None else list(answers)
+        self.device = next(model.parameters()).device
+        self._list = None if self.texts is None else encode_answers(self.tokenizer, self.texts).to(self.device)
+
+    @torch.no_grad()
+    def answer(
+        self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, image_rows: Tensor | None = None
+    ) -> list[Answer]:
+        """The answers to a batch of questions; the arguments are those of `question_states`, on any device."""
+        images, input_ids, mask = (part.to(self.device) for part in (images, input_ids, attention_mask))
+        rows = None if image_rows is None else image_rows.to(self.device)
+        states = question_states(self.model, images, input_ids, mask, rows)
+        return self._write(states, mask) if self._list is None else self._rank(states, mask, self._list)
+
+    def _rank(self, states: Tensor, mask: Tensor, answers: AnswerList) -> list[Answer]:
+        ranked = rank_answers(self.decoder, states, mask, answers, self.config.candidates, self.published)
+        shown = self.others + 1
+        found: list[Answer] = []
+        for row, probabilities in zip(
+            ranked.indices[:, :shown].tolist(), ranked.probabilities[:, :shown].tolist(), strict=True
+        ):
+            best, *others = [(answers.texts[index], value) for index, value in zip(row, probabilities, strict=True)]
+            found.append(Answer(*best, others))
+        return found
+
+    def _write(self, states: Tensor, mask: Tensor) -> list[Answer]:
+        config = self.config
+        text = self.model.config.text
+        written = write_answers(
+            self.decoder, states, mask, text, config.beams, config.max_answer_tokens, config.length_penalty
+        )
+        scores = written.scores.exp().tolist()
+        ids = written.input_ids.tolist()
+        return [Answer(self.tokenizer.decode(row), score, []) for row, score in zip(ids, scores, strict=True)]
