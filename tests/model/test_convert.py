@@ -14,12 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tercet.errors import TercetError
-from tercet.model.convert import convert
-from tercet.model.folder import load_model
+from tercet.model.convert import _build_config, _leave, _published_source, convert
+from tercet.model.folder import empty_model, load_model
 from tercet.model.layers import ImageMemory
-from tercet.model.published import (
-    published_to_state,
-)
+from tercet.model.published import find_stack, gather, published_to_state
 from tercet.model.tercet import Tercet
 from tercet.model.vision import resize_position_embed
 from tercet.model.weights_file import read_weights
@@ -119,17 +117,17 @@ def test_retrieval_checkpoint_gives_the_published_scores(parity_dir: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "new", "left"),
+    ("name", "kind", "new", "heads"),
     [
-        ("vqa", "question answering", {"vision_projection", "itm_head", "mlm_head"}, ""),
-        ("ve", "visual entailment", {"vision_projection", "itm_head", "mlm_head"}, "cls_head."),
-        ("nlvr", "NLVR2", {"vision_projection", "itm_head", "mlm_head"}, "cls_head."),
-        ("nlvr_pretrain", "text-assignment", {"itm_head", "mlm_head"}, "ta_head."),
-        ("retrieval_train", "retrieval", {"mlm_head"}, ""),
+        ("vqa", "question answering", {"vision_projection", "itm_head", "mlm_head"}, ["answer"]),
+        ("ve", "visual entailment", {"vision_projection", "itm_head", "mlm_head"}, ["entailment"]),
+        ("nlvr", "NLVR2", {"vision_projection", "itm_head", "mlm_head"}, ["nlvr"]),
+        ("nlvr_pretrain", "text-assignment", {"itm_head", "mlm_head"}, ["assignment"]),
+        ("retrieval_train", "retrieval", {"mlm_head"}, []),
     ],
 )
-def test_downstream_checkpoints_give_their_shared_part(
-    parity_dir: Path, tmp_path: Path, name: str, kind: str, new: set[str], left: str
+def test_downstream_checkpoints_give_all_but_what_they_lack(
+    parity_dir: Path, tmp_path: Path, name: str, kind: str, new: set[str], heads: list[str]
 ) -> None:
     state = fixture(parity_dir, name, "state.")
     sizes = json.loads((parity_dir / f"{name}.json").read_text())
@@ -143,14 +141,47 @@ def test_downstream_checkpoints_give_their_shared_part(
     assert kind in report.kind
     made = {key.split(".")[0] for key in report.made_new}
     assert new <= made <= {"vision_projection", "text_projection", "itm_head", "mlm_head", "temperature"}
-    assert any(key.startswith(left) for key in report.left_over.get("heads of other tasks", [])) or not left
+    assert report.config.heads == heads
+    assert "heads of other tasks" not in report.left_over
+    used = [entry for entries in report.used.values() for entry in entries]
+    assert sorted(used + [entry for entries in report.left_over.values() for entry in entries]) == sorted(state)
     assert report.config.text.depth == sizes["bert_config"]["num_hidden_layers"]
     assert report.config.text.fusion_layer == sizes["bert_config"]["fusion_layer"]
     weights = load_model(tmp_path / "model").state_dict()
+    if "nlvr" in name:
+        second = state[f"text_encoder.encoder.layer.{report.config.text.fusion_layer + 3}.output.dense.weight"]
+        assert torch.equal(weights["second_fusion.layers.1.mlp.down.weight"], second)
     # The second fusion layer stands at 3 in a model for one image, at 4 in one that holds each layer twice.
     layer = report.config.text.fusion_layer + (2 if "nlvr" in name else 1)
     theirs = state[f"text_encoder.encoder.layer.{layer}.output.dense.weight"]
     assert torch.equal(weights["fusion.layers.1.mlp.down.weight"], theirs)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "retrieval", "vqa", "ve", "nlvr_pretrain", "nlvr"])
+def test_every_base_size_entry_is_accounted_for(parity_dir: Path, name: str) -> None:
+    """Used or left over for a reason, and what is left over belongs to no student."""
+    entries = json.loads((parity_dir / "official_keys_base.json").read_text())["models"][name]
+    state = {
+        key: torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]), device="meta")
+        for key, entry in entries.items()
+    }
+    source = _published_source(state, None, None)
+    gathered, used = gather(state, source.names, find_stack(state, source.names))
+    left_over = _leave(source, used)
+    taken = [entry for names in used.values() for entry in names]
+    left = [entry for names in left_over.values() for entry in names]
+    assert sorted(taken + left) == sorted(state)
+    assert set(left_over) <= {
+        "the momentum teacher",
+        "queues of features",
+        "position numbers",
+        "second names of tied tensors",
+    }
+    wanted = empty_model(_build_config(source, None)).state_dict()
+    assert gathered.keys() <= wanted.keys()
+    assert all(gathered[key].shape == wanted[key].shape for key in gathered)
+    heads = ("answer_decoder", "entailment_head", "second_fusion", "nlvr_head", "assignment_head")
+    assert {key for key in wanted if key.startswith(heads)} <= gathered.keys()
 
 
 @pytest.mark.slow

@@ -67,12 +67,12 @@ def test_gradients_map_as_weights(parity_dir: Path, published: State) -> None:
     }
 
 
-@pytest.mark.parametrize("style", ["pretraining", "downstream"])
-def test_back_to_the_published_names_exactly(parity_dir: Path, style: str) -> None:
-    name = "pretrain_grid4" if style == "pretraining" else "retrieval_train"
+@pytest.mark.parametrize("name", ["pretrain_grid4", "retrieval_train", "vqa", "ve", "nlvr", "nlvr_pretrain"])
+def test_back_to_the_published_names_exactly(parity_dir: Path, name: str) -> None:
+    style = "pretraining" if name == "pretrain_grid4" else "downstream"
     state = fixture(parity_dir, name, "state.")
     student = {key: value for key, value in state.items() if not is_teacher(key) and key not in QUEUES}
-    back = state_to_published(published_to_state(state), style)  # type: ignore[arg-type]
+    back = state_to_published(published_to_state(state), style)
     assert back.keys() == student.keys()
     assert all(torch.equal(back[key], value) for key, value in student.items())
     model = published_to_state(state)

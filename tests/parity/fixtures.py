@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tercet.config import ModelConfig, ObjectivesConfig
+from tercet.config import HeadName, ModelConfig, ObjectivesConfig
 from tercet.model.published import published_queues, published_teacher, published_to_state
 from tercet.model.tercet import Tercet
 from tercet.objectives.masking import locate
 from tercet.objectives.matching import Negatives
+from tercet.tasks.labelling import Labelling
 from tercet.tasks.pretrain import PairBatch, Pretraining
+
+LabelTask = TypeVar("LabelTask", bound=Labelling)
 
 
 @dataclass
@@ -74,13 +78,22 @@ def model_config(fixture: Fixture) -> ModelConfig:
     )
 
 
-def load_student(fixture: Fixture) -> Tercet:
-    """The fixture's model; the heads that its task does not have keep their random start."""
-    model = Tercet(model_config(fixture))
+def load_student(fixture: Fixture, heads: Sequence[HeadName] = ()) -> Tercet:
+    """The fixture's model with `heads`; what its task does not have keeps its random start."""
+    model = Tercet(model_config(fixture).model_copy(update={"heads": list(heads)}))
     missing, unexpected = model.load_state_dict(published_to_state(fixture.part("state.")), strict=False)
     assert not unexpected
-    assert all(name.startswith("mlm_head") for name in missing), missing
+    lacking = ("mlm_head", "itm_head", "vision_projection", "text_projection", "temperature") if heads else "mlm_head"
+    assert all(name.startswith(lacking) for name in missing), missing
     return model
+
+
+def load_labels(fixture: Fixture, head: HeadName, build: Callable[[Tercet], LabelTask]) -> LabelTask:
+    """A task that chooses labels, with the fixture's student and teacher."""
+    task = build(load_student(fixture, [head]))
+    if task.teacher is not None:
+        task.teacher.model.load_state_dict(published_teacher(fixture.part("state.")))
+    return task.train()
 
 
 def load_task(fixture: Fixture, config: ObjectivesConfig, match_ids: bool = False) -> Pretraining:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,11 +160,6 @@ def _published_source(state: dict[str, Tensor], vision_heads: int | None, text_h
         return _Source("published pre-training model", state, names, sizes)
     parts = {name.split(".")[0] for name in state}
     stack = find_stack(state, names)
-    notes = []
-    if stack.doubled:
-        notes.append(
-            "the model reads two images, with two layers for each fusion layer; the first of each pair was taken"
-        )
     if "ta_head" in parts:
         kind = "published text-assignment model"
     elif "cls_head" in parts:
@@ -173,7 +168,7 @@ def _published_source(state: dict[str, Tensor], vision_heads: int | None, text_h
         kind = "published question answering model"
     else:
         kind = "published retrieval model"
-    return _Source(kind, state, names, sizes, optional=_HEADS, notes=notes)
+    return _Source(kind, state, names, sizes, optional=_HEADS)
 
 
 def _bert_source(state: dict[str, Tensor], prefix: str, path: Path, heads: int | None) -> _Source:
@@ -243,7 +238,7 @@ def _check(source: _Source, gathered: Mapping[str, Tensor], used: Mapping[str, l
             )
         elif not gathered[name].is_floating_point():
             raise TercetError(f"{used[name][0]} holds {gathered[name].dtype}, not floats; convert the original file")
-    for alias, first in tied_names(source.names).items():
+    for alias, first in tied_names(source.names, find_stack(source.state, source.names)).items():
         if alias in source.state and first in source.state:
             _check_tied(alias, source.state[alias], first, source.state[first])
 
@@ -262,29 +257,26 @@ def _leave(source: _Source, used: Mapping[str, list[str]]) -> dict[str, list[str
         TercetError: one of them belongs to a layer that was used, so that the layer computes something else.
     """
     taken = {name for names in used.values() for name in names}
-    doubled = find_stack(source.state, source.names).doubled
+    second_names = tied_names(source.names, find_stack(source.state, source.names))
     left_over: dict[str, list[str]] = {}
     for name in source.state:
         if name not in taken:
-            left_over.setdefault(_reason(name, source.names, doubled), []).append(name)
+            left_over.setdefault(_reason(name, source.names, second_names), []).append(name)
     return left_over
 
 
-def _reason(name: str, names: Names, doubled: list[int]) -> str:
+def _reason(name: str, names: Names, second_names: Collection[str]) -> str:
     if is_teacher(name):
         return "the momentum teacher"
     if name in QUEUES:
         return "queues of features"
-    if name in tied_names(names):
+    if name in second_names:
         return "second names of tied tensors"
     if name.endswith("embeddings.position_ids"):
         return "position numbers"
     for prefix in (names.vision, names.text):
         if prefix is None:
             continue
-        layer = re.match(re.escape(prefix) + r"(?:blocks|encoder\.layer)\.(\d+)\.", name)
-        if layer and int(layer[1]) in doubled:
-            return "second layers of pairs"
         if name.startswith(prefix) and name.removeprefix(prefix).split(".")[0] not in _FOREIGN_HEADS:
             raise TercetError(f"{name} is no part of Tercet's encoders; the checkpoint is of another architecture")
     return "heads of other tasks"

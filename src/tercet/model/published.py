@@ -31,6 +31,7 @@ class Names:
         prediction: prefix of BERT's prediction head.
         joint: whether projections, temperature and matching head are there, under their published names.
         answers: prefix of the answer decoder, which has embeddings and a prediction head of its own.
+        labels: whether heads that choose a label may be there, under their published names.
     """
 
     vision: str | None = None
@@ -38,11 +39,17 @@ class Names:
     prediction: str | None = None
     joint: bool = False
     answers: str | None = None
+    labels: bool = False
 
 
 PRETRAINING = Names("visual_encoder.", "text_encoder.bert.", "text_encoder.cls.predictions.", joint=True)
 DOWNSTREAM = Names(
-    "visual_encoder.", "text_encoder.", "text_encoder.cls.predictions.", joint=True, answers="text_decoder."
+    "visual_encoder.",
+    "text_encoder.",
+    "text_encoder.cls.predictions.",
+    joint=True,
+    answers="text_decoder.",
+    labels=True,
 )
 
 
@@ -62,7 +69,8 @@ class Stack:
         vision: blocks of the vision transformer.
         text: layers of the text encoder.
         fusion: layers of the fusion encoder.
-        doubled: second layers of the pairs that models for two images have in place of each fusion layer.
+        doubled: second layers of the pairs that models for two images have in place of each fusion layer; the
+            published code stores the keys and values of their cross-attention under both layers' names.
         answers: layers of the answer decoder.
     """
 
@@ -95,6 +103,7 @@ _CROSS = {
     "cross_attention.output": ("crossattention.output.dense",),
     "cross_norm": ("crossattention.output.LayerNorm",),
 }
+_SECOND_CROSS = {ours: theirs for ours, theirs in _CROSS.items() if ours != "cross_attention.key_value"}
 _JOINT = {"vision_projection": "vision_proj", "text_projection": "text_proj", "itm_head": "itm_head"}
 
 
@@ -117,6 +126,11 @@ def layout(names: Names, stack: Stack) -> list[Piece]:
             ours, theirs = f"answer_decoder.layers.{index}", f"{names.answers}bert.encoder.layer.{layer}"
             pieces += _layer_layout(ours, theirs, _LAYER | _CROSS)
         pieces += _prediction_layout("answer_decoder.head", f"{names.answers}cls.predictions.")
+    if names.labels:
+        classifier = "nlvr_head" if stack.doubled else "entailment_head"
+        pieces += _weight_and_bias(f"{classifier}.hidden", ("cls_head.0",))
+        pieces += _weight_and_bias(f"{classifier}.output", ("cls_head.2",))
+        pieces += _weight_and_bias("assignment_head", ("ta_head",))
     return pieces
 
 
@@ -128,7 +142,8 @@ def find_names(state: Iterable[str]) -> Names:
 def find_stack(state: Mapping[str, Tensor], names: Names) -> Stack:
     """The layers that the keys name.
 
-    Models for two images hold each fusion layer twice; the first of each pair becomes our layer.
+    Models for two images hold a pair for each fusion layer; the first becomes our fusion layer, the second reads the
+    second image.
     """
     vision = [] if names.vision is None else layer_numbers(state, rf"{re.escape(names.vision)}blocks\.(\d+)\.")
     if names.text is None:
@@ -157,9 +172,14 @@ def layer_numbers(state: Iterable[str], pattern: str) -> list[int]:
     return list(range(first, max(found) + 1))
 
 
-def tied_names(names: Names) -> dict[str, str]:
+def tied_names(names: Names, stack: Stack) -> dict[str, str]:
     """Second names that the published code stores tied tensors under, and the first."""
     tied: dict[str, str] = {}
+    for first, second in zip(stack.fusion, stack.doubled, strict=False):
+        for theirs in _CROSS["cross_attention.key_value"]:
+            for kind in ("weight", "bias"):
+                alias, own = (f"{names.text}encoder.layer.{layer}.{theirs}.{kind}" for layer in (second, first))
+                tied[alias] = own
     if names.prediction is not None and names.text is not None:
         tied[f"{names.prediction}decoder.weight"] = f"{names.text}embeddings.word_embeddings.weight"
         tied[f"{names.prediction}decoder.bias"] = f"{names.prediction}bias"
@@ -184,7 +204,7 @@ def gather(state: Mapping[str, Tensor], names: Names, stack: Stack) -> tuple[dic
     Raises:
         TercetError: a part of a tensor is missing, or its parts do not fit together.
     """
-    second = {first: alias for alias, first in tied_names(names).items()}
+    second = {first: alias for alias, first in tied_names(names, stack).items()}
     gathered: dict[str, Tensor] = {}
     origins: dict[str, list[str]] = {}
     for piece in layout(names, stack):
@@ -249,12 +269,23 @@ def state_to_published(
             state dict of the published code.
     """
     names = PRETRAINING if style == "pretraining" else DOWNSTREAM
-    text, fusion, vision, answers = (
+    text, fusion, second, vision, answers = (
         len(layer_numbers(state, rf"{part}\.(\d+)\."))
-        for part in (r"text\.layers", r"fusion\.layers", r"vision\.blocks", r"answer_decoder\.layers")
+        for part in (
+            r"text\.layers",
+            r"fusion\.layers",
+            r"second_fusion\.layers",
+            r"vision\.blocks",
+            r"answer_decoder\.layers",
+        )
     )
+    above = list(range(text, text + fusion + second))
     stack = Stack(
-        list(range(vision)), list(range(text)), list(range(text, text + fusion)), answers=list(range(answers))
+        list(range(vision)),
+        list(range(text)),
+        above[::2] if second else above,
+        above[1::2] if second else [],
+        list(range(answers)),
     )
     published: dict[str, Tensor] = {}
     for piece in layout(names, stack):
@@ -262,9 +293,9 @@ def state_to_published(
             parts = _take_apart(piece.ours, state[piece.ours], len(piece.theirs))
             published.update(zip(piece.theirs, parts, strict=True))
     if tied:
-        for alias, first in tied_names(names).items():
-            head = alias.rpartition("decoder.")[0]
-            if f"{head}bias" in published and first in published:
+        for alias, first in tied_names(names, stack).items():
+            head, decoder, _ = alias.rpartition("decoder.")
+            if first in published and (not decoder or f"{head}bias" in published):
                 published[alias] = published[first]
         for embeddings in (f"{names.text}embeddings.", f"{names.answers}bert.embeddings."):
             positions = published.get(f"{embeddings}position_embeddings.weight")
@@ -292,7 +323,11 @@ def _vision_layout(prefix: str, blocks: list[int]) -> list[Piece]:
 
 def _text_layout(prefix: str, stack: Stack) -> list[Piece]:
     pieces = _embedding_layout("text", f"{prefix}embeddings.")
-    for part, layers, table in (("text", stack.text, _LAYER), ("fusion", stack.fusion, _LAYER | _CROSS)):
+    for part, layers, table in (
+        ("text", stack.text, _LAYER),
+        ("fusion", stack.fusion, _LAYER | _CROSS),
+        ("second_fusion", stack.doubled, _LAYER | _SECOND_CROSS),
+    ):
         for index, layer in enumerate(layers):
             pieces += _layer_layout(f"{part}.layers.{index}", f"{prefix}encoder.layer.{layer}", table)
     return pieces

@@ -83,9 +83,18 @@ def published_config(
     }
     if "vision_proj.weight" in state:
         sizes["embed_dim"] = state["vision_proj.weight"].shape[0]
-    if find_stack(state, names).answers:
-        sizes["heads"] = ["answer"]
+    sizes["heads"] = _task_heads(state, find_stack(state, names))
     return ModelConfig.model_validate(sizes)
+
+
+def _task_heads(state: Mapping[str, Tensor], stack: Stack) -> list[str]:
+    """`model.heads` of a published model for a downstream task."""
+    heads = ["answer"] if stack.answers else []
+    if "cls_head.0.weight" in state:
+        heads.append("nlvr" if stack.doubled else "entailment")
+    if "ta_head.weight" in state:
+        heads.append("assignment")
+    return heads
 
 
 def needed(state: Mapping[str, Tensor], name: str) -> Tensor:
