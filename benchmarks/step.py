@@ -1,4 +1,4 @@
-"""One pre-training step of the base model on this machine, ours and the published computation in turn, as one JSON line.
+"""A pre-training step of the base model on this machine, ours and the published computation in turn, as one JSON line.
 
     python benchmarks/step.py            # base size, 256 px, batch 4, all five objectives: some minutes
     python benchmarks/step.py --quick    # a small model, under a minute
