@@ -9,9 +9,11 @@ checkpoints/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +65,8 @@ def save_checkpoint(
     state = _state(task, optimizer)
     with atomic_folder(path) as partial:
         try:
-            save(state, checkpoint_id=partial, no_dist=True)
+            with _one_process():
+                save(state, checkpoint_id=partial, no_dist=True)
         except LOAD_ERRORS as error:
             raise TercetError(f"cannot write {path}: {error}; free some space and resume the run") from error
         record = {"format_version": FORMAT_VERSION, "step": position.step, "data": position.data}
@@ -107,7 +110,8 @@ def _load(path: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> Posi
             raise TercetError(f"checkpoint {path} is damaged: {name} is not what was written")
     state = _state(task, optimizer)
     try:
-        load(state, checkpoint_id=path, no_dist=True)
+        with _one_process():
+            load(state, checkpoint_id=path, no_dist=True)
     except LOAD_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TercetError(f"checkpoint {path} does not fit this run: {reason}") from error
@@ -128,6 +132,14 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 def _state(task: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"task": get_model_state_dict(task), "optimizer": get_optimizer_state_dict(task, optimizer)}
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """Without the warning that there is no process group: one process is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
 
 
 def _digest(file: Path) -> str:

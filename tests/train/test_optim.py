@@ -1,0 +1,58 @@
+"""Schedules and parameter groups of our own mode; the published ones are held by the parity tests."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from torch import nn
+
+from tercet.config import ModelConfig, ObjectivesConfig, OptimConfig
+from tercet.model.tercet import Tercet
+from tercet.train.optim import alpha_of, build_optimizer, learning_rate
+
+CONFIG = OptimConfig(lr=1e-3, min_lr=1e-5, warmup_lr=1e-4, warmup_steps=10)
+
+
+def test_warm_up_is_linear_and_the_cosine_ends_at_the_least_rate() -> None:
+    rates = [learning_rate(CONFIG, step, 50, 2) for step in range(101)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[5] == pytest.approx(5.5e-4)
+    assert rates[10] == pytest.approx(1e-3)
+    assert rates[55] == pytest.approx((1e-3 + 1e-5) / 2)
+    assert rates[100] == pytest.approx(1e-5)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
+
+
+def test_beyond_the_last_step_the_rate_stays() -> None:
+    assert learning_rate(CONFIG, 5000, 50, 2) == pytest.approx(1e-5)
+
+
+def test_constant() -> None:
+    constant = CONFIG.model_copy(update={"schedule": "constant"})
+    assert learning_rate(constant, 99, 50, 2) == 1e-3
+
+
+def test_alpha_rises_over_its_ramp() -> None:
+    config = ObjectivesConfig(alpha=0.4, alpha_ramp=2)
+    assert [alpha_of(config, step, 10) for step in (0, 5, 20, 99)] == pytest.approx([0, 0.1, 0.4, 0.4])
+    assert alpha_of(ObjectivesConfig(alpha_ramp=0), 0, 10) == 0.4
+
+
+def test_what_decays() -> None:
+    model = Tercet(ModelConfig(size="tiny"))
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.1), published=False)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decaying, free = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert decaying | free == set(names.values())
+    for name in ("temperature", "vision.class_token", "vision.position_embed", "text.position_embed.weight"):
+        assert name in free
+    assert "text.word_embed.weight" in decaying and "vision.patch_embed.weight" in decaying
+    assert all(name in free for name in names.values() if name.endswith(".bias"))
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = nn.Linear(3, 3)
+    model.weight.requires_grad_(False)
+    optimizer = build_optimizer(model, OptimConfig(), published=False)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [0, 1]
