@@ -83,7 +83,9 @@ class SampleTrainPlan:
     def _view(self, image: int, sample: Sample, rng: np.random.Generator) -> np.ndarray:
         data = self.data
         pixels = self.source.pixels(image, data.pixel_limit, self._minimum_side)
-        flip = data.flip and (self.compat == "published" or not tells_sides(sample.text))
+        # An answer may tell sides though its question does not.
+        told = f"{sample.text} {sample.target}"
+        flip = data.flip and (self.compat == "published" or not tells_sides(told))
         return one_view(pixels, self.image_size, rng, data.augment, data.crop_scale, self.compat, flip)
 
 
