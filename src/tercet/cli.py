@@ -240,7 +240,7 @@ def _model_and_config(model: str, overrides: dict[str, Any]) -> tuple[str, Confi
 def _print_metrics(metrics: dict[str, Any]) -> None:
     if not metrics.keys() & ROWS.keys():
         for group, numbers in metrics.items():
-            _print_table([group, ""], [[name, f"{value:.2f}"] for name, value in numbers.items()])
+            _print_group(group, numbers)
         return
     rows = [
         [meaning, *(f"{metrics[row][column]:.2f}" for column in COLUMNS)]
@@ -248,6 +248,18 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
         if metrics.get(row)
     ]
     _print_table(["", *COLUMNS.values()], rows)
+
+
+def _print_group(group: str, numbers: dict[str, float]) -> None:
+    """Numbers one below another; those named `RIGHT_as_CHOSEN` as the matrix that they are."""
+    cells = [name.split("_as_") for name in numbers]
+    if all(len(cell) == 2 for cell in cells):
+        chosen = list(dict.fromkeys(cell[1] for cell in cells))
+        rights = dict.fromkeys(cell[0] for cell in cells)
+        rows = [[right, *(f"{numbers[f'{right}_as_{name}']:.0f}" for name in chosen)] for right in rights]
+        _print_table([f"{group}: right, then chosen", *chosen], rows)
+        return
+    _print_table([group, ""], [[name, f"{value:.2f}"] for name, value in numbers.items()])
 
 
 def _print_table(header: list[str], rows: list[list[str]]) -> None:

@@ -318,7 +318,7 @@ def read_objects(file: str, suffix: str | None = None, inside: str | None = None
 
     Args:
         file: path or URL.
-        suffix: take the rows of this `split` alone.
+        suffix: take the rows of this `split` alone; needed where rows carry different ones.
         inside: when the file is one object, the key that holds the list.
 
     Raises:
@@ -328,7 +328,7 @@ def read_objects(file: str, suffix: str | None = None, inside: str | None = None
     for where, value in _json_values(file, read_text(file), inside):
         if not isinstance(value, dict):
             raise TercetError(f"{where}: {type(value).__name__} {str(value)[:60]!r} is no object with keys")
-        if chosen.accepts(value.get("split") if suffix is not None else None):
+        if chosen.accepts(value.get("split")):
             yield where, value
     chosen.check(file)
 

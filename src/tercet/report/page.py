@@ -33,6 +33,7 @@ MEASURES = {
 UNSMOOTHED = ("lr", "temperature", "alpha")
 KNOWN_KEYS = {*LOSSES, *MEASURES, "kind", "step", "epoch", "time", "skipped"}
 CUTOFFS = (1, 5, 10)
+RECALL_GROUPS = {"dual", "reranked"}
 MAX_QUERIES = 30
 MAX_EVENTS = 200
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the page can ask nothing of any network
@@ -52,6 +53,7 @@ def write_report(run_folder: str | Path) -> Path:
         _header(record, title),
         _missing(record),
         _recall(record),
+        _measures(record),
         _gallery(record),
         _panels(record, "Losses", {**LOSSES, **_further_losses(record)}),
         _panels(record, "Training", MEASURES),
@@ -95,8 +97,40 @@ def _missing(record: RunRecord) -> str:
     return f"<aside><h2>What this report lacks</h2><ul>{items}</ul></aside>"
 
 
+def _latest(record: RunRecord) -> dict[str, Line]:
+    """The last evaluation of each data."""
+    return {str(line.get("data", "evaluation")): line for line in record.evaluations}
+
+
+def _measures(record: RunRecord) -> str:
+    """Tables of the evaluations of downstream tasks."""
+    tables = "".join(
+        _measure_table(name, line, group, numbers)
+        for name, line in _latest(record).items()
+        for group, numbers in line.items()
+        if isinstance(numbers, dict) and group not in RECALL_GROUPS and group != "size"
+    )
+    return f"<section><h2>Measures</h2><div class=tables>{tables}</div></section>" if tables else ""
+
+
+def _measure_table(name: str, line: Line, group: str, numbers: Line) -> str:
+    rows = "".join(
+        f"<tr><th scope=row>{escape(key.replace('_', ' '))}</th><td>{_number(value)}</td></tr>"
+        for key, value in numbers.items()
+        if finite(value)
+    )
+    sizes = line.get("size")
+    counted = sizes.items() if isinstance(sizes, dict) else ()
+    size = ", ".join(f"{_count(count)} {escape(str(what))}" for what, count in counted if finite(count))
+    step = f" after step {_count(line['step'])}" if finite(line.get("step")) else ""
+    return (
+        f"<div><h3>{escape(name).capitalize()} data{step}: {escape(group)} <small>{size}</small></h3>"
+        f"<table class=recall><tbody>{rows}</tbody></table></div>"
+    )
+
+
 def _recall(record: RunRecord) -> str:
-    latest: dict[str, Line] = {str(line.get("data", "evaluation")): line for line in record.evaluations}
+    latest = {name: line for name, line in _latest(record).items() if line.keys() & RECALL_GROUPS}
     if not latest:
         return ""
     tables = "".join(_recall_table(name, line) for name, line in latest.items())

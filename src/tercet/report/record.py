@@ -156,7 +156,9 @@ def _add_line(record: RunRecord, line: Line) -> None:
 
 
 def _read_gallery(record: RunRecord) -> None:
-    loaded = _read_json(record, "gallery.json", required=True)
+    # Only retrieval searches; the evaluations of other tasks leave no gallery.
+    searches = record.config.get("task", "pretrain") in ("pretrain", "retrieval")
+    loaded = _read_json(record, "gallery.json", required=searches)
     if loaded is None:
         return
     entries = loaded if isinstance(loaded, list) else []

@@ -182,13 +182,13 @@ def _build_student(config: Config, source: TaskData, folder: Path) -> tuple[Terc
         tokenizer = Tokenizer.train(words, config.data.tokenizer_size)
         messages.append(f"trained a tokenizer of {tokenizer.vocabulary_size} word pieces on the texts")
     student = Tercet(_fitted(config.model, tokenizer, config.data.max_tokens))
-    # In this order, so that what a model without heads would draw stays the same.
-    student.add_heads(kind_of(config.task).heads)
+    # Added and not built in, so that they start alike in a new run, a resumed one and a fine-tuning.
+    student.add_heads([*config.model.heads, *kind_of(config.task).heads])
     return student, tokenizer, messages
 
 
 def _fitted(model: ModelConfig, tokenizer: Tokenizer, max_tokens: int) -> ModelConfig:
-    """The sizes with the tokenizer's vocabulary and special ids, and positions enough for the longest caption."""
+    """The sizes with the tokenizer's vocabulary and special ids, and positions for the longest text, without heads."""
     text = model.text.model_copy(
         update={
             "vocabulary_size": tokenizer.vocabulary_size,
@@ -199,7 +199,7 @@ def _fitted(model: ModelConfig, tokenizer: Tokenizer, max_tokens: int) -> ModelC
             "max_positions": max(model.text.max_positions, max_tokens),
         }
     )
-    return model.model_copy(update={"text": text})
+    return model.model_copy(update={"text": text, "heads": []})
 
 
 def resize_images(model: Tercet, image_size: int) -> None:
