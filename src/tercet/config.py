@@ -316,6 +316,23 @@ class VqaConfig(Section):
     max_words: int = Field(default=50, ge=1, description="words of a question that are kept in evaluation")
 
 
+class ClassifyConfig(Section):
+    """Classification by the names of classes, and by a linear probe on frozen features."""
+
+    templates: list[str] = Field(
+        default_factory=lambda: ["{}", "a photo of {}", "a picture of {}"],
+        description="sentences with {} where the name of a class goes; their features are averaged",
+    )
+    train: list[str] = Field(
+        default_factory=list, description="labelled images that the linear probe learns from; none: no probe"
+    )
+    shots: list[int] = Field(
+        default_factory=lambda: [1, 2, 4, 8, 16],
+        description="images of each class that a probe learns from; more than a class has are passed over",
+    )
+    draws: int = Field(default=3, ge=1, description="choices of images that the accuracy of a probe is averaged over")
+
+
 class Config(Section):
     """A run."""
 
@@ -334,6 +351,7 @@ class Config(Section):
     optim: OptimConfig = Field(default_factory=OptimConfig, description="optimizer and schedule")
     train: TrainConfig = Field(default_factory=TrainConfig, description="the loop")
     vqa: VqaConfig = Field(default_factory=VqaConfig, description="visual question answering")
+    classify: ClassifyConfig = Field(default_factory=ClassifyConfig, description="classification, in evaluation")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="retrieval evaluation")
 
 

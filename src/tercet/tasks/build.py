@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tercet.config import Config, DataConfig
+from tercet.data.class_folders import open_labelled
+from tercet.data.grounding_files import open_expressions
 from tercet.data.loader import TrainLoader, cleaned_captions
 from tercet.data.sample_loader import SampleLoader
 from tercet.data.sources import open_sources
@@ -13,9 +15,12 @@ from tercet.data.texts import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
 from tercet.tasks.assignment import ASSIGNMENT
+from tercet.tasks.embedded import evaluate_classes, evaluate_embedding
 from tercet.tasks.entailment import ENTAILMENT
+from tercet.tasks.grounding import evaluate_grounding
 from tercet.tasks.nlvr import NLVR
 from tercet.tasks.pretrain import Pretraining
+from tercet.tasks.probes import evaluate_probes, open_probes
 from tercet.tasks.retrieval import evaluate_source
 from tercet.tasks.task import Loader, Task, TaskKind, TaskResult
 from tercet.tasks.vqa import VQA
@@ -37,6 +42,11 @@ KINDS: dict[str, TaskKind] = {
     "entailment": ENTAILMENT,
     "nlvr_pretrain": ASSIGNMENT,
     "nlvr": NLVR,
+    # Trained as retrieval is, with expressions for captions; boxes are for measuring alone.
+    "grounding": TaskKind(open=open_expressions, build=_build_pretraining, evaluate=evaluate_grounding, samples=False),
+    "classify": TaskKind(open=open_labelled, evaluate=evaluate_classes, samples=False),
+    "embedding": TaskKind(open=open_sources, evaluate=evaluate_embedding, samples=False),
+    "probes": TaskKind(open=open_probes, evaluate=evaluate_probes),
 }
 
 

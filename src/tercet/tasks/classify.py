@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tercet.config import DataConfig
+from tercet.config import ClassifyConfig, DataConfig
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
 from tercet.tasks.encoding import encode_sentences
 
-TEMPLATES = ("{}", "a photo of {}", "a picture of {}")
+TEMPLATES = tuple(ClassifyConfig().templates)
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FOLDS = 5
 

@@ -22,7 +22,7 @@ from tercet.model.tercet import Tercet
 from tercet.tasks.encoding import encode_sentences, evaluating
 from tercet.tasks.rerank import score_image
 
-SCORERS = ("dual", "matching")
+SCORERS = ("similarity", "matching")
 FEWEST_OF_A_KIND = 25  # rows of a kind whose accuracy is worth a number, where there are many kinds
 MANY_KINDS = 12
 _LAYOUT_SAMPLES = 8
@@ -206,7 +206,7 @@ def evaluate_probes(model: Tercet, probes: ProbeSet, config: Config) -> ProbeRes
                 embeds = [tokens.to(device) for tokens in encoded.text_embeds[said]]
                 matching = [score_image(model, own, embeds).cpu() for own in image_embeds[ours]]
                 result.probes.append(probe)
-                result.scores["dual"].append(image_feats[ours] @ encoded.text_feats[said].T)
+                result.scores["similarity"].append(image_feats[ours] @ encoded.text_feats[said].T)
                 result.scores["matching"].append(torch.stack(matching))
                 image, text = ours.stop, said.stop
     if not result.probes:

@@ -203,8 +203,18 @@ class RetrievalResult:
         return self.images.problems
 
     def predictions(self) -> list[dict[str, Any]]:
-        """Nothing: a ranking of everything against everything is no prediction of single samples."""
-        return []
+        """The best of every query: of captions `{"caption", "images"}`, of images `{"image", "captions"}`."""
+        keys, captions = self.images.keys, self.captions
+        best_images = self.scores.text_to_image.topk(min(RANKS[-1], len(keys)), dim=1).indices.tolist()
+        best_texts = self.scores.image_to_text.topk(min(RANKS[-1], len(captions)), dim=1).indices.tolist()
+        rows: list[dict[str, Any]] = [
+            {"caption": caption, "images": [keys[image] for image in best]}
+            for caption, best in zip(captions, best_images, strict=True)
+        ]
+        return rows + [
+            {"image": key, "captions": [captions[text] for text in best]}
+            for key, best in zip(keys, best_texts, strict=True)
+        ]
 
 
 def evaluate_source(
@@ -232,7 +242,7 @@ def evaluate_source(
         if not images.keys:
             raise TercetError(f"none of {source.image_count} images can be read; the first: {images.problems[0]}")
         texts, captions = encode_texts(model, text_batches(source, tokenizer, config.data, size, limit), device)
-        texts, captions, image_of_text = _of_readable_images(texts, captions, images, caption_owners(source, limit))
+        texts, captions, image_of_text = of_readable_images(texts, captions, images, caption_owners(source, limit))
         similarities = images.image_feats @ texts.text_feats.T
         scores = Scores(similarities, similarities.T)
         dual, reranked = recall(scores, image_of_text), None
@@ -249,7 +259,7 @@ def evaluate(model: Tercet, source: Source, config: Config) -> dict[str, dict[st
     return evaluate_source(model, source, config).metrics()
 
 
-def _of_readable_images(
+def of_readable_images(
     texts: EncodedTexts, captions: list[str], images: EncodedImages, owners: Tensor
 ) -> tuple[EncodedTexts, list[str], Tensor]:
     """The captions whose image was read, and the row of that image."""

@@ -1,0 +1,169 @@
+"""Evaluations that read frozen features alone: classification and the quality of the shared space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tercet.config import Config
+from tercet.data.class_folders import labels_of, open_labelled
+from tercet.data.loader import caption_owners, image_batches, text_batches
+from tercet.data.sources import Source
+from tercet.errors import TercetError
+from tercet.model.folder import require_tokenizer
+from tercet.model.tercet import Tercet
+from tercet.tasks.classify import accuracy, choose_penalty, class_feats, few_shot, fit_probe, zero_shot
+from tercet.tasks.embedding import embedding_quality
+from tercet.tasks.encoding import evaluating
+from tercet.tasks.retrieval import encode_images, encode_texts, of_readable_images
+
+TOP = 5
+
+
+@dataclass
+class FeatureResult:
+    """An evaluation of frozen features.
+
+    Attributes:
+        numbers: by group.
+        counted: what was counted.
+        problems: why images were left out.
+        rows: what was said of each image, where anything was.
+    """
+
+    numbers: dict[str, dict[str, float]]
+    counted: dict[str, int]
+    problems: list[str] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """The numbers by group."""
+        return self.numbers
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What was counted."""
+        return self.counted
+
+    def predictions(self) -> list[dict[str, Any]]:
+        """What was said of each image; nothing where the numbers are of all together."""
+        return self.rows
+
+
+@dataclass
+class LabelledFeats:
+    """Images with their labels, out of the image encoder.
+
+    Attributes:
+        image_feats: unit vectors in the shared space `[images, embed_dim]`.
+        hidden: the class token before its projection, what a probe reads `[images, width]`.
+        labels: class numbers `[images]`.
+        keys: names of the images.
+        problems: why others were left out.
+    """
+
+    image_feats: Tensor
+    hidden: Tensor
+    labels: Tensor
+    keys: list[str]
+    problems: list[str]
+
+
+def evaluate_classes(model: Tercet, source: Source, config: Config) -> FeatureResult:
+    """Accuracy without training and, where `config.classify.train` names images, of linear probes.
+
+    Args:
+        model: with its tokenizer; its mode is kept.
+        source: labelled images; the classes are the labels that occur among them.
+        config: `classify`, `data` and `evaluate` are read.
+
+    Raises:
+        TercetError: no image can be read, fewer than two classes, or training images without one of them.
+    """
+    names = sorted(set(labels_of(source)))
+    if len(names) < 2:
+        raise TercetError(f"all images have the label {names[0]!r}; a classification has two classes at least")
+    with evaluating(model):
+        test = _labelled_feats(model, source, names, config)
+        classes = class_feats(model, names, config.classify.templates, config.data)
+        chances = zero_shot(test.image_feats, classes, model.temperature.item())
+        numbers = {"zero-shot": _ranks(chances, test.labels)}
+        if config.classify.train:
+            train = open_labelled(config.classify.train, config.data, "train")
+            numbers["linear probe"] = _probes(_labelled_feats(model, train, names, config), test, len(names), config)
+    rows = [
+        {"image": key, "label": names[chosen], "gold": names[label]}
+        for key, chosen, label in zip(test.keys, chances.argmax(dim=1).tolist(), test.labels.tolist(), strict=True)
+    ]
+    return FeatureResult(numbers, {"images": len(test.keys), "classes": len(names)}, test.problems, rows)
+
+
+def evaluate_embedding(model: Tercet, source: Source, config: Config) -> FeatureResult:
+    """Alignment, uniformity and neighbourhoods of images and captions; see `embedding_quality`.
+
+    Raises:
+        TercetError: fewer than two images can be read, or the model has no tokenizer.
+    """
+    size, limit = config.evaluate.batch_size, config.evaluate.limit
+    with evaluating(model) as device:
+        batches = image_batches(source, config.data, model.config.vision.image_size, size, limit)
+        images = encode_images(model, batches, device, keep_tokens=False)
+        if len(images.keys) < 2:
+            why = f"; the first problem: {images.problems[0]}" if images.problems else ""
+            raise TercetError(f"the quality of a space is measured on two images at least{why}")
+        words = text_batches(source, require_tokenizer(model), config.data, size, limit)
+        texts, captions = encode_texts(model, words, device)
+    texts, captions, owners = of_readable_images(texts, captions, images, caption_owners(source, limit))
+    numbers = embedding_quality(images.image_feats, texts.text_feats, owners, captions)
+    return FeatureResult(numbers, {"images": len(images.keys), "texts": len(captions)}, images.problems)
+
+
+def _labelled_feats(model: Tercet, source: Source, names: Sequence[str], config: Config) -> LabelledFeats:
+    """Features of the images whose label is among `names`."""
+    places = {name: place for place, name in enumerate(names)}
+    labels = labels_of(source)
+    found = LabelledFeats(torch.empty(0), torch.empty(0), torch.empty(0), [], list(source.problems))
+    feats, hidden, numbers = [], [], []
+    device = next(model.parameters()).device
+    size, limit = config.evaluate.batch_size, config.evaluate.limit
+    for batch in image_batches(source, config.data, model.config.vision.image_size, size, limit):
+        found.problems += batch.problems
+        own = [labels[index] for index in batch.indices.tolist()]
+        known = torch.tensor([label in places for label in own], dtype=torch.bool)
+        if not known.any():
+            continue
+        tokens = model.encode_image(batch.images[known].to(device))[:, 0]
+        feats.append(model.project_image(tokens).cpu())
+        hidden.append(tokens.float().cpu())
+        numbers += [places[label] for label in own if label in places]
+        found.keys += [key for key, kept in zip(batch.keys, known.tolist(), strict=True) if kept]
+    if not feats:
+        why = f"; the first problem: {found.problems[0]}" if found.problems else ""
+        raise TercetError(f"none of {source.image_count} labelled images can be read{why}")
+    found.image_feats, found.hidden, found.labels = torch.cat(feats), torch.cat(hidden), torch.tensor(numbers)
+    return found
+
+
+def _probes(train: LabelledFeats, test: LabelledFeats, classes: int, config: Config) -> dict[str, float]:
+    """Accuracies of probes on a few images a class, and on all of them, in percent."""
+    counts = train.labels.bincount(minlength=classes)
+    if int(counts.min()) == 0:
+        raise TercetError("classify.train has no image of a class that the test images have; give some of every class")
+    numbers: dict[str, float] = {}
+    for shots in config.classify.shots:
+        if shots <= int(counts.min()):
+            found = few_shot(train.hidden, train.labels, test.hidden, test.labels, shots, config.classify.draws)
+            numbers[f"{shots} shots"], numbers[f"{shots} shots, deviation"] = found
+    penalty = choose_penalty(train.hidden, train.labels, classes)
+    probe = fit_probe(train.hidden, train.labels, classes, penalty)
+    numbers["all"] = accuracy(probe(test.hidden), test.labels)
+    return numbers
+
+
+def _ranks(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    ranks = {"r1": accuracy(scores, labels)}
+    return ranks | ({f"r{TOP}": accuracy(scores, labels, TOP)} if scores.shape[1] > TOP else {})

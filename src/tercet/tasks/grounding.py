@@ -1,0 +1,235 @@
+"""Grounding without box supervision: where a heatmap points, and which of a detector's boxes it chooses.
+
+Training is that of retrieval, on expressions in place of captions (section 5.2 of arXiv 2107.07651); boxes are only
+measured against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tercet.config import Config
+from tercet.data.grounding_files import check_boxes
+from tercet.data.inputs import to_batch
+from tercet.data.samples import Sample, SampleSource
+from tercet.errors import TercetError
+from tercet.model.tercet import Tercet
+from tercet.tasks.boxes import HIT, Box, choose_box, inside, overlap, peak
+from tercet.tasks.encoding import evaluating, tokenise
+from tercet.tasks.heatmaps import average_words, contrast_heatmaps, enlarge, matching_heatmaps, to_grid
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the heatmap of one expression found.
+
+    Attributes:
+        sample: the expression.
+        size: (width, height) of the image in the pixels that boxes are given in; None where it is not known.
+        point: the strongest point of the map, in those pixels; None where nothing pointed.
+        box: the detector's box that was chosen; None where there is no detector.
+    """
+
+    sample: Sample
+    size: tuple[float, float] | None
+    point: tuple[float, float] | None
+    box: Box | None
+
+    @property
+    def boxes(self) -> list[Box]:
+        """What the expression means."""
+        return [as_box(box) for box in self.sample.target["boxes"]]
+
+    @property
+    def pointed(self) -> bool:
+        """Whether the point lies in one of its boxes."""
+        return self.point is not None and inside(self.point, self.boxes)
+
+    @property
+    def centred(self) -> bool:
+        """Whether the middle of the image lies in one of its boxes: what pointing without looking finds."""
+        return self.size is not None and inside((self.size[0] / 2, self.size[1] / 2), self.boxes)
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the chosen box overlaps one of its boxes by half."""
+        return self.box is not None and any(overlap(self.box, box) >= HIT for box in self.boxes)
+
+
+@dataclass
+class GroundingResult:
+    """An evaluation.
+
+    Attributes:
+        found: every expression whose image could be read.
+        problems: why others were left out.
+    """
+
+    found: list[Found] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """See `grounding_scores`."""
+        return grounding_scores(self.found)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many expressions, in how many images."""
+        return {"samples": len(self.found), "images": len({found.sample.images for found in self.found})}
+
+    def predictions(self) -> list[dict[str, Any]]:
+        """The point, and the chosen box where there is a detector, of each expression; see `tercet.tasks.score`."""
+        rows = []
+        for found in self.found:
+            row: dict[str, Any] = {"sample": found.sample.key, "text": found.sample.text, "point": found.point}
+            row["ref_id"] = found.sample.target["ref_id"]
+            row["box"] = found.box
+            rows.append({key: value for key, value in row.items() if value is not None})
+        return rows
+
+
+def grounding_scores(found: Sequence[Found]) -> dict[str, dict[str, float]]:
+    """Shares of expressions, in percent.
+
+    Returns:
+        `pointing`, where there are points: `all` whose point lies in a box of theirs, `centre` whose box holds the
+        middle of the image, and those of each kind of thing that are pointed at.  `boxes`, where a detector gave some:
+        `all` whose chosen box overlaps by half, and those of each split.
+    """
+    result: dict[str, dict[str, float]] = {}
+    if any(item.point is not None for item in found):
+        pointing = {"all": _percent(item.pointed for item in found)}
+        if all(item.size is not None for item in found):
+            pointing["centre"] = _percent(item.centred for item in found)
+        for kind in sorted({kind for item in found for kind in item.sample.target["kinds"]}):
+            pointing[kind] = _percent(item.pointed for item in found if kind in item.sample.target["kinds"])
+        result["pointing"] = pointing
+    if any(item.box is not None for item in found):
+        result["boxes"] = {"all": _percent(item.chosen for item in found)}
+        for split in sorted({item.sample.target["split"] or "" for item in found} - {""}):
+            result["boxes"][split] = _percent(item.chosen for item in found if item.sample.target["split"] == split)
+    return result
+
+
+def evaluate_grounding(model: Tercet, source: SampleSource, config: Config) -> GroundingResult:
+    """Point at every expression of a source, and choose among a detector's boxes where there are any.
+
+    Args:
+        model: with its tokenizer; its mode is kept.
+        source: expressions with boxes.
+        config: `data` and `evaluate` are read.
+
+    Raises:
+        TercetError: a box lies outside its image, no image can be read, or the model has no tokenizer or no such layer.
+    """
+    result = GroundingResult()
+    with evaluating(model):
+        for samples, images, pixels in _chunks(source, config, model.config.vision.image_size, result.problems):
+            maps = expression_maps(model, images, samples, config)
+            for sample, heatmap, own in zip(samples, maps, pixels, strict=True):
+                result.found.append(read_map(heatmap, sample, own.shape[:2]))
+    if not result.found:
+        first = f"; the first: {result.problems[0]}" if result.problems else ""
+        raise TercetError(f"no expression whose image can be read{first}")
+    return result
+
+
+def expression_maps(model: Tercet, images: Tensor, samples: Sequence[Sample], config: Config) -> list[Tensor]:
+    """A map `[rows, columns]` for each expression, on the host.
+
+    Args:
+        model: in evaluation mode.
+        images: the images of the samples, each once, in the order in which the samples name them.
+        samples: expressions, those of one image beside each other.
+        config: `data` and `evaluate` are read.
+    """
+    device, layer = next(model.parameters()).device, config.evaluate.heatmap_layer
+    input_ids, attention_mask = tokenise(model, [sample.text for sample in samples], config.data)
+    mask, images = attention_mask.to(device), images.to(device)
+    text_embeds = model.encode_text(input_ids.to(device), mask)
+    side = model.config.vision.image_size
+    counts = list(_runs([sample.images[0] for sample in samples]))
+    if config.evaluate.heatmap == "itc":
+        feats = model.project_text(text_embeds[:, 0]).split(counts)
+        maps = [contrast_heatmaps(model, images[row][None], own, layer) for row, own in enumerate(feats)]
+        return list(to_grid(torch.cat(maps).cpu(), side, side))
+    image_embeds = model.encode_image(images)
+    maps = []
+    for row, (texts, own_mask) in enumerate(zip(text_embeds.split(counts), mask.split(counts), strict=True)):
+        # Padded to the longest of its own image alone.
+        longest = int(own_mask.sum(dim=1).max())
+        own_mask = own_mask[:, :longest]
+        words = matching_heatmaps(model, image_embeds[row][None], texts[:, :longest], own_mask, layer)
+        maps.append(average_words(words, own_mask))
+    return list(to_grid(torch.cat(maps).cpu(), side, side))
+
+
+def read_map(heatmap: Tensor, sample: Sample, shape: tuple[int, int]) -> Found:
+    """Where a map points, and which candidate it chooses.
+
+    Args:
+        heatmap: `[rows, columns]`.
+        sample: the expression.
+        shape: (height, width) of the image as it was read; boxes are in these pixels where the sample tells no size.
+
+    Raises:
+        TercetError: a box lies outside the image; names file and row.
+    """
+    target = sample.target
+    width, height = target["size"] or (shape[1], shape[0])
+    check_boxes([as_box(box) for box in target["boxes"]], width, height, sample.key)
+    large = enlarge(heatmap[None], round(height), round(width))[0]
+    candidates = [as_box(box) for box in target["candidates"] or []]
+    box = candidates[choose_box(large, candidates)[0]] if candidates else None
+    return Found(sample, (width, height), peak(large), box)
+
+
+def as_box(box: Sequence[float]) -> Box:
+    """Four numbers, as JSON gives them, as a box."""
+    left, top, right, bottom = box
+    return left, top, right, bottom
+
+
+def _chunks(
+    source: SampleSource, config: Config, size: int, problems: list[str]
+) -> Iterator[tuple[list[Sample], Tensor, list[np.ndarray]]]:
+    """Expressions of some images at a time, with their images resized, and for each expression its image as read."""
+    by_image: dict[int, list[int]] = {}
+    for index in range(source.sample_count):
+        by_image.setdefault(source.sample(index).images[0], []).append(index)
+    images = list(by_image)[: config.evaluate.limit]
+    for start in range(0, len(images), config.evaluate.batch_size):
+        samples: list[Sample] = []
+        read: list[np.ndarray] = []
+        pixels: list[np.ndarray] = []
+        for image in images[start : start + config.evaluate.batch_size]:
+            own = [source.sample(index) for index in by_image[image]]
+            try:
+                read.append(source.pixels(image, config.data.pixel_limit))
+            except (OSError, TercetError) as error:
+                problems.append(f"{own[0].key}: {' '.join(str(error).split())}")
+                continue
+            samples += own
+            pixels += [read[-1]] * len(own)
+        if samples:
+            yield samples, to_batch(read, size), pixels
+
+
+def _runs(values: Sequence[int]) -> Iterator[int]:
+    """Lengths of the runs of equal neighbours."""
+    start = 0
+    for index in range(1, len(values) + 1):
+        if index == len(values) or values[index] != values[start]:
+            yield index - start
+            start = index
+
+
+def _percent(hits: Iterable[bool]) -> float:
+    values = list(hits)
+    return 100.0 * sum(values) / len(values) if values else float("nan")
