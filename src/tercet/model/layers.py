@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tercet.model.dropout import drop
+
 
 @dataclass
 class AttentionTap:
@@ -42,14 +44,17 @@ def attention(
     Returns:
         `[batch, heads, queries, head_width]`.
     """
-    if tap is None:
+    # No fused CPU kernel drops weights; what PyTorch falls back to scales queries and keys apart and copies both.
+    written_out = tap is not None or (dropout > 0 and query.device.type == "cpu")
+    if not written_out:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-    logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
+    logits = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
     weights = logits.softmax(dim=-1)
-    tap.weights = weights
-    return F.dropout(weights, dropout) @ value
+    if tap is not None:
+        tap.weights = weights
+    return drop(weights, dropout) @ value
 
 
 def split_heads(hidden: Tensor, heads: int) -> Tensor:
@@ -239,8 +244,10 @@ class CrossAttention(nn.Module):
 
     def remember(self, image_embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[images, heads, image_tokens, head_width]` of `[images, image_tokens, image_width]`."""
-        key, value = self.key_value(image_embeds).chunk(2, dim=-1)
-        return split_heads(key, self.heads), split_heads(value, self.heads)
+        split = self.key_value(image_embeds).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # Laid out by heads once, instead of by every pass that reads it.
+        key, value = split.contiguous().unbind(0)
+        return key, value
 
     def forward(self, hidden: Tensor, memory: ImageMemory, layer: int) -> Tensor:
         """`hidden` `[pairs, tokens, width]` reads layer `layer` of `memory`: `[pairs, tokens, width]`."""
@@ -322,4 +329,4 @@ class TextLayer(nn.Module):
         return self.mlp_norm(hidden + self._drop(self.mlp(hidden)))
 
     def _drop(self, hidden: Tensor) -> Tensor:
-        return F.dropout(hidden, self.dropout, self.training)
+        return drop(hidden, self.dropout, self.training)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tercet.config import TextConfig
 from tercet.errors import TercetError
+from tercet.model.dropout import drop
 from tercet.model.layers import ImageMemory, TextLayer
 
 
@@ -63,7 +63,7 @@ class TextEncoder(nn.Module):
         # Token types are all 0 in this method; the table stays for BERT checkpoints.
         fixed = self.position_embed.weight[:tokens] + self.type_embed.weight[0]
         hidden = self.norm(self.word_embed(input_ids) + fixed)
-        hidden = F.dropout(hidden, self.dropout, self.training)
+        hidden = drop(hidden, self.dropout, self.training)
         mask = key_mask(attention_mask)
         for layer in self.layers:
             hidden = layer(hidden, mask)
