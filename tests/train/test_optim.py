@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
+import torch
 from torch import nn
 
 from tercet.config import ModelConfig, ObjectivesConfig, OptimConfig
 from tercet.model.tercet import Tercet
-from tercet.train.optim import alpha_of, build_optimizer, learning_rate
+from tercet.train.optim import alpha_of, build_optimizer, gradient_norm, learning_rate, step_clipped
 
 CONFIG = OptimConfig(lr=1e-3, min_lr=1e-5, warmup_lr=1e-4, warmup_steps=10)
 
@@ -56,3 +58,25 @@ def test_frozen_parameters_are_left_out() -> None:
     model.weight.requires_grad_(False)
     optimizer = build_optimizer(model, OptimConfig(), published=False)
     assert [len(group["params"]) for group in optimizer.param_groups] == [0, 1]
+
+
+@pytest.mark.parametrize("limit", [None, 1e-3, 1e6])
+def test_a_clipped_step_is_that_of_clipped_gradients(limit: float | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20))
+    other = copy.deepcopy(model)
+    optimizer, expected = (
+        build_optimizer(each, OptimConfig(warmup_lr=0.1), published=False) for each in (model, other)
+    )
+    for _ in range(3):
+        inputs = torch.randn(8, 40)
+        for each in (model, other):
+            each.zero_grad()
+            each(inputs).square().sum().backward()
+        norm = gradient_norm(model)
+        step_clipped(optimizer, norm, limit)
+        clipped = nn.utils.clip_grad_norm_(other.parameters(), limit or float("inf"))
+        expected.step()
+        torch.testing.assert_close(norm, clipped)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -22,14 +22,15 @@ class Candidates:
     """What the features of a batch are compared with: the batch itself first, then the queue.
 
     Attributes:
-        image_feats: `[candidates, embed_dim]`.
-        text_feats: `[candidates, embed_dim]`.
+        image_feats: the batch's `[batch, embed_dim]`, then the queue's `[size, embed_dim]` where there is one; apart,
+            since the queue is too long to be copied at every step.
+        text_feats: the same for texts.
         targets: `[batch, candidates]`; the positives of a row share a mass of 1.
         excluded: bool `[candidates]`, true for slots of the queue that are still empty; None when none is.
     """
 
-    image_feats: Tensor
-    text_feats: Tensor
+    image_feats: tuple[Tensor, ...]
+    text_feats: tuple[Tensor, ...]
     targets: Tensor
     excluded: Tensor | None = None
 
@@ -61,7 +62,7 @@ def gather_candidates(
     batch, device = image_feats.shape[0], image_feats.device
     targets = same_image(image_ids, batch, device).to(image_feats.dtype)
     if queue is None or queue.size == 0:
-        return Candidates(image_feats, text_feats, targets / targets.sum(1, keepdim=True))
+        return Candidates((image_feats,), (text_feats,), targets / targets.sum(1, keepdim=True))
     if image_ids is None:
         queued = targets.new_zeros(batch, queue.size)
     else:
@@ -71,16 +72,26 @@ def gather_candidates(
     if exclude_empty:
         excluded = torch.cat([queue.image_ids.new_zeros(batch, dtype=torch.bool), queue.image_ids == EMPTY_ID])
     return Candidates(
-        image_feats=torch.cat([image_feats, queue.image_feats.to(image_feats.dtype)]),
-        text_feats=torch.cat([text_feats, queue.text_feats.to(text_feats.dtype)]),
+        image_feats=(image_feats, queue.image_feats.to(image_feats.dtype)),
+        text_feats=(text_feats, queue.text_feats.to(text_feats.dtype)),
         targets=targets / targets.sum(1, keepdim=True),
         excluded=excluded,
     )
 
 
-def similarity(feats: Tensor, candidates: Tensor, temperature: Tensor, excluded: Tensor | None = None) -> Tensor:
-    """Logits `[batch, candidates]`: cosines of `[batch, embed_dim]` and `[candidates, embed_dim]` over temperature."""
-    logits = feats @ candidates.T / temperature
+def similarity(
+    feats: Tensor, candidates: Tensor | tuple[Tensor, ...], temperature: Tensor, excluded: Tensor | None = None
+) -> Tensor:
+    """Logits `[batch, candidates]`: cosines over temperature.
+
+    Args:
+        feats: `[batch, embed_dim]`.
+        candidates: `[candidates, embed_dim]`, in one piece or in several.
+        temperature: `[]`.
+        excluded: bool `[candidates]`, true for those that must not count.
+    """
+    pieces = (candidates,) if isinstance(candidates, Tensor) else candidates
+    logits = torch.cat([feats @ piece.T for piece in pieces], dim=1) / temperature
     return logits if excluded is None else logits.masked_fill(excluded, EXCLUDED)
 
 
@@ -113,13 +124,13 @@ def cross_modal(
         The two losses, `[]` each; `cma` is their mean.
     """
 
-    def loss(feats: Tensor, teacher_feats: Tensor | None, others: Tensor) -> Tensor:
-        logits = similarity(feats, others, temperature, candidates.excluded)
-        targets = candidates.targets
-        if alpha > 0 and teacher_feats is not None:
-            with torch.no_grad():
-                believed = similarity(teacher_feats, others, temperature, candidates.excluded).softmax(dim=1)
-                targets = alpha * believed + (1 - alpha) * targets
+    def loss(feats: Tensor, teacher_feats: Tensor | None, others: tuple[Tensor, ...]) -> Tensor:
+        if alpha == 0 or teacher_feats is None:
+            return soft_cross_entropy(similarity(feats, others, temperature, candidates.excluded), candidates.targets)
+        # One product for both: it costs what reading the queue costs, however few the rows are.
+        both = similarity(torch.cat([feats, teacher_feats]), others, temperature, candidates.excluded)
+        logits, believed = both.chunk(2)
+        targets = alpha * believed.detach().softmax(dim=1) + (1 - alpha) * candidates.targets
         return soft_cross_entropy(logits, targets)
 
     image_to_text = loss(image_feats, teacher_image_feats, candidates.text_feats)

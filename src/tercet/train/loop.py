@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from tercet.objectives.total import total
 from tercet.tasks.task import StepBatch, TaskOutput
 from tercet.train.checkpoint import save_checkpoint
 from tercet.train.finish import evaluate_split, finish_run
-from tercet.train.optim import alpha_of, learning_rate
+from tercet.train.optim import alpha_of, gradient_norm, learning_rate, step_clipped
+from tercet.train.parallel import keep_memory
 from tercet.train.session import CHECKPOINTS, Session, due_steps, open_session, text_count
 from tercet.train.stop import StopRequest
 from tercet.train.track import Tracker
@@ -62,6 +62,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
     """
     session = open_session(config, resume)
     settings = session.config.train
+    if session.placement.device.type == "cpu":
+        keep_memory()
     with Tracker(session.folder, session.total_steps, session.step) as tracker, StopRequest() as stop:
         announce(session, tracker)
         pace = Pace()
@@ -125,14 +127,13 @@ def take_step(session: Session, batches: Sequence[StepBatch]) -> StepResult:
         done.append((prepared, output))
         for name, loss in output.losses.items():
             losses[name] = losses.get(name, torch.zeros(())) + loss.detach() / len(batches)
-    limit = config.optim.clip_norm or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(task.student.parameters(), limit, foreach=True)
+    grad_norm = gradient_norm(task.student)
 
     pairs = sum(len(batch.keys) for batch in batches)
     if not bool(torch.isfinite(grad_norm)):  # the one point of a step where the host waits for the device
         optimizer.zero_grad(set_to_none=True)
         return StepResult(losses, grad_norm, pairs, name_trouble(losses, batches))
-    optimizer.step()
+    step_clipped(optimizer, grad_norm, config.optim.clip_norm)
     for prepared, output in done:
         task.remember(prepared, output)
     return StepResult(losses, grad_norm, pairs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tercet.config import ObjectivesConfig, OptimConfig
 
@@ -42,6 +42,30 @@ def build_optimizer(model: nn.Module, config: OptimConfig, published: bool) -> t
         eps=config.epsilon,
         fused=True,
     )
+
+
+@torch.no_grad()
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Norm of all gradients together, `[]`, on their device."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients, foreach=True)
+
+
+def step_clipped(optimizer: torch.optim.Optimizer, grad_norm: Tensor, limit: float | None) -> None:
+    """Step with the gradients scaled down to a norm of `limit` where theirs is larger; None does not clip.
+
+    The fused kernel scales while it reads the gradients, which saves the passes over them that clipping first would
+    take.
+
+    Args:
+        optimizer: of `build_optimizer`.
+        grad_norm: `[]`, of `gradient_norm`.
+        limit: the largest norm.
+    """
+    if limit is not None:
+        # What the fused step divides gradients by; torch.amp's scaler sets it in the same way.
+        optimizer.grad_scale = (grad_norm / limit).clamp(min=1.0)  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
