@@ -21,7 +21,7 @@ import tyro
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from tercet.config import Config, DataConfig, EvaluateConfig, Section
+from tercet.config import ClassifyConfig, Config, DataConfig, EvaluateConfig, Section, VqaConfig
 from tercet.config_io import config_fields, nearest
 from tercet.errors import TercetError
 
@@ -45,6 +45,8 @@ class EvaluateKeys(DataKeys):
 
     train: DeviceKeys = Field(default_factory=DeviceKeys, description="where the model runs")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="evaluation")
+    vqa: VqaConfig = Field(default_factory=VqaConfig, description="visual question answering")
+    classify: ClassifyConfig = Field(default_factory=ClassifyConfig, description="classification")
 
 
 ConfigFlags = Annotated[Config, FLAT, tyro.conf.FlagConversionOff]
@@ -139,6 +141,72 @@ class ReportArguments:
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """run folder"""
+
+
+ImageArgument = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
+ModelFlag = Annotated[str | None, tyro.conf.arg(metavar="MODEL")]
+JsonFlag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True)
+class MatchArguments:
+    """How well texts fit an image: the probability of a match (fusion encoder) and the cosine (dual encoder)."""
+
+    image: ImageArgument
+    """path or URL of an image"""
+    texts: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
+    """one or more texts, each in quotes"""
+    model: ModelFlag = None
+    """model folder, run folder, or hub id; default: runs/demo/model"""
+    json: JsonFlag = False
+    """print the numbers as one JSON object"""
+
+
+@dataclass(frozen=True)
+class ClassifyArguments:
+    """Choose the label that fits an image best, among labels that the model was never trained on."""
+
+    image: ImageArgument
+    """path or URL of an image"""
+    labels: Annotated[list[str], tyro.conf.arg(metavar="LABEL")]
+    """two or more labels, each of several words in quotes"""
+    templates: Annotated[list[str], tyro.conf.arg(metavar="TEMPLATE")] = field(default_factory=list)
+    """sentences with {} where the label goes; default: {}, a photo of {}, a picture of {}"""
+    model: ModelFlag = None
+    """model folder, run folder, or hub id; default: runs/demo/model"""
+    json: JsonFlag = False
+    """print the numbers as one JSON object"""
+
+
+@dataclass(frozen=True)
+class AskArguments:
+    """Answer a question about an image, by a model fine-tuned for that (`tercet train vqa --init MODEL`)."""
+
+    image: ImageArgument
+    """path or URL of an image"""
+    question: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION")]
+    """the question, in quotes"""
+    answers: Annotated[list[str], tyro.conf.arg(metavar="ANSWER")] = field(default_factory=list)
+    """answers to choose from; default: the model's own list, or else it writes freely"""
+    model: ModelFlag = None
+    """model folder, run folder, or hub id; default: runs/demo/model"""
+    json: JsonFlag = False
+    """print the answer as one JSON object"""
+
+
+@dataclass(frozen=True)
+class ScoreArguments:
+    """Score a file of predictions against annotations, without a model and without images."""
+
+    task: Annotated[str, tyro.conf.arg(metavar="TASK")]
+    """retrieval, vqa, entailment, nlvr or grounding"""
+    predictions: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRED")]
+    """what `tercet evaluate --predictions` wrote, or the official evaluation's own form"""
+    gold: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="GOLD")]
+    """the annotations, as `tercet evaluate --data` takes them"""
+    json: JsonFlag = False
+    """print the numbers as one JSON object"""
+    config: Annotated[DataKeys, FLAT, tyro.conf.FlagConversionOff] = field(default_factory=DataKeys)
 
 
 Arguments = TypeVar("Arguments")

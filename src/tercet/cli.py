@@ -17,10 +17,14 @@ from tercet.errors import TercetError
 from tercet.version import __version__
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tercet.config import Config
+    from tercet.model.tercet import Tercet
 
 MISTAKE = 2
 INTERRUPTED = 130
+DEMO_MODEL = "runs/demo/model"
 
 COLUMNS = {
     "text_r1": "text R@1",
@@ -114,6 +118,71 @@ def evaluate(arguments: list[str]) -> None:
         _print_metrics(result.metrics())
 
 
+def match(arguments: list[str]) -> None:
+    """Tell how well texts fit an image."""
+    from tercet import arguments as parsing
+
+    options = parsing.parse(parsing.MatchArguments, "match", arguments)
+    if not options.texts:
+        raise TercetError('give a text: tercet match IMAGE "a dog in the snow"')
+    model = _load_chosen(options.model)
+    # Lists in, so that the results are lists as well.
+    chances = model.match([options.image], options.texts)
+    cosines = model.similarity([options.image], options.texts)
+    rows = list(zip(options.texts, _numbers(chances), _numbers(cosines), strict=True))
+    if options.json:
+        print(json.dumps([{"text": text, "match": chance, "cosine": cosine} for text, chance, cosine in rows]))
+        return
+    _print_table(
+        ["text", "match", "cosine"], [[text, f"{100 * chance:.1f} %", f"{cosine:.3f}"] for text, chance, cosine in rows]
+    )
+
+
+def classify(arguments: list[str]) -> None:
+    """Choose the label that fits an image best."""
+    from tercet import arguments as parsing
+
+    options = parsing.parse(parsing.ClassifyArguments, "classify", arguments)
+    chances = _load_chosen(options.model).classify(options.image, options.labels, options.templates or None)
+    assert isinstance(chances, dict)
+    if options.json:
+        print(json.dumps(chances))
+    else:
+        _print_table(["label", "probability"], [[label, f"{100 * value:.1f} %"] for label, value in chances.items()])
+
+
+def ask(arguments: list[str]) -> None:
+    """Answer a question about an image."""
+    from tercet import arguments as parsing
+
+    options = parsing.parse(parsing.AskArguments, "ask", arguments)
+    found = _load_chosen(options.model).answer(options.image, options.question, options.answers or None)
+    assert not isinstance(found, list)
+    if options.json:
+        others = [{"answer": text, "score": score} for text, score in found.others]
+        print(json.dumps({"answer": found.text, "score": found.score, "others": others}))
+        return
+    rows = [(found.text, found.score), *found.others]
+    _print_table(["answer", "score"], [[text, f"{100 * score:.1f} %"] for text, score in rows])
+
+
+def score(arguments: list[str]) -> None:
+    """Score a file of predictions against annotations, without a model."""
+    from tercet import arguments as parsing
+    from tercet.config_io import default_config
+
+    overrides, rest = parsing.split_flags(arguments, parsing.ScoreArguments)
+    options = parsing.parse(parsing.ScoreArguments, "score", rest)
+
+    from tercet.tasks.score import score_predictions
+
+    metrics = score_predictions(options.task, options.predictions, options.gold, default_config(overrides).data)
+    if options.json:
+        print(json.dumps(metrics))
+    else:
+        _print_metrics(metrics)
+
+
 def convert(arguments: list[str]) -> None:
     """Turn a checkpoint of others (TCL, ALBEF, BERT, DeiT, ViT) into a model folder."""
     from tercet import arguments as parsing
@@ -179,7 +248,8 @@ def report(arguments: list[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    command.__name__: command for command in (demo, train, evaluate, convert, tokenizer, recipes, report)
+    command.__name__: command
+    for command in (demo, train, evaluate, match, classify, ask, score, convert, tokenizer, recipes, report)
 }
 
 
@@ -223,6 +293,26 @@ def _train_and_report(config: Config, resume: Path | None = None) -> Path:
         write_report(run)
         print(f"The report is {(run / 'report.html').resolve()}; open it in a browser.")
     return run
+
+
+def _load_chosen(model: str | None) -> Tercet:
+    """The model that --model names, or else the demo's, on the best device."""
+    if model is None:
+        if not Path(DEMO_MODEL).is_dir():
+            raise TercetError(f"name a model with --model; the default, {DEMO_MODEL}, is what `make demo` trains")
+        model = DEMO_MODEL
+
+    from tercet import load
+    from tercet.config import TrainConfig
+    from tercet.train.parallel import place
+
+    return load(model).to(place(TrainConfig()).device)
+
+
+def _numbers(values: Tensor | float) -> list[float]:
+    """Results of one image with several texts."""
+    assert not isinstance(values, int | float)
+    return values.flatten().tolist()
 
 
 def _model_and_config(model: str, overrides: dict[str, Any]) -> tuple[str, Config]:

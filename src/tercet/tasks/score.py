@@ -1,0 +1,256 @@
+"""Scores of prediction files against annotations, without a model and without images.
+
+What `tercet evaluate --predictions FILE` writes is read, and the forms of the official evaluations:
+
+* retrieval: `{"caption", "images": [names, best first]}` and `{"image", "captions": [texts, best first]}`;
+* vqa: the server's `{"question_id", "answer"}`;
+* entailment: `{"id" or "sample", "label"}`;
+* nlvr: `{"identifier" or "sample", "label"}`, or the official lines `identifier,label`;
+* grounding: `{"ref_id" or "sample", "point": [x, y] and/or "box": [left, top, right, bottom]}`.
+
+`sample` names a row of the annotations, as in `dev.jsonl line 3`; the folder in front of it does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import torch
+
+from tercet.config import DataConfig
+from tercet.data.entailment_files import LABELS
+from tercet.data.grounding_files import open_expressions
+from tercet.data.nlvr_files import TRUTHS
+from tercet.data.samples import Sample, SampleSource, read_objects
+from tercet.data.sources import open_sources
+from tercet.data.storage import read_text
+from tercet.data.texts import clean_caption
+from tercet.errors import TercetError
+from tercet.tasks.entailment import EntailmentResult, open_entailments
+from tercet.tasks.grounding import Found, as_box, grounding_scores
+from tercet.tasks.labelling import Guesses
+from tercet.tasks.nlvr import StatementResult, open_statements
+from tercet.tasks.retrieval import RANKS
+from tercet.tasks.vqa_score import score_files
+
+Metrics = dict[str, dict[str, float]]
+
+# A root that no image is ever read from: of a URL the readers do not ask whether the first images are there.
+_NO_IMAGES = "memory://"
+
+
+def score_predictions(task: str, predictions: str, gold: str, data: DataConfig) -> Metrics:
+    """Score a file of predictions.
+
+    Args:
+        task: 'retrieval', 'vqa', 'entailment', 'nlvr' or 'grounding'.
+        predictions: JSON list or lines, as above.
+        gold: annotations, as `tercet evaluate --data` takes them.
+        data: names of columns; references and instances of grounding.
+
+    Raises:
+        TercetError: no such task; a file that is missing or cannot be parsed; a row without a prediction, or a
+            prediction without its row.
+    """
+    if task not in SCORERS:
+        raise TercetError(f"nothing to score for {task!r}; the tasks are {', '.join(SCORERS)}")
+    return SCORERS[task](predictions, gold, data.model_copy(update={"image_root": _NO_IMAGES}))
+
+
+def score_retrieval(predictions: str, gold: str, data: DataConfig) -> Metrics:
+    """Recall of ranked lists, in percent; a caption that several images have is right with any of them."""
+    source = open_sources([gold], data, "test")
+    images_of: dict[str, set[str]] = {}
+    captions_of: dict[str, set[str]] = {}
+    for index in range(source.image_count):
+        key = _image_name(source.key(index))
+        for caption in source.captions(index):
+            cleaned = clean_caption(caption, data.max_words)
+            images_of.setdefault(cleaned, set()).add(key)
+            captions_of.setdefault(key, set()).add(cleaned)
+    ranks: dict[str, list[int]] = {"text": [], "image": []}
+    seen: dict[str, set[str]] = {"text": set(), "image": set()}
+    for where, row in read_objects(predictions):
+        if isinstance(row.get("caption"), str):
+            way, query, right = "image", clean_caption(row["caption"], data.max_words), images_of
+            found = [_image_name(name) for name in _names(row, "images", where)]
+        else:
+            way, query, right = "text", _image_name(_one_name(row, "image", where)), captions_of
+            found = [clean_caption(text, data.max_words) for text in _names(row, "captions", where)]
+        if query not in right:
+            raise TercetError(f"{where}: {query[:60]!r} is not in {gold}; give the annotations of the same split")
+        seen[way].add(query)
+        never = max(len(found), RANKS[-1])
+        ranks[way].append(next((rank for rank, name in enumerate(found) if name in right[query]), never))
+    result: dict[str, float] = {}
+    for way, everything in (("text", captions_of), ("image", images_of)):
+        if not ranks[way]:
+            continue
+        missing = next((query for query in everything if query not in seen[way]), None)
+        if missing is not None:
+            raise TercetError(f"{predictions}: no results for {missing[:60]!r}; every query of {gold} needs them")
+        for rank in RANKS:
+            result[f"{way}_r{rank}"] = 100.0 * sum(place < rank for place in ranks[way]) / len(ranks[way])
+    if not result:
+        raise TercetError(f"{predictions}: no results in it")
+    return {"recall": result}
+
+
+def score_questions(predictions: str, gold: str, data: DataConfig) -> Metrics:
+    """The official accuracy of answers."""
+    del data  # annotations name no columns
+    return score_files(predictions, gold).metrics()
+
+
+def score_entailment(predictions: str, gold: str, data: DataConfig) -> Metrics:
+    """Accuracy and confusion of labels."""
+    source = open_entailments([gold], data, "test")
+    rows = _matched(read_objects(predictions), source, "id", predictions, lambda sample: sample.target["id"])
+    chosen = [_label(row, where, {label: place for place, label in enumerate(LABELS)}) for where, row in rows]
+    return EntailmentResult(_guesses(chosen, source, len(LABELS))).metrics()
+
+
+def score_statements(predictions: str, gold: str, data: DataConfig) -> Metrics:
+    """Accuracy and consistency of verdicts."""
+    source = open_statements([gold], data, "test")
+    rows = _matched(_verdicts(predictions), source, "identifier", predictions, lambda sample: sample.target["id"])
+    return StatementResult(_guesses([_label(row, where, TRUTHS) for where, row in rows], source, 2)).metrics()
+
+
+def score_grounding(predictions: str, gold: str, data: DataConfig) -> Metrics:
+    """Pointing and chosen boxes."""
+    source = open_expressions([gold], data, "test")
+    rows = _matched(read_objects(predictions), source, "ref_id", predictions, lambda sample: sample.target["ref_id"])
+    found = []
+    for index, (where, row) in enumerate(rows):
+        sample = source.sample(index)
+        point, box = _numbers(row, "point", 2, where), _numbers(row, "box", 4, where)
+        if point is None and box is None:
+            raise TercetError(f"{where}: neither 'point' [x, y] nor 'box' [left, top, right, bottom]")
+        size = sample.target["size"]
+        found.append(
+            Found(
+                sample,
+                None if size is None else (size[0], size[1]),
+                None if point is None else (point[0], point[1]),
+                None if box is None else as_box(box),
+            )
+        )
+    return grounding_scores(found)
+
+
+SCORERS: dict[str, Callable[[str, str, DataConfig], Metrics]] = {
+    "retrieval": score_retrieval,
+    "vqa": score_questions,
+    "entailment": score_entailment,
+    "nlvr": score_statements,
+    "grounding": score_grounding,
+}
+
+
+def _matched(
+    rows: Iterable[tuple[str, dict[str, Any]]],
+    source: SampleSource,
+    id_key: str,
+    file: str,
+    id_of: Callable[[Sample], Any],
+) -> list[tuple[str, dict[str, Any]]]:
+    """The prediction of each sample, in the order of the source, found by `sample` or else by the official id."""
+    samples = [source.sample(index) for index in range(source.sample_count)]
+    by_name = {_row_name(sample.key): place for place, sample in enumerate(samples)}
+    by_id: dict[str, list[int]] = {}
+    for place, sample in enumerate(samples):
+        by_id.setdefault(str(id_of(sample)), []).append(place)
+    found: dict[int, tuple[str, dict[str, Any]]] = {}
+    for where, row in rows:
+        if isinstance(row.get("sample"), str):
+            place = by_name.get(_row_name(row["sample"]))
+            name = row["sample"]
+        elif row.get(id_key) is not None:
+            name = f"{id_key} {row[id_key]}"
+            places = by_id.get(str(row[id_key]), [])
+            if len(places) > 1:
+                raise TercetError(f"{where}: {len(places)} samples have the {name}; name one by 'sample'")
+            place = places[0] if places else None
+        else:
+            raise TercetError(f"{where}: neither 'sample' nor {id_key!r} says which sample it is of")
+        if place is None:
+            raise TercetError(f"{where}: {name} is not among the annotations; give those of the same split")
+        if place in found:
+            raise TercetError(f"{where}: a second prediction of {name}; the first is {found[place][0]}")
+        found[place] = where, row
+    for place, sample in enumerate(samples):
+        if place not in found:
+            missing = len(samples) - len(found)
+            raise TercetError(f"{file}: no prediction of {sample.key} ({missing} of {len(samples)} have none)")
+    return [found[place] for place in range(len(samples))]
+
+
+def _verdicts(file: str) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Rows of JSON, or of the official evaluation's `identifier,label`."""
+    if PurePosixPath(file).suffix.lower() != ".csv":
+        yield from read_objects(file)
+        return
+    for number, line in enumerate(read_text(file).splitlines(), 1):
+        identifier, comma, label = line.strip().rpartition(",")
+        if not line.strip():
+            continue
+        if not comma:
+            raise TercetError(f"{file} line {number}: {line[:60]!r} is not 'identifier,label'")
+        yield f"{file} line {number}", {"identifier": identifier.strip(), "label": label.strip()}
+
+
+def _label(row: dict[str, Any], where: str, places: dict[str, int]) -> int:
+    label = row.get("label")
+    name = str(label) if str(label) in places else str(label).lower()
+    if name not in places:
+        raise TercetError(f"{where}: the label {label!r} is none of {', '.join(places)}")
+    return places[name]
+
+
+def _guesses(chosen: Sequence[int], source: SampleSource, classes: int) -> Guesses:
+    samples = [source.sample(index) for index in range(source.sample_count)]
+    targets = [sample.target for sample in samples]
+    return Guesses(
+        torch.nn.functional.one_hot(torch.tensor(chosen), classes).float(),
+        torch.tensor([target["label"] for target in targets]),
+        targets,
+        [sample.key for sample in samples],
+        list(source.problems),
+    )
+
+
+def _numbers(row: dict[str, Any], key: str, count: int, where: str) -> list[float] | None:
+    value = row.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != count or not all(isinstance(n, int | float) for n in value):
+        raise TercetError(f"{where}: {key!r} is {str(value)[:60]!r}, not {count} numbers")
+    return value
+
+
+def _names(row: dict[str, Any], key: str, where: str) -> list[str]:
+    value = row.get(key)
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TercetError(f"{where}: {key!r} is {str(value)[:60]!r}, not a list of names, best first")
+    return value
+
+
+def _one_name(row: dict[str, Any], key: str, where: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise TercetError(f"{where}: neither 'caption' nor {key!r} says what was searched for")
+    return value
+
+
+def _image_name(key: str) -> str:
+    """An image's name; that of a shard's member without the folder of the shard."""
+    shard, mark, member = key.partition("#")
+    return f"{_row_name(shard)}#{member}" if mark else key
+
+
+def _row_name(key: str) -> str:
+    """A row's name without the folder of its file, which differs from machine to machine."""
+    return key.rsplit("/", 1)[-1]
