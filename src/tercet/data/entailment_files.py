@@ -19,7 +19,7 @@ from tercet.data.scenes import SceneSource
 from tercet.errors import TercetError
 
 # In the order of the published classes.
-LABELS = ("contradiction", "neutral", "entailment")
+LABELS: tuple[str, ...] = ("contradiction", "neutral", "entailment")
 UNDECIDED = "-"  # what SNLI writes where its annotators did not agree
 FOLDERS = ("", "flickr30k-images/", "flickr30k_images/", "images/")
 PROBES = 16
