@@ -36,6 +36,11 @@ def put_image(path: Path) -> None:
     cv2.imwrite(str(path), np.zeros((8, 8, 3), np.uint8))
 
 
+def put_json(path: Path, value: object) -> Path:
+    path.write_text(json.dumps(value))
+    return path
+
+
 def annotation(question_id: int, answers: list[str], kind: str = "other") -> dict[str, Any]:
     rows = [{"answer": answer, "answer_confidence": "yes", "answer_id": place} for place, answer in enumerate(answers)]
     return {"question_id": question_id, "image_id": 1, "answer_type": kind, "answers": rows}
@@ -159,7 +164,7 @@ def test_files_of_another_kind_are_told(official: Path, tmp_path: Path) -> None:
     with pytest.raises(TercetError, match=r"other\.json: the JSON ends too early"):
         open_questions([str(other)], DATA, "train")
     with pytest.raises(TercetError, match="no official annotations"):
-        read_gold(str(official))
+        read_gold(str(put_json(tmp_path / "third.json", {"images": []})))
 
 
 def test_albef_files(tmp_path: Path) -> None:
@@ -197,6 +202,22 @@ def test_gold_of_official_rows(data_dir: Path) -> None:
     gold = read_gold(str(data_dir / "format_samples" / "vqav2" / "v2_mscoco_annotations.one_row.json"))
     assert list(gold) == [393714000]
     assert gold[393714000].answers.count("white") == 9 and gold[393714000].answer_type == "other"
+
+
+def test_gold_of_questions_is_that_of_the_annotations_beside_them(official: Path) -> None:
+    change(official, lambda whole: whole["questions"].pop())
+    gold = read_gold(str(official))
+    assert len(gold) == 11 and gold[262148000].answers == ("yes",) * 7 + ("no",) * 3
+    (official.parent / ANNOTATIONS).unlink()
+    with pytest.raises(TercetError, match=f"looked for {ANNOTATIONS} beside it"):
+        read_gold(str(official))
+
+
+def test_gold_of_scenes_is_what_they_ask() -> None:
+    source = open_questions(["scenes:validation"], DATA, "test")
+    gold = read_gold("scenes:validation")
+    assert len(gold) == source.sample_count
+    assert list(gold[9].answers) == source.sample(9).target["answers"]
 
 
 def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:

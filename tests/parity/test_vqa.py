@@ -11,7 +11,8 @@ from fixtures import Fixture, assert_close_to_norm, load_fixture, model_config
 from torch import Tensor
 
 from tercet.config import ModelConfig, ObjectivesConfig
-from tercet.model.folder import empty_model
+from tercet.model.convert import convert
+from tercet.model.folder import empty_model, load_model
 from tercet.model.published import is_teacher, published_teacher, published_to_state, state_to_published
 from tercet.model.sizes import published_config
 from tercet.model.tercet import Tercet
@@ -164,6 +165,20 @@ def test_weights_map_both_ways(fixture: Fixture) -> None:
     student = {name: value for name, value in state.items() if not is_teacher(name)}
     assert back.keys() == student.keys()
     assert all(torch.equal(back[name], value) for name, value in student.items())
+
+
+def test_a_converted_checkpoint_answers_as_published(fixture: Fixture, tmp_path: Path) -> None:
+    state = fixture.part("state.")
+    torch.save({"model": state}, tmp_path / "vqa.pth")
+    report = convert(tmp_path / "vqa.pth", tmp_path / "model", vision_heads=4, text_heads=4)
+    used = [name for names in report.used.values() for name in names]
+    left = [name for names in report.left_over.values() for name in names]
+    assert sorted(used + left) == sorted(state)
+    assert set(report.left_over) == {"the momentum teacher", "second names of tied tensors", "position numbers"}
+    model = load_model(tmp_path / "model")
+    states, mask = fused_questions(fixture, model), fixture.tensors["in.question_mask"]
+    ranked = rank_answers(decoder_of(model), states, mask, answer_list(fixture), 8, published=True)
+    assert torch.equal(ranked.indices, fixture.tensors["out.rank_topk_ids"])
 
 
 def test_every_base_size_name_is_known(parity_dir: Path) -> None:

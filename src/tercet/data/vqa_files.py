@@ -178,19 +178,45 @@ def common_answers(source: SampleSource, limit: int) -> list[str]:
 
 
 def read_gold(file: str) -> dict[QuestionId, Gold]:
-    """What the annotators say, by question id, out of official annotations or an ALBEF file with answers.
+    """What the annotators say, by question id.
+
+    Args:
+        file: official annotations, official questions with annotations beside them, an ALBEF file with answers, or
+            scenes:SPLIT.
 
     Raises:
         TercetError: it cannot be read or parsed, or a row is wrong; names file and row.
     """
+    if file == "scenes" or file.startswith("scenes:"):
+        return _gold_of_scenes(open_questions([file], DataConfig(), "test"))
     if not _is_list(file):
-        return _read_annotations(file, _read_json(file))
+        whole = _read_json(file)
+        if isinstance(whole, dict) and isinstance(whole.get("questions"), list):
+            return _gold_of_questions(file, whole["questions"])
+        return _read_annotations(file, whole)
     golds: dict[QuestionId, Gold] = {}
     seen: dict[QuestionId, str] = {}
     for where, row in read_objects(file):
         question_id = _question_id(row, where, seen)
         golds[question_id] = Gold(tuple(_answers(row, where)), row.get("answer_type"), where)
     return golds
+
+
+def _gold_of_scenes(source: SampleSource) -> dict[QuestionId, Gold]:
+    samples = [source.sample(index) for index in range(source.sample_count)]
+    return {
+        sample.target["question_id"]: Gold(tuple(sample.target["answers"]), sample.target["answer_type"], sample.key)
+        for sample in samples
+    }
+
+
+def _gold_of_questions(file: str, rows: Sequence[Any]) -> dict[QuestionId, Gold]:
+    beside = _annotations_of(file, None)
+    if beside is None:
+        raise TercetError(f"{file}: no annotations for it; looked for {_annotations_name(file)} beside it")
+    golds = _read_annotations(beside, _read_json(beside))
+    asked = {row.get("question_id") for row in rows if isinstance(row, dict)}
+    return {question: gold for question, gold in golds.items() if question in asked}
 
 
 def read_results(file: str) -> dict[QuestionId, str]:

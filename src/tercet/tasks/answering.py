@@ -342,9 +342,13 @@ class Answerer:
     def answer(
         self, images: Tensor, input_ids: Tensor, attention_mask: Tensor, image_rows: Tensor | None = None
     ) -> list[Answer]:
-        """The answers to a batch of questions; the arguments are those of `question_states`, on any device."""
+        """The answers to a batch of questions.
+
+        The arguments are those of `question_states`, on any device; `image_rows` may be `[questions, 1]` as well, as in
+        a `SampleBatch`.
+        """
         images, input_ids, mask = (part.to(self.device) for part in (images, input_ids, attention_mask))
-        rows = None if image_rows is None else image_rows.to(self.device)
+        rows = None if image_rows is None else image_rows.flatten().to(self.device)
         states = question_states(self.model, images, input_ids, mask, rows)
         return self._write(states, mask) if self._list is None else self._rank(states, mask, self._list)
 

@@ -277,10 +277,7 @@ def evaluate(model: Tercet, source: SampleSource, config: Config) -> VqaResult:
         ):
             result.problems += batch.problems
             if len(batch):
-                assert batch.image_rows is not None
-                result.answers += answerer.answer(
-                    batch.images, batch.input_ids, batch.attention_mask, batch.image_rows[:, 0]
-                )
+                result.answers += answerer.answer(batch.images, batch.input_ids, batch.attention_mask, batch.image_rows)
                 targets += batch.targets
     if not targets:
         raise TercetError(f"none of {source.sample_count} questions has a readable image: {result.problems[0]}")

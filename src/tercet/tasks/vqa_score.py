@@ -164,7 +164,7 @@ def score_files(predictions: str | Path, gold: str | Path) -> VqaScore:
 
     Args:
         predictions: JSON list of `{"question_id", "answer"}`.
-        gold: official annotations, or an ALBEF file with answers.
+        gold: official annotations (or the questions beside them), an ALBEF file with answers, or scenes:SPLIT.
 
     Raises:
         TercetError: a file cannot be read or parsed, or they speak of different questions; names file and row.
