@@ -81,7 +81,7 @@ class Teacher(nn.Module):
         for name, parameter in self.model.named_parameters():
             own.append(parameter)
             theirs.append(followed[name].detach())
-        torch._foreach_lerp_(own, theirs, 1 - momentum)
+        torch._foreach_lerp_(own, theirs, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class FeatureQueue(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +15,19 @@ from torch import Tensor
 from tercet.config import Config
 from tercet.data.order import mix
 from tercet.errors import TercetError
+from tercet.files import write_atomic
 from tercet.objectives.total import total
 from tercet.tasks.task import StepBatch, TaskOutput
 from tercet.train.checkpoint import save_checkpoint
 from tercet.train.finish import evaluate_split, finish_run
 from tercet.train.optim import alpha_of, gradient_norm, learning_rate, step_clipped
-from tercet.train.parallel import keep_memory
+from tercet.train.parallel import keep_memory, machine_name
 from tercet.train.session import CHECKPOINTS, Session, due_steps, open_session, text_count
 from tercet.train.stop import StopRequest
 from tercet.train.track import Tracker
+
+# What the report says of a run beside its config.
+FACTS = "run.json"
 
 
 class Stopped(KeyboardInterrupt):
@@ -190,6 +195,8 @@ def announce(session: Session, tracker: Tracker) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     texts = text_count(session.source)
     placement = session.placement
+    facts = {"recipe": session.config.name, "pairs": texts, "parameters": parameters}
+    write_atomic(session.folder / FACTS, json.dumps({**facts, "machine": machine_name(placement.device)}))
     for message in session.messages:
         tracker.event(session.step, message)
     tracker.event(

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -57,6 +58,25 @@ def native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.cpu._is_amx_tile_supported()
+
+
+def machine_name(device: torch.device) -> str:
+    """Processor or card, and the version of PyTorch, as reports and results name them."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{name}, PyTorch {torch.__version__}"
+
+
+def _processor() -> str:
+    """The processor's name as Linux tells it; elsewhere what Python knows."""
+    try:
+        described = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        described = []
+    named = [line.partition(":")[2].strip() for line in described if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
 
 
 # glibc's mallopt parameters (malloc.h), and what they are set to.
