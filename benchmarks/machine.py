@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import os
 import platform
 import statistics
@@ -11,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tercet.train.parallel import keep_memory
 
 # Rows, inner and outer width of a matrix product: the up-projection of 8 images of 257 tokens in a base-size block,
 # which the published method's share of the rate was measured against, and a large square one.
@@ -23,10 +28,12 @@ class MatrixRate:
     """FLOPs a second of plain fp32 matrix products, sampled between the timed runs so that both see the same machine.
 
     Attributes:
+        clock: seconds from any start.
         shapes: rows, inner and outer width of each product.
         samples: FLOP/s of each shape, one an occasion.
     """
 
+    clock: Callable[[], float] = time.perf_counter
     shapes: tuple[tuple[int, int, int], ...] = (BASE_SHAPE, SQUARE_SHAPE)
     samples: dict[tuple[int, int, int], list[float]] = field(default_factory=dict)
 
@@ -43,9 +50,9 @@ class MatrixRate:
         for shape, (left, right, product) in self._operands.items():
             rows, inner, outer = shape
             for _ in range(repeats):
-                started = time.perf_counter()
+                started = self.clock()
                 torch.mm(left, right, out=product)
-                rate = 2 * rows * inner * outer / (time.perf_counter() - started)
+                rate = 2 * rows * inner * outer / (self.clock() - started)
                 self.samples.setdefault(shape, []).append(rate)
 
     def median(self, shape: tuple[int, int, int] = BASE_SHAPE) -> float:
@@ -57,31 +64,53 @@ class MatrixRate:
         return {"x".join(map(str, shape)): round(self.median(shape) / 1e9, 1) for shape in self.samples}
 
 
-def take_turns(
-    runs: Mapping[str, Callable[[], object]], rounds: int, rate: MatrixRate | None = None
-) -> dict[str, list[float]]:
+def take_turns(runs: Mapping[str, Callable[[], object]], rounds: int, rate: MatrixRate) -> dict[str, list[float]]:
     """Seconds of each run, `rounds` times, all runs in turn in every round.
 
     Args:
         runs: what to time; each was called before, so that nothing is done for the first time here.
         rounds: times each.
-        rate: sampled around every run.
+        rate: sampled around every run; its clock times the runs too.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            if rate is not None:
-                rate.sample()
-            started = time.perf_counter()
+            rate.sample()
+            started = rate.clock()
             run()
-            seconds[name].append(time.perf_counter() - started)
-    if rate is not None:
-        rate.sample()
+            seconds[name].append(rate.clock() - started)
+    rate.sample()
     return seconds
 
 
-def describe_machine() -> dict[str, object]:
-    """Processor, cores, threads and versions: what a figure means nothing without."""
+def count_flops(run: Callable[[], object]) -> int:
+    """FLOPs of the matrix products of one run, attention's among them; a multiply and an add are two."""
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, *_: object, **__: object) -> int:
+    *batch, queries, width = query
+    return 4 * math.prod(batch) * queries * key[-2] * width
+
+
+def _attention_backward_flops(
+    gradient: torch.Size, query: torch.Size, key: torch.Size, *_: object, **__: object
+) -> int:
+    # Of the four products that the gradients take; what the kernel computes again is left out.
+    return 2 * _attention_flops(query, key)
+
+
+# PyTorch's counter knows the attention kernels of a GPU only.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+def describe_machine(arguments: argparse.Namespace) -> dict[str, object]:
+    """Processor, cores, threads, versions and how it was timed: what a figure means nothing without."""
     return {
         "processor": processor_name(),
         "cores": os.cpu_count(),
@@ -90,6 +119,8 @@ def describe_machine() -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.system(),
+        "keeps_memory": not arguments.return_memory and keep_memory(),
+        "clock": "processor" if arguments.processor_time else "wall",
     }
 
 
@@ -101,6 +132,28 @@ def processor_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that every benchmark of this folder has."""
+    parser.add_argument("--quick", action="store_true", help="a small model, under 50 s on 2 cores")
+    parser.add_argument("--no-plain", dest="plain", action="store_false", help="time ours alone")
+    parser.add_argument("--return-memory", action="store_true", help="leave the C library's allocator as it is")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="one thread, and its processor time instead of wall time: for a machine that others keep busy",
+    )
+
+
+def prepare(arguments: argparse.Namespace) -> MatrixRate:
+    """Set threads, allocator and seed as the options say; the rate holds the clock to time with."""
+    if arguments.processor_time:
+        torch.set_num_threads(1)
+    if not arguments.return_memory:
+        keep_memory()
+    torch.manual_seed(0)
+    return MatrixRate(time.process_time if arguments.processor_time else time.perf_counter)
 
 
 def spread(seconds: list[float]) -> list[float]:

@@ -16,9 +16,8 @@ from types import SimpleNamespace
 from typing import cast
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from machine import MatrixRate, describe_machine, spread, take_turns
+from machine import add_options, count_flops, describe_machine, prepare, spread, take_turns
 from plain import PlainModel
 from plain_step import PlainBatch, PlainPretraining, plain_optimizer, sum_of_losses
 from tercet.config import Config, ModelConfig, ObjectivesConfig, TrainConfig
@@ -27,7 +26,7 @@ from tercet.model.tercet import Tercet
 from tercet.tasks.pretrain import Pretraining
 from tercet.train.loop import take_step
 from tercet.train.optim import build_optimizer
-from tercet.train.parallel import keep_memory, place
+from tercet.train.parallel import place
 from tercet.train.session import Session
 
 # Counted on the published code: base size, 256 px, queue 65536, captions of 8 to 14 word pieces.
@@ -116,17 +115,9 @@ def draw_batch(model: ModelConfig, pairs: int, tokens: int) -> Batch:
     )
 
 
-def count(step: OurStep | PlainStep) -> int:
-    """FLOPs of matrix products in one step; the step also serves as the first, which is not timed."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
     """Build, count and time."""
-    kept = keep_memory() if not arguments.return_memory else False
-    torch.manual_seed(0)
+    rate = prepare(arguments)
     model = ModelConfig.model_validate(QUICK_MODEL if arguments.quick else {})
     config = Config(
         model=model,
@@ -138,10 +129,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     runs: dict[str, OurStep | PlainStep] = {"ours": ours}
     if arguments.plain:
         runs["plain"] = PlainStep(config, batch, ours.task.student)
-    flops = {name: count(step) / arguments.batch for name, step in runs.items()}
+    flops = {name: count_flops(step) / arguments.batch for name, step in runs.items()}
+    # The pages that a step works in are mapped in the first few.
     for step in runs.values():
-        step()
-    rate = MatrixRate()
+        for _ in range(arguments.warm_up):
+            step()
     seconds = take_turns(runs, arguments.steps, rate)
     medians = {name: statistics.median(times) / arguments.batch for name, times in seconds.items()}
     yardstick = PUBLISHED_FLOPS_A_PAIR if not arguments.quick else flops.get("plain")
@@ -162,20 +154,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "gemm_gflops": rate.summary(),
         "utilisation": round(flops["ours"] / (medians["ours"] * gemm), 3),
         "effective": round(yardstick / (medians["ours"] * gemm), 3) if yardstick else None,
-        "keeps_memory": kept,
-        "machine": describe_machine(),
+        "machine": describe_machine(arguments),
     }
 
 
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a small model, under 50 s on 2 cores")
+    add_options(parser)
     parser.add_argument("--batch", type=int, default=4, help="pairs a step")
     parser.add_argument("--caption-tokens", type=int, default=20, help="word pieces of every caption")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind")
-    parser.add_argument("--no-plain", dest="plain", action="store_false", help="time ours alone")
-    parser.add_argument("--return-memory", action="store_true", help="leave the C library's allocator as it is")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps of each kind before the timed ones")
     print(json.dumps(measure(parser.parse_args())))
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tercet.model.tercet import Tercet
+
+# A pass reads all weights of the fusion encoder and starts its kernels, which takes as long as about so many tokens do.
+PASS_COST = 64
 
 
 @dataclass
@@ -30,6 +34,33 @@ def pad_texts(text_embeds: list[Tensor]) -> tuple[Tensor, Tensor]:
     return padded, torch.arange(padded.shape[1], device=padded.device)[None, :] < lengths[:, None]
 
 
+def group_by_length(lengths: Sequence[int], pass_cost: int = PASS_COST) -> list[list[int]]:
+    """Indices of texts in groups that go through the model together, so that padding and passes cost least.
+
+    Args:
+        lengths: tokens of each text.
+        pass_cost: what one more pass costs, in tokens.
+    """
+    by_length: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(index)
+    steps = sorted(by_length)
+    # Of the texts up to each length: the least cost, and where the last group begins.
+    best: list[tuple[int, int]] = [(0, 0)]
+    for end, longest in enumerate(steps, start=1):
+        count, options = 0, []
+        for start in range(end - 1, -1, -1):
+            count += len(by_length[steps[start]])
+            options.append((best[start][0] + count * longest + pass_cost, start))
+        best.append(min(options))
+    groups, end = [], len(steps)
+    while end:
+        start = best[end][1]
+        groups.append([index for length in steps[start:end] for index in by_length[length]])
+        end = start
+    return groups
+
+
 @torch.no_grad()
 def match_image(model: Tercet, image_embeds: Tensor, text_embeds: list[Tensor], batch_tokens: int = 8192) -> Tensor:
     """`itm_logits` of one image against texts; class 1 is a match.
@@ -45,13 +76,12 @@ def match_image(model: Tercet, image_embeds: Tensor, text_embeds: list[Tensor], 
     """
     memory = model.remember(image_embeds[None])
     logits = image_embeds.new_empty(len(text_embeds), 2, dtype=torch.float32)
-    # Texts of like length share a batch, so that hardly any padding is computed.
-    order = sorted(range(len(text_embeds)), key=lambda index: text_embeds[index].shape[0])
-    while order:
-        count = max(1, batch_tokens // text_embeds[order[-1]].shape[0])
-        chunk, order = order[-count:], order[:-count]
-        padded, mask = pad_texts([text_embeds[index] for index in chunk])
-        logits[torch.tensor(chunk, device=logits.device)] = model.match_logits(padded, mask, memory)
+    for group in group_by_length([text.shape[0] for text in text_embeds]):
+        count = max(1, batch_tokens // max(text_embeds[index].shape[0] for index in group))
+        for start in range(0, len(group), count):
+            chunk = group[start : start + count]
+            padded, mask = pad_texts([text_embeds[index] for index in chunk])
+            logits[torch.tensor(chunk, device=logits.device)] = model.match_logits(padded, mask, memory)
     return logits
 
 
