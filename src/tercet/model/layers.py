@@ -48,13 +48,24 @@ def attention(
     written_out = tap is not None or (dropout > 0 and query.device.type == "cpu")
     if not written_out:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-    logits = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf"))
-    weights = logits.softmax(dim=-1)
+    weights = attention_weights(query * query.shape[-1] ** -0.5, key, mask)
     if tap is not None:
         tap.weights = weights
     return drop(weights, dropout) @ value
+
+
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax over the keys, `[..., queries, keys]`.
+
+    Args:
+        query: `[..., queries, head_width]`, already scaled.
+        key: `[..., keys, head_width]`.
+        mask: bool, broadcastable to the result; True where a query may look.
+    """
+    logits = query @ key.transpose(-2, -1)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    return logits.softmax(dim=-1)
 
 
 def split_heads(hidden: Tensor, heads: int) -> Tensor:

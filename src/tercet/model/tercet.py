@@ -84,9 +84,10 @@ class Tercet(nn.Module):
         """`text_feats` of any tokens: `[..., width]` to unit vectors `[..., embed_dim]`."""
         return F.normalize(self.text_projection(text_embeds).float(), dim=-1)
 
-    def remember(self, image_embeds: Tensor) -> ImageMemory:
-        """Keys and values of `image_embeds` `[images, image_tokens, vision_width]` for every fusion layer."""
-        return self.fusion.remember(image_embeds)
+    def remember(self, image_embeds: Tensor, readers: tuple[int, int] | None = None) -> ImageMemory:
+        """What the fusion layers read of `image_embeds` `[images, image_tokens, vision_width]`; see
+        `FusionEncoder.remember`."""
+        return self.fusion.remember(image_embeds, readers)
 
     def fuse(
         self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory, rows: Tensor | None = None

@@ -9,6 +9,8 @@ from tercet.config import TextConfig
 from tercet.errors import TercetError
 from tercet.model.dropout import drop
 from tercet.model.layers import ImageMemory, TextLayer
+from tercet.model.memory import LeanMemory
+from tercet.model.projection import pays_to_project
 
 
 def key_mask(attention_mask: Tensor) -> Tensor:
@@ -81,9 +83,24 @@ class FusionEncoder(nn.Module):
         )
         self.apply(initialise_bert)
 
-    def remember(self, image_embeds: Tensor) -> ImageMemory:
-        """Keys and values of every layer for `image_embeds` `[images, image_tokens, image_width]`."""
-        return ImageMemory([layer.cross_attention.remember(image_embeds) for layer in self._fusion_layers()])
+    def remember(self, image_embeds: Tensor, readers: tuple[int, int] | None = None) -> ImageMemory:
+        """What every layer reads of images.
+
+        Args:
+            image_embeds: `[images, image_tokens, image_width]`.
+            readers: text tokens, over all passes, that read an image in a lower layer and in the last one.  On a CPU,
+                layers with few of them keep no keys and values, which is faster.  None: any number, and all are kept.
+        """
+        layers = [layer.cross_attention for layer in self._fusion_layers()]
+        projected = len(layers)
+        if readers is not None and image_embeds.device.type == "cpu":
+            lower, last = (self._pays_to_project(count, image_embeds) for count in readers)
+            projected = (projected - 1) * lower + (lower and last)
+        keys_values = [layer.remember(image_embeds) for layer in layers[:projected]]
+        if projected == len(layers):
+            return ImageMemory(keys_values)
+        others = [(layer.key_value.weight, layer.key_value.bias) for layer in layers[projected:]]
+        return LeanMemory(image_embeds, keys_values, others)
 
     def forward(
         self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory, rows: Tensor | None = None
@@ -114,6 +131,11 @@ class FusionEncoder(nn.Module):
         """The last layer, at `rows` `[pairs, slots]` or everywhere: `[pairs, slots or tokens, width]`."""
         index = len(self.layers) - 1
         return self.layers[index](hidden, key_mask(attention_mask), memory, index, rows)
+
+    def _pays_to_project(self, readers: int, image_embeds: Tensor) -> bool:
+        attention = self._fusion_layers()[0].cross_attention
+        width = attention.query.in_features
+        return pays_to_project(readers, image_embeds.shape[1], width, image_embeds.shape[2], attention.heads)
 
     def _fusion_layers(self) -> list[TextLayer]:
         return [layer for layer in self.layers if isinstance(layer, TextLayer)]

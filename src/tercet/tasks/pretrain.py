@@ -215,7 +215,8 @@ class Pretraining(Task):
         if texts[0] is not None:
             features = extract_features(model, image_embeds, texts[0], batch.attention_mask)
         if texts[1] is not None and masked is not None:
-            fused = model.fuse(texts[1], batch.attention_mask, model.remember(image_embeds), masked.rows)
+            memory = model.remember(image_embeds, count_readers(batch, 0, masked))
+            fused = model.fuse(texts[1], batch.attention_mask, memory, masked.rows)
             mlm_logits = model.mlm_logits(fused.flatten(0, 1)[masked.chosen])
         return TeacherView(features, mlm_logits)
 
@@ -282,7 +283,10 @@ class Pretraining(Task):
     ) -> dict[str, Tensor]:
         """`itm` and `mlm`: every pass through the lower fusion layers in one batch, reading one image memory."""
         passes = FusionPasses()
-        memory = self.student.remember(features.image_embeds) if self.enabled & {"itm", "mlm"} else None
+        memory = None
+        if self.enabled & {"itm", "mlm"}:
+            matching_passes = 0 if negatives is None else 3
+            memory = self.student.remember(features.image_embeds, count_readers(batch, matching_passes, batch.masked))
         if memory is not None and negatives is not None:
             passes.add_matching(features, memory, negatives)
         if memory is not None and masked_embeds is not None:
@@ -343,6 +347,13 @@ class FusionPasses:
     def memory(self, first: int, last: int | None = None) -> ImageMemory:
         """The memories of the passes from `first` up to `last`."""
         return JoinedMemory(self.parts[first:last])
+
+
+def count_readers(batch: PairBatch, matching_passes: int, masked: MaskedTexts | None) -> tuple[int, int]:
+    """Text tokens that read an image in a lower fusion layer and in the last one, where few rows are computed."""
+    tokens = batch.input_ids.shape[1]
+    slots = 0 if masked is None else masked.rows.shape[1]
+    return tokens * (matching_passes + (masked is not None)), matching_passes + slots
 
 
 def published_order(logits: Tensor) -> Tensor:

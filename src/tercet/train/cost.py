@@ -1,7 +1,8 @@
 """What a training step costs, by arithmetic alone: parameters, FLOPs and memory.  Needs neither torch nor the model.
 
 A multiply and an add count as two FLOPs; as usual only matrix products are counted.  The backward pass of a product
-costs one more for its input's gradient and one more for its weight's.
+costs one more for its input's gradient and one more for its weight's.  Counted is what a CPU does; a GPU projects
+keys and values of the images for every fusion layer, up to 2 % more.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from tercet.config import ModelConfig, ObjectivesConfig, TextConfig, VisionConfig
+from tercet.model.projection import pays_to_project
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,10 @@ def count_flops(model: ModelConfig, objectives: ObjectivesConfig, shape: Shape) 
         _project(teacher, model, shape, 0)
     if needs.teaches_words:
         _encode_text(teacher, model.text, shape)
-        _remember(teacher, model, shape)
-        _fuse_lower(teacher, model, shape, shape.batch)
-        _fuse_last(teacher, model, shape, shape.batch, shape.slots)
+        projected = _projects(model, shape.tokens, shape.slots)
+        _remember(teacher, model, shape, projected)
+        _fuse_lower(teacher, model, shape, shape.batch, projected[0])
+        _fuse_last(teacher, model, shape, shape.batch, shape.slots, projected[1])
         _vocabulary(teacher, model.text, shape)
     _contrast(student, teacher, model, objectives, shape)
     return Flops(student.forward, student.backward, teacher.forward)
@@ -221,32 +224,46 @@ def _layer(tally: Tally, batch: int, rows: int, tokens: int, width: int, mlp_wid
     tally.add(4 * batch * rows * width * mlp_width)
 
 
-def _cross(tally: Tally, pairs: int, rows: int, image_tokens: int, width: int) -> None:
+def _cross(tally: Tally, model: ModelConfig, pairs: int, rows: int, projected: bool) -> None:
+    width, image_width, image_tokens = model.text.width, model.vision.width, 1 + model.vision.grid**2
     tally.add(4 * pairs * rows * width * width)
-    tally.add(4 * pairs * rows * image_tokens * width)
+    if projected:
+        tally.add(4 * pairs * rows * image_tokens * width)
+    else:
+        tally.add(4 * pairs * rows * width * image_width)
+        tally.add(4 * pairs * rows * model.text.heads * image_tokens * image_width)
 
 
 def _project(tally: Tally, model: ModelConfig, shape: Shape, gradients: int) -> None:
     tally.add(2 * shape.batch * (model.vision.width + model.text.width) * model.embed_dim, gradients)
 
 
-def _remember(tally: Tally, model: ModelConfig, shape: Shape) -> None:
-    layers = model.text.depth - model.text.fusion_layer
+def _projects(model: ModelConfig, lower: int, last: int) -> tuple[bool, bool]:
+    """Whether lower layers and the last one keep keys and values, for the numbers of text tokens that read an image."""
+    text, vision = model.text, model.vision
+    sizes = (1 + vision.grid**2, text.width, vision.width, text.heads)
+    keeps = pays_to_project(lower, *sizes)
+    return keeps, keeps and pays_to_project(last, *sizes)
+
+
+def _remember(tally: Tally, model: ModelConfig, shape: Shape, projected: tuple[bool, bool]) -> None:
+    lower, last = projected
+    layers = (model.text.depth - model.text.fusion_layer - 1) * lower + last
     image_tokens = 1 + model.vision.grid**2
     tally.add(layers * 2 * shape.batch * image_tokens * model.vision.width * 2 * model.text.width)
 
 
-def _fuse_lower(tally: Tally, model: ModelConfig, shape: Shape, pairs: int) -> None:
+def _fuse_lower(tally: Tally, model: ModelConfig, shape: Shape, pairs: int, projected: bool) -> None:
     text = model.text
     for _ in range(text.depth - text.fusion_layer - 1):
         _layer(tally, pairs, shape.tokens, shape.tokens, text.width, text.mlp_width)
-        _cross(tally, pairs, shape.tokens, 1 + model.vision.grid**2, text.width)
+        _cross(tally, model, pairs, shape.tokens, projected)
 
 
-def _fuse_last(tally: Tally, model: ModelConfig, shape: Shape, pairs: int, rows: int) -> None:
+def _fuse_last(tally: Tally, model: ModelConfig, shape: Shape, pairs: int, rows: int, projected: bool) -> None:
     text = model.text
     _layer(tally, pairs, rows, shape.tokens, text.width, text.mlp_width)
-    _cross(tally, pairs, rows, 1 + model.vision.grid**2, text.width)
+    _cross(tally, model, pairs, rows, projected)
 
 
 def _vocabulary(tally: Tally, text: TextConfig, shape: Shape) -> None:
@@ -256,15 +273,17 @@ def _vocabulary(tally: Tally, text: TextConfig, shape: Shape) -> None:
 def _fuse_student(tally: Tally, model: ModelConfig, shape: Shape, needs: Needs) -> None:
     if not (needs.matches or needs.masks):
         return
-    _remember(tally, model, shape)
-    _fuse_lower(tally, model, shape, shape.batch * (3 * needs.matches + needs.masks))
+    passes = 3 * needs.matches + needs.masks
+    projected = _projects(model, shape.tokens * passes, 3 * needs.matches + shape.slots * needs.masks)
+    _remember(tally, model, shape, projected)
+    _fuse_lower(tally, model, shape, shape.batch * passes, projected[0])
     if needs.matches:
-        _fuse_last(tally, model, shape, 3 * shape.batch, 1)
+        _fuse_last(tally, model, shape, 3 * shape.batch, 1, projected[1])
         tally.add(2 * 3 * shape.batch * model.text.width * 2)
         # Similarities that the hard negatives are drawn by, without gradient.
         tally.add(4 * shape.batch**2 * model.embed_dim, gradients=0)
     if needs.masks:
-        _fuse_last(tally, model, shape, shape.batch, shape.slots)
+        _fuse_last(tally, model, shape, shape.batch, shape.slots, projected[1])
         _vocabulary(tally, model.text, shape)
 
 
