@@ -62,7 +62,8 @@ def similarity(model: Tercet, images: ImageInputs, texts: TextInputs) -> Tensor 
     Returns:
         `[images, texts]`; the axis of what was given alone is dropped, and of one image and one text it is a float.
     """
-    cosines = embed_images(model, images) @ embed_texts(model, texts).T
+    text_feats = embed_texts(model, texts)
+    cosines = embed_images(model, images) @ (text_feats.T if text_feats.ndim == 2 else text_feats)
     return cosines if cosines.ndim else cosines.item()
 
 
@@ -149,13 +150,15 @@ def answer(
     from tercet.tasks.answering import Answerer
 
     model.require_heads(("answer",), "vqa")
+    config = VqaConfig()
+    data = _DATA.model_copy(update={"max_words": config.max_words, "max_tokens": model.config.text.max_positions})
     found: list[Answer] = []
     pairs = _Pairs(images, questions)
     with evaluating(model):
-        answerer = Answerer(model, VqaConfig(), model.answers if answers is None else list(answers))
+        answerer = Answerer(model, config, model.answers if answers is None else list(answers))
         for pixels, asked in pairs:
             batch = to_batch(pixels, model.config.vision.image_size)
-            input_ids, attention_mask = tokenise(model, asked, _DATA, clean_question)
+            input_ids, attention_mask = tokenise(model, asked, data, clean_question)
             rows = torch.arange(len(asked))[:, None] if len(pixels) == len(asked) else torch.zeros(len(asked), 1).long()
             found += answerer.answer(batch, input_ids, attention_mask, rows)
     return found[0] if pairs.single else found

@@ -23,7 +23,7 @@ import numpy as np
 from tercet.config import DataConfig
 from tercet.data.images import decode
 from tercet.data.references import Box, References, read_references
-from tercet.data.rows import SplitFilter
+from tercet.data.rows import SplitFilter, is_empty
 from tercet.data.samples import (
     SampleCollector,
     SampleSource,
@@ -99,6 +99,7 @@ def read_expressions(file: str, suffix: str | None, data: DataConfig, need_boxes
     collector = SampleCollector()
     for where, row in read_objects(file, suffix):
         image, text = text_of(row, where, data.image_column), text_of(row, where, *TEXT_KEYS)
+        _check_text(text, where, data)
         place = images.find(image, where, collector)
         if place is None:
             continue
@@ -142,6 +143,7 @@ def _read_official(
         if detections is not None and need_boxes:
             target["candidates"] = detections.of(image, where)
         for number, sentence in enumerate(references.sentences[ref_id], 1):
+            _check_text(sentence, f"{where} sentence {number}", data)
             collector.add(f"{where} sentence {number}", [place], sentence, target)
     return images.finish(collector)
 
@@ -278,6 +280,11 @@ def check_boxes(boxes: Sequence[Box], width: float, height: float, where: str) -
                 f"{where}: the box ({left:g}, {top:g}, {right:g}, {bottom:g}) reaches outside its image "
                 f"of {width:g}x{height:g} pixels; boxes are (left, top, right, bottom)"
             )
+
+
+def _check_text(text: str, where: str, data: DataConfig) -> None:
+    if is_empty(text, data.max_words):
+        raise TercetError(f"{where}: the expression {text!r} is empty after cleaning; take the row out")
 
 
 def _target(

@@ -92,7 +92,7 @@ def matching_attention(
         weights = _read(tap)
         (gradient,) = torch.autograd.grad(logits[:, 1].sum(), weights)
     pairs = text.shape[0]
-    return _unfold(weights.detach(), len(memory), pairs), _unfold(gradient, len(memory), pairs)
+    return _unfold(weights.detach(), pairs), _unfold(gradient, pairs)
 
 
 def contrast_attention(
@@ -193,8 +193,9 @@ def _block_attention(vision: VisionTransformer, layer: int) -> SelfAttention:
     return attention
 
 
-def _unfold(weights: Tensor, images: int, pairs: int) -> Tensor:
-    """Weights of pairs that were folded into one long query an image: `[pairs, heads, queries, keys]`."""
+def _unfold(weights: Tensor, pairs: int) -> Tensor:
+    """Weights `[pairs, heads, queries, keys]`; the memory may have folded the pairs of an image into one query."""
+    images = weights.shape[0]
     if pairs == images:
         return weights
     return weights.unflatten(2, (pairs // images, -1)).transpose(1, 2).flatten(0, 1)

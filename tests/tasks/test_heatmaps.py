@@ -1,0 +1,137 @@
+"""Heatmaps by any grouping of images and texts, and boxes against them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tercet.config import ModelConfig
+from tercet.errors import TercetError
+from tercet.model.tercet import Tercet
+from tercet.tasks.boxes import box_scores, choose_box, inside, overlap, peak
+from tercet.tasks.heatmaps import average_words, contrast_heatmaps, enlarge, matching_heatmaps, to_grid
+
+IMAGES, TEXTS, TOKENS = 2, 3, 5
+
+
+@pytest.fixture(scope="module")
+def model() -> Tercet:
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "width": 32, "depth": 3, "heads": 2}
+    text = {"width": 32, "mlp_width": 64, "depth": 5, "fusion_layer": 2, "heads": 2, "vocabulary_size": 40}
+    sizes = {"size": "tiny", "vision": vision, "text": text, "embed_dim": 16}
+    made = Tercet(ModelConfig.model_validate(sizes)).eval()
+    for parameter in made.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
+@pytest.fixture(scope="module")
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (IMAGES, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    input_ids = torch.randint(6, 40, (IMAGES * TEXTS, TOKENS), generator=generator)
+    lengths = torch.tensor([5, 3, 4, 2, 5, 5])
+    return images, input_ids, torch.arange(TOKENS)[None] < lengths[:, None]
+
+
+def test_texts_of_one_image_share_its_memory_and_nothing_else(model: Tercet, batch: tuple) -> None:
+    images, input_ids, mask = batch
+    with torch.no_grad():
+        image_embeds, text_embeds = model.encode_image(images), model.encode_text(input_ids, mask)
+        text_feats = model.project_text(text_embeds[:, 0])
+    together = matching_heatmaps(model, image_embeds, text_embeds, mask)
+    alone = matching_heatmaps(model, image_embeds.repeat_interleave(TEXTS, 0), text_embeds, mask)
+    torch.testing.assert_close(together, alone)
+    assert together.shape == (IMAGES * TEXTS, TOKENS, 16)
+    assert not together[~mask].any()
+
+    together = contrast_heatmaps(model, images, text_feats)
+    alone = contrast_heatmaps(model, images.repeat_interleave(TEXTS, 0), text_feats)
+    torch.testing.assert_close(together, alone)
+    assert together.shape == (IMAGES * TEXTS, 16)
+
+
+def test_padding_does_not_change_a_map(model: Tercet, batch: tuple) -> None:
+    images, input_ids, mask = batch
+    with torch.no_grad():
+        image_embeds = model.encode_image(images[:1])
+        padded = model.encode_text(input_ids[3:4], mask[3:4])
+        short = model.encode_text(input_ids[3:4, :2], mask[3:4, :2])
+    first = average_words(matching_heatmaps(model, image_embeds, padded, mask[3:4]), mask[3:4])
+    second = average_words(matching_heatmaps(model, image_embeds, short, mask[3:4, :2]), mask[3:4, :2])
+    torch.testing.assert_close(first, second)
+
+
+def test_without_gradients_and_with_frozen_parameters(model: Tercet, batch: tuple) -> None:
+    images, input_ids, mask = batch
+
+    def maps() -> tuple[torch.Tensor, torch.Tensor]:
+        image_embeds = model.encode_image(images[:1])
+        text_embeds = model.encode_text(input_ids[:1], mask[:1])
+        feats = model.project_text(text_embeds[:, 0])
+        matching = matching_heatmaps(model, image_embeds, text_embeds, mask[:1])
+        return matching, contrast_heatmaps(model, images[:1], feats)
+
+    expected = maps()
+    try:
+        model.requires_grad_(False)
+        with torch.inference_mode():
+            found = maps()
+    finally:
+        model.requires_grad_(True)
+    for first, second in zip(found, expected, strict=True):
+        torch.testing.assert_close(first, second)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(getattr(module, "tap", None) is None for module in model.modules())
+
+
+def test_layers_that_are_not_there(model: Tercet, batch: tuple) -> None:
+    images, input_ids, mask = batch
+    with torch.no_grad():
+        text_embeds = model.encode_text(input_ids, mask)
+    with pytest.raises(TercetError, match="layer 1 has no cross-attention; the fusion layers are 2 to 4"):
+        matching_heatmaps(model, model.encode_image(images), text_embeds, mask, layer=1)
+    with pytest.raises(TercetError, match="no ViT block 3; the blocks are 0 to 2"):
+        contrast_heatmaps(model, images, model.project_text(text_embeds[:, 0]), layer=3)
+
+
+def test_grids_of_oblong_images() -> None:
+    maps = torch.arange(12.0)[None]
+    assert to_grid(maps, 48, 64).shape == (1, 3, 4)
+    assert to_grid(maps, 48, 64)[0, 1, 0] == 4
+    assert enlarge(to_grid(maps, 48, 64), 30, 40).shape == (1, 30, 40)
+
+
+def test_boxes_that_reach_over_the_edge_count_what_is_inside() -> None:
+    heatmap = torch.ones(10, 20)
+    scores = box_scores(heatmap, [(-5, -5, 5, 5), (0, 0, 10, 10), (15, 5, 25, 15)])
+    assert scores.tolist() == pytest.approx([2.5, 10.0, 2.5])
+
+
+def test_a_map_without_any_positive_score_still_chooses() -> None:
+    assert choose_box(-torch.ones(8, 8), [(0, 0, 4, 4), (0, 0, 2, 2)]) == (1, -2.0)
+
+
+def test_peak_and_inside() -> None:
+    heatmap = torch.zeros(6, 8)
+    heatmap[4, 5] = 1
+    assert peak(heatmap) == (5.5, 4.5)
+    assert inside((5.5, 4.5), [(0, 0, 1, 1), (5, 4, 6, 5)])
+    assert not inside((5.5, 4.5), [(0, 0, 5, 5)])
+
+
+sides = st.floats(0, 100, allow_nan=False)
+
+
+@given(st.tuples(sides, sides, sides, sides), st.tuples(sides, sides, sides, sides))
+def test_overlap_is_symmetric_and_within_bounds(first: tuple, second: tuple) -> None:
+    one = (first[0], first[1], first[0] + first[2] + 1, first[1] + first[3] + 1)
+    other = (second[0], second[1], second[0] + second[2] + 1, second[1] + second[3] + 1)
+    assert overlap(one, one) == pytest.approx(1)
+    assert 0 <= overlap(one, other) <= 1 + 1e-9
+    assert overlap(one, other) == pytest.approx(overlap(other, one))
+    # The published measure differs only where the boxes share a pixel or less.
+    assert overlap(one, other, published=True) in (0.0, pytest.approx(overlap(one, other)))

@@ -1,0 +1,230 @@
+"""The one-line calls: single in, single out; several in, as many out; whatever form the inputs have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import tercet
+from tercet.cli import main
+from tercet.errors import TercetError
+from tercet.model.tercet import Tercet
+from tercet.predict import Grounding
+from tercet.tasks.answering import Answer
+from tiny_model import SCENES, TEXTS, make_model
+
+IMAGES = [SCENES.array(index) for index in range(4)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Tercet:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def folder(model: Tercet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "model"
+    answering = make_model()
+    answering.add_heads(["answer"])
+    answering.save(path)
+    return path
+
+
+def close(first: Tensor, second: Tensor) -> None:
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_embedding_one_or_several(model: Tercet, tmp_path: Path) -> None:
+    feats = model.embed_images(IMAGES)
+    assert feats.shape == (4, 16)
+    close(feats.norm(dim=1), torch.ones(4))
+    Image.fromarray(IMAGES[2]).save(tmp_path / "2.png")
+    for form in (IMAGES[2], tmp_path / "2.png", str(tmp_path / "2.png"), Image.fromarray(IMAGES[2])):
+        close(model.embed_images(form), feats[2])
+    close(model.embed_images(np.stack(IMAGES)), feats)
+    close(model.embed_images(torch.from_numpy(np.stack(IMAGES)).permute(0, 3, 1, 2)), feats)
+    close(model.embed_images((tmp_path / "2.png").read_bytes()), feats[2])
+
+    said = model.embed_texts(TEXTS)
+    assert said.shape == (4, 16)
+    close(model.embed_texts(TEXTS[1]), said[1])
+
+
+def test_more_than_a_batch_of_images(model: Tercet) -> None:
+    many = [IMAGES[index % 4] for index in range(70)]
+    feats = model.embed_images(many)
+    assert feats.shape == (70, 16)
+    close(feats[69], feats[1])
+    chances = model.match(many, [TEXTS[index % 4] for index in range(70)], paired=True)
+    assert isinstance(chances, Tensor) and chances.shape == (70,)
+    close(chances[66], chances[2])
+
+
+def test_match_and_similarity(model: Tercet) -> None:
+    table, cosines = model.match(IMAGES, TEXTS), model.similarity(IMAGES, TEXTS)
+    assert isinstance(table, Tensor) and isinstance(cosines, Tensor)
+    assert table.shape == cosines.shape == (4, 4)
+    assert ((table > 0) & (table < 1)).all() and (cosines.abs() <= 1 + 1e-6).all()
+    for call, every in ((model.match, table), (model.similarity, cosines)):
+        one = call(IMAGES[1], TEXTS[2])
+        assert isinstance(one, float)
+        assert one == pytest.approx(every[1, 2].item(), abs=1e-5)
+        row, column, list_of_one = call(IMAGES[1], TEXTS), call(IMAGES, TEXTS[2]), call([IMAGES[1]], [TEXTS[2]])
+        assert isinstance(row, Tensor) and isinstance(column, Tensor) and isinstance(list_of_one, Tensor)
+        close(row, every[1])
+        close(column, every[:, 2])
+        assert list_of_one.shape == (1, 1)
+    paired = model.match(IMAGES, TEXTS, paired=True)
+    assert isinstance(paired, Tensor)
+    close(paired, table.diagonal())
+    with pytest.raises(TercetError, match="4 images and 2 texts; pairs need as many of both"):
+        model.match(IMAGES, TEXTS[:2], paired=True)
+
+
+def test_classify(model: Tercet) -> None:
+    labels = ["a red circle", "a blue star", "a green heart"]
+    chances = model.classify(IMAGES[0], labels)
+    assert isinstance(chances, dict)
+    assert set(chances) == set(labels) and sum(chances.values()) == pytest.approx(1)
+    assert list(chances.values()) == sorted(chances.values(), reverse=True)
+    several = model.classify(IMAGES, labels)
+    assert isinstance(several, list) and len(several) == 4
+    assert several[0] == pytest.approx(chances)
+    # With one template, the classes are ranked as the similarity to its sentences.
+    plain = model.classify(IMAGES[0], labels, templates=["{}"])
+    assert isinstance(plain, dict)
+    cosines = model.similarity(IMAGES[0], labels)
+    assert isinstance(cosines, Tensor)
+    assert next(iter(plain)) == labels[int(cosines.argmax())]
+
+
+@pytest.mark.parametrize(
+    ("labels", "templates", "message"),
+    [
+        (["a", "a"], None, "the label 'a' stands twice"),
+        ([], None, "give classify a list of labels"),
+        ("a cat", None, "give classify a list of labels"),
+        (["a"], ["a photo"], "needs one {} where the label goes"),
+        (["?!"], ["{}"], "nothing is left of the text '\\?!'"),
+    ],
+)
+def test_classify_refuses(model: Tercet, labels: list[str], templates: list[str] | None, message: str) -> None:
+    with pytest.raises(TercetError, match=message):
+        model.classify(IMAGES[0], labels, templates)
+
+
+@pytest.mark.parametrize("mode", ["itm", "itc"])
+def test_ground(model: Tercet, mode: str) -> None:
+    alone = model.ground(Image.fromarray(IMAGES[0]).resize((60, 40)), "a red circle", mode=mode)  # pyright: ignore
+    assert isinstance(alone, Grounding)
+    assert alone.heatmap.shape == (4, 4)
+    assert alone.enlarged().shape == (40, 60)
+    x, y = alone.point
+    assert 0 < x < 60 and 0 < y < 40
+    assert ([word for word, _ in alone.words] == []) is (mode == "itc")
+    if mode == "itm":
+        average = torch.stack([heatmap for _, heatmap in alone.words]).sum(dim=0)
+        assert (average <= alone.heatmap * (len(alone.words) + 1) + 1e-6).all()  # the rest is that of [CLS]
+
+    several = model.ground(IMAGES, TEXTS, mode=mode)  # pyright: ignore[reportArgumentType]
+    one_image = model.ground(IMAGES[1], TEXTS, mode=mode)  # pyright: ignore[reportArgumentType]
+    one_text = model.ground(IMAGES, TEXTS[1], mode=mode)  # pyright: ignore[reportArgumentType]
+    assert isinstance(several, list) and isinstance(one_image, list) and isinstance(one_text, list)
+    assert len(several) == len(one_image) == len(one_text) == 4
+    close(several[1].heatmap, one_image[1].heatmap)
+    close(several[1].heatmap, one_text[1].heatmap)
+
+
+def test_ground_refuses(model: Tercet) -> None:
+    with pytest.raises(TercetError, match="4 images and 3 texts; give one of either, or as many of both"):
+        model.ground(IMAGES, TEXTS[:3])
+    with pytest.raises(TercetError, match="no mode 'gradcam'"):
+        model.ground(IMAGES[0], TEXTS[0], mode="gradcam")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TercetError, match="layer 1 has no cross-attention"):
+        model.ground(IMAGES[0], TEXTS[0], layer=1)
+
+
+def test_answer(model: Tercet, folder: Path) -> None:
+    with pytest.raises(TercetError, match="no head for answer; fine-tune it first"):
+        model.answer(IMAGES[0], "what colour?")
+    answering = tercet.load(folder)
+    written = answering.answer(IMAGES[0], "what colour is it?")
+    assert isinstance(written, Answer) and isinstance(written.text, str)
+    chosen = answering.answer(IMAGES[0], "what colour is it?", answers=["red", "blue", "green"])
+    assert isinstance(chosen, Answer)
+    assert chosen.text in ("red", "blue", "green") and 0 < chosen.score <= 1
+    assert chosen.score + sum(score for _, score in chosen.others) == pytest.approx(1)
+    questions = ["what colour is it?", "how many hearts are there?"]
+    several = answering.answer(IMAGES[0], questions, answers=["red", "blue", "green"])
+    paired = answering.answer([IMAGES[0]] * 2, questions, answers=["red", "blue", "green"])
+    assert isinstance(several, list) and isinstance(paired, list)
+    assert [found.text for found in several] == [found.text for found in paired]
+    assert several[0].score == pytest.approx(chosen.score, abs=1e-4)
+
+
+def test_the_model_stays_in_the_mode_that_it_was_in(model: Tercet) -> None:
+    first = model.match(IMAGES[0], TEXTS[0])
+    model.train()
+    try:
+        assert model.match(IMAGES[0], TEXTS[0]) == first  # no dropout
+        assert model.training
+    finally:
+        model.eval()
+
+
+def test_without_a_tokenizer_it_embeds_images_alone() -> None:
+    bare = make_model()
+    bare.tokenizer = None
+    assert bare.embed_images(IMAGES[0]).shape == (16,)
+    with pytest.raises(TercetError, match="no tokenizer"):
+        bare.match(IMAGES[0], TEXTS[0])
+
+
+class TestCommands:
+    @pytest.fixture
+    def picture(self, tmp_path: Path) -> str:
+        (tmp_path / "a.png").write_bytes(SCENES.image(0))
+        return str(tmp_path / "a.png")
+
+    def test_match(self, model: Tercet, folder: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["match", picture, *TEXTS[:2], "--model", str(folder), "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert [row["text"] for row in rows] == TEXTS[:2]
+        loaded = tercet.load(folder)
+        assert rows[1]["match"] == pytest.approx(loaded.match(IMAGES[0], TEXTS[1]), abs=1e-5)
+        assert rows[1]["cosine"] == pytest.approx(loaded.similarity(IMAGES[0], TEXTS[1]), abs=1e-5)
+        assert main(["match", picture, TEXTS[0], "--model", str(folder)]) == 0
+        assert "%" in capsys.readouterr().out
+
+    def test_classify(self, folder: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+        labels = ["a red circle", "a blue star"]
+        assert main(["classify", picture, "--labels", *labels, "--model", str(folder), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == pytest.approx(tercet.load(folder).classify(IMAGES[0], labels))
+
+    def test_ask(self, folder: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+        words = ["--answers", "red", "blue"]
+        assert main(["ask", picture, "what colour is it?", *words, "--model", str(folder), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["answer"] in ("red", "blue") and len(found["others"]) == 1
+
+    def test_the_default_model_is_the_demo(
+        self, folder: Path, picture: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.chdir(Path(picture).parent)
+        assert main(["match", "a.png", "a heart"]) == 2
+        assert "name a model with --model; the default, runs/demo/model" in capsys.readouterr().err
+        Path("runs/demo").mkdir(parents=True)
+        Path("runs/demo/model").symlink_to(folder)
+        assert main(["match", "a.png", "a heart"]) == 0
+
+    def test_mistakes_are_one_line(self, folder: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["match", picture + "x", "a heart", "--model", str(folder)]) == 2
+        assert "did you mean" in capsys.readouterr().err
+        assert main(["classify", picture, "--model", str(folder)]) == 2
+        assert "labels" in capsys.readouterr().err

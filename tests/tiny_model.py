@@ -1,0 +1,38 @@
+"""A model of random weights that reads the captions of drawn scenes."""
+
+from __future__ import annotations
+
+import torch
+
+from tercet.config import ModelConfig
+from tercet.data.scenes import SceneSource
+from tercet.data.texts import Tokenizer
+from tercet.model.tercet import Tercet
+
+SCENES = SceneSource(4, "test", distinct=True)
+TEXTS = [SCENES.captions(index)[0] for index in range(4)]
+
+
+def make_model() -> Tercet:
+    """In evaluation mode; the same weights every time, of a size that tells inputs apart."""
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train(TEXTS, 120)
+    sizes = {
+        "size": "tiny",
+        "vision": {"image_size": 32, "width": 32, "depth": 3, "heads": 2},
+        "text": {
+            "vocabulary_size": tokenizer.vocabulary_size,
+            "width": 32,
+            "mlp_width": 64,
+            "depth": 4,
+            "fusion_layer": 2,
+            "heads": 2,
+            **{f"{name}_id": getattr(tokenizer, f"{name}_id") for name in ("pad", "cls", "sep", "mask")},
+        },
+        "embed_dim": 16,
+    }
+    model = Tercet(ModelConfig.model_validate(sizes))
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    model.tokenizer = tokenizer
+    return model.eval()
