@@ -80,4 +80,5 @@ def assignment_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _image_logits(image_feats: Tensor, same: Tensor) -> Tensor:
     feats = image_feats.float()
-    return (feats @ feats.T / TEMPERATURE).masked_fill(same, float("-inf"))
+    with torch.autocast(feats.device.type, enabled=False):
+        return (feats @ feats.T / TEMPERATURE).masked_fill(same, float("-inf"))
