@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -15,6 +16,7 @@ from tercet.config import Config, DataConfig
 from tercet.config_io import load_config
 from tercet.data.grounding_files import draw_expressions, open_expressions
 from tercet.data.images import one_view
+from tercet.data.loader import TrainLoader
 from tercet.data.samples import Sample
 from tercet.data.scenes import SceneSource
 from tercet.errors import TercetError
@@ -122,3 +124,29 @@ def test_whole_views_keep_all_of_the_image() -> None:
         assert view.shape == (32, 32, 3)
         white.append(view[16, 4].mean() > view[16, 27].mean())
     assert sum(white) > 30  # never mirrored; a few operations wipe the difference out
+
+
+@pytest.mark.parametrize(
+    ("text", "compat", "mirrors"),
+    [
+        ("the left one", "tercet", False),
+        ("the bright one", "tercet", True),
+        ("the left one", "published", True),
+    ],
+)
+def test_an_expression_that_tells_sides_is_not_mirrored(
+    tmp_path: Path, text: str, compat: Literal["tercet", "published"], mirrors: bool
+) -> None:
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[:, :16] = 255
+    cv2.imwrite(str(tmp_path / "0.png"), image)
+    (tmp_path / "rows.json").write_text(json.dumps([{"image": "0.png", "text": text}]), "utf-8")
+    data = DataConfig(workers=0, augment="light", crop_scale=(1.0, 1.0))
+    source = open_expressions([str(tmp_path / "rows.json")], data, "train")
+    tokenizer = make_model().tokenizer
+    assert tokenizer is not None
+    loader = TrainLoader(source, tokenizer, data, image_size=32, batch_size=1, seed=0, compat=compat)
+    views = [next(iter(loader.batches(epoch))).images[0, 0].float() for epoch in range(20)]
+    loader.close()
+    mirrored = [bool(view[:, 20:].mean() > view[:, :12].mean()) for view in views]
+    assert any(mirrored) is mirrors
