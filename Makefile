@@ -6,8 +6,6 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.13 || command -v p
 SOURCES := src tests benchmarks
 PIP_FLAGS ?=
 
-# Threads that spin while they wait slow each other down on small machines.
-export OMP_WAIT_POLICY ?= passive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test lint format types bench clean
@@ -18,8 +16,9 @@ help:  ## list the targets
 demo: $(VENV)/.installed  ## train a small model on drawn scenes and write its report
 	@$(BIN)/tercet demo
 
+# Threads that spin while they wait slow down the processes that tests start beside one another.
 test: lint types  ## lint, types and all fast tests
-	@$(BIN)/python -m pytest
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-dev  ## check style
 	@$(BIN)/ruff check $(SOURCES)

@@ -265,9 +265,6 @@ def _dispatch(arguments: list[str]) -> int:
         close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
         raise TercetError(f"no command {name!r}; {hint}")
-    # Read when PyTorch loads.  Threads that spin at a barrier while another process holds their core stop a run nearly
-    # dead: 10 pairs a second instead of 60 were measured beside one busy process on two cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     COMMANDS[name](rest)
     return 0
 
