@@ -94,7 +94,7 @@ def evaluate_classes(model: Tercet, source: Source, config: Config) -> FeatureRe
         numbers = {"zero-shot": _ranks(chances, test.labels)}
         if config.classify.train:
             train = open_labelled(config.classify.train, config.data, "train")
-            numbers["linear probe"] = _probes(_labelled_feats(model, train, names, config), test, len(names), config)
+            numbers["linear probe"] = _probes(_labelled_feats(model, train, names, config), test, names, config)
     rows = [
         {"image": key, "label": names[chosen], "gold": names[label]}
         for key, chosen, label in zip(test.keys, chances.argmax(dim=1).tolist(), test.labels.tolist(), strict=True)
@@ -148,11 +148,15 @@ def _labelled_feats(model: Tercet, source: Source, names: Sequence[str], config:
     return found
 
 
-def _probes(train: LabelledFeats, test: LabelledFeats, classes: int, config: Config) -> dict[str, float]:
+def _probes(train: LabelledFeats, test: LabelledFeats, names: Sequence[str], config: Config) -> dict[str, float]:
     """Accuracies of probes on a few images a class, and on all of them, in percent."""
+    classes = len(names)
     counts = train.labels.bincount(minlength=classes)
     if int(counts.min()) == 0:
-        raise TercetError("classify.train has no image of a class that the test images have; give some of every class")
+        raise TercetError(
+            f"classify.train has no image of {names[int(counts.argmin())]!r}, which the test images have; "
+            "give some of every class"
+        )
     numbers: dict[str, float] = {}
     for shots in config.classify.shots:
         if shots <= int(counts.min()):
