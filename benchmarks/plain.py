@@ -141,6 +141,20 @@ class PlainText(nn.Module):
         return hidden
 
 
+class PlainWordHead(nn.Module):
+    """Vocabulary logits with the word embedding as output matrix."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.transform = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=1e-12)
+        self.bias = nn.Parameter(torch.zeros(config.vocabulary_size))
+
+    def forward(self, fused: Tensor, word_embed: Tensor) -> Tensor:
+        """`[pairs, tokens, width]` to `[pairs, tokens, vocabulary]`."""
+        return F.linear(self.norm(F.gelu(self.transform(fused))), word_embed, self.bias)
+
+
 class PlainModel(nn.Module):
     """The whole model; parts and parameters are named as in `Tercet`, but for the matrices that it keeps apart."""
 
@@ -154,10 +168,7 @@ class PlainModel(nn.Module):
         self.vision_projection = nn.Linear(vision.width, config.embed_dim)
         self.text_projection = nn.Linear(text.width, config.embed_dim)
         self.itm_head = nn.Linear(text.width, 2)
-        self.mlm_head = nn.ModuleDict(
-            {"transform": nn.Linear(text.width, text.width), "norm": nn.LayerNorm(text.width, eps=1e-12)}
-        )
-        self.mlm_head.bias = nn.Parameter(torch.zeros(text.vocabulary_size))
+        self.mlm_head = PlainWordHead(text)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
 
     @classmethod
@@ -180,8 +191,7 @@ class PlainModel(nn.Module):
 
     def word_logits(self, fused: Tensor) -> Tensor:
         """Vocabulary logits `[pairs, tokens, vocabulary]` of every position."""
-        hidden = self.mlm_head["norm"](F.gelu(self.mlm_head["transform"](fused)))
-        return F.linear(hidden, self.text.word_embed.weight, self.mlm_head.bias)
+        return self.mlm_head(fused, self.text.word_embed.weight)
 
 
 def added_mask(attention_mask: Tensor) -> Tensor:
