@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tercet.arguments import DemoArguments, EvaluateArguments, TrainArguments, options_of, split_flags
-from tercet.cli import COMMANDS, main
+from tercet.arguments import options_of, split_flags
+from tercet.cli import main
+from tercet.commands import COMMANDS
+from tercet.commands.evaluation import EvaluateArguments
+from tercet.commands.training import DemoArguments, TrainArguments
 from tercet.config import Config
 from tercet.config_io import config_fields, load_config
 from tercet.errors import TercetError
@@ -40,6 +43,10 @@ class TestHelp:
             assert main(arguments) == 0
             text = capsys.readouterr().out
             assert all(f"  {name} " in text for name in COMMANDS)
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_meaning_is_that_of_the_docstring(self, name: str) -> None:
+        assert (COMMANDS[name].load(name).__doc__ or "").splitlines()[0] == COMMANDS[name].meaning
 
     def test_help_answers_at_once(self) -> None:
         def seconds() -> float:
@@ -118,7 +125,7 @@ class TestMistakes:
         def interrupt(arguments: list[str]) -> None:
             raise KeyboardInterrupt(*arguments)
 
-        monkeypatch.setitem(COMMANDS, "demo", interrupt)
+        monkeypatch.setattr("tercet.commands.training.demo", interrupt)
         assert main(["demo"]) == 130
         assert main(["demo", "stopped; go on"]) == 130
         assert capsys.readouterr().err == "tercet: interrupted\ntercet: stopped; go on\n"

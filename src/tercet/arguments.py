@@ -1,4 +1,4 @@
-"""What each command takes, and its parsing.
+"""How a command line becomes arguments: the parts that commands share, and the parsing.
 
 Flags that name a key of the config (`--optim.lr 3e-4`, `--data.train a.json b.json`) are split off first: they lie
 over the recipe as one more layer and are validated with it, so a mistake reads the same in a file and in a flag.
@@ -13,8 +13,6 @@ import difflib
 import io
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import tyro
@@ -52,161 +50,9 @@ class EvaluateKeys(DataKeys):
 ConfigFlags = Annotated[Config, FLAT, tyro.conf.FlagConversionOff]
 
 
-@dataclass(frozen=True)
-class DemoArguments:
-    """Train a small model on drawn scenes, evaluate it and write a report into runs/demo (or --output)."""
-
-    config: ConfigFlags = field(default_factory=Config)
-
-
-@dataclass(frozen=True)
-class TrainArguments:
-    """Train a model by a recipe.
-
-    The recipe's keys lie over the defaults, and the flags below over the recipe; the defaults shown are those of RECIPE
-    when it is named beside --help.  --model.size puts a preset in place of the widths, depths and heads that the recipe
-    wrote; single sizes given as flags beside it still win.  The word none unsets a value.
-    """
-
-    recipe: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = None
-    """name of a recipe (`tercet recipes` lists them), path of a YAML file, or a run folder"""
-    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(aliases=["--dry-run"])] = False
-    """print the whole config, parameter counts, FLOPs and memory, and do not train"""
-    resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
-    """run folder to go on with, exactly where it stopped; takes the place of RECIPE"""
-    config: ConfigFlags = field(default_factory=Config)
-
-
-@dataclass(frozen=True)
-class EvaluateArguments:
-    """Measure a model on held-out data: in retrieval, by recall of the dual encoder and re-ranked, or in a task."""
-
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """model folder, run folder, or hub id"""
-    data: Annotated[list[str], tyro.conf.arg(metavar="FILE...")]
-    """annotation files of the task (for retrieval also folders and tar shards), or scenes:test"""
-    task: Annotated[str | None, tyro.conf.arg(metavar="TASK")] = None
-    """what is measured; default: what the model's run trained, else retrieval"""
-    predictions: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """write what the model said of each sample to this JSON file"""
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """print the numbers as one JSON object"""
-    config: Annotated[EvaluateKeys, FLAT, tyro.conf.FlagConversionOff] = field(default_factory=EvaluateKeys)
-
-
-@dataclass(frozen=True)
-class ConvertArguments:
-    """Turn a checkpoint of others (TCL, ALBEF, BERT, DeiT, ViT) into a model folder.
-
-    BERT and ViT weights make one model in two calls, the second with --base and the folder of the first.
-    """
-
-    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """the checkpoint: .pth, .bin or .safetensors, or a Hugging Face folder of one"""
-    to: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """model folder to write"""
-    base: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
-    """model folder or hub id that gives what FILE does not hold; default: made new"""
-    tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """vocab.txt, tokenizer.json or a folder of one; default: the one beside FILE"""
-    image_size: Annotated[int | None, tyro.conf.arg(metavar="PIXELS", aliases=["--image-size"])] = None
-    """side of the images that the position embeddings are resized for; default: as in FILE"""
-    vision_heads: Annotated[int | None, tyro.conf.arg(metavar="N", aliases=["--vision-heads"])] = None
-    """attention heads of the vision transformer; default: 64 channels a head"""
-    text_heads: Annotated[int | None, tyro.conf.arg(metavar="N", aliases=["--text-heads"])] = None
-    """attention heads of the text stack; default: what a config.json beside FILE says, else 64 channels a head"""
-
-
-@dataclass(frozen=True)
-class TokenizerArguments:
-    """Train a word-piece tokenizer on captions."""
-
-    captions: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="CAPTIONS")]
-    """sources of captions, as --data.train takes them"""
-    to: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """folder to write tokenizer.json into"""
-    size: Annotated[int, tyro.conf.arg(metavar="N")] = 8192
-    """word pieces"""
-    config: Annotated[DataKeys, FLAT, tyro.conf.FlagConversionOff] = field(default_factory=DataKeys)
-
-
-@dataclass(frozen=True)
-class NoArguments:
-    """List the recipes that come with the package."""
-
-
-@dataclass(frozen=True)
-class ReportArguments:
-    """Write a run's report.html anew."""
-
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """run folder"""
-
-
 ImageArgument = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
 ModelFlag = Annotated[str | None, tyro.conf.arg(metavar="MODEL")]
 JsonFlag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-
-
-@dataclass(frozen=True)
-class MatchArguments:
-    """How well texts fit an image: the probability of a match (fusion encoder) and the cosine (dual encoder)."""
-
-    image: ImageArgument
-    """path or URL of an image"""
-    texts: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
-    """one or more texts, each in quotes"""
-    model: ModelFlag = None
-    """model folder, run folder, or hub id; default: runs/demo/model"""
-    json: JsonFlag = False
-    """print the numbers as one JSON object"""
-
-
-@dataclass(frozen=True)
-class ClassifyArguments:
-    """Choose the label that fits an image best, among labels that the model was never trained on."""
-
-    image: ImageArgument
-    """path or URL of an image"""
-    labels: Annotated[list[str], tyro.conf.arg(metavar="LABEL")]
-    """two or more labels, each of several words in quotes"""
-    templates: Annotated[list[str], tyro.conf.arg(metavar="TEMPLATE")] = field(default_factory=list)
-    """sentences with {} where the label goes; default: {}, a photo of {}, a picture of {}"""
-    model: ModelFlag = None
-    """model folder, run folder, or hub id; default: runs/demo/model"""
-    json: JsonFlag = False
-    """print the numbers as one JSON object"""
-
-
-@dataclass(frozen=True)
-class AskArguments:
-    """Answer a question about an image, by a model fine-tuned for that (`tercet train vqa --init MODEL`)."""
-
-    image: ImageArgument
-    """path or URL of an image"""
-    question: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION")]
-    """the question, in quotes"""
-    answers: Annotated[list[str], tyro.conf.arg(metavar="ANSWER")] = field(default_factory=list)
-    """answers to choose from; default: the model's own list, or else it writes freely"""
-    model: ModelFlag = None
-    """model folder, run folder, or hub id; default: runs/demo/model"""
-    json: JsonFlag = False
-    """print the answer as one JSON object"""
-
-
-@dataclass(frozen=True)
-class ScoreArguments:
-    """Score a file of predictions against annotations, without a model and without images."""
-
-    task: Annotated[str, tyro.conf.arg(metavar="TASK")]
-    """retrieval, vqa, entailment, nlvr or grounding"""
-    predictions: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRED")]
-    """what `tercet evaluate --predictions` wrote, or the official evaluation's own form"""
-    gold: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="GOLD")]
-    """the annotations, as `tercet evaluate --data` takes them"""
-    json: JsonFlag = False
-    """print the numbers as one JSON object"""
-    config: Annotated[DataKeys, FLAT, tyro.conf.FlagConversionOff] = field(default_factory=DataKeys)
 
 
 Arguments = TypeVar("Arguments")
@@ -222,7 +68,7 @@ def parse(kind: type[Arguments], command: str, arguments: Sequence[str], config:
     """
     _refuse_unknown(arguments, options_of(kind))
     complaint = io.StringIO()
-    # Only DemoArguments and TrainArguments, which have no required argument, show a recipe's values.
+    # Only the commands that train, which have no required argument, show a recipe's values.
     default: Any = tyro.MISSING_NONPROP if config is None else kind(**{"config": config})
     try:
         with contextlib.redirect_stderr(complaint):

@@ -1,0 +1,45 @@
+"""One module for the commands of one purpose; each command is a dataclass of arguments and a function of the same name.
+
+`COMMANDS` names them without importing them, so that `tercet --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command lies.
+
+    Attributes:
+        module: its module in `tercet.commands`.
+        meaning: one sentence for `tercet --help`, which is also the first line of its docstring.
+    """
+
+    module: str
+    meaning: str
+
+    def load(self, name: str) -> Callable[[list[str]], None]:
+        """The function of that name (`data pack`: `data_pack`), which takes the arguments behind it."""
+        return getattr(import_module(f"tercet.commands.{self.module}"), name.replace(" ", "_"))
+
+
+# A name of two words is a command of a group: `tercet data pack`.
+COMMANDS = {
+    "demo": Command("training", "Train a small model on drawn scenes, evaluate it and write a report."),
+    "train": Command("training", "Train a model by a recipe; every key of a recipe is a flag as well."),
+    "evaluate": Command(
+        "evaluation", "Measure a model on held-out data, in retrieval or in the task that it was fine-tuned for."
+    ),
+    "match": Command("prediction", "Tell how well texts fit an image."),
+    "classify": Command("prediction", "Choose the label that fits an image best."),
+    "ask": Command("prediction", "Answer a question about an image."),
+    "score": Command("evaluation", "Score a file of predictions against annotations, without a model."),
+    "convert": Command("preparation", "Turn a checkpoint of others (TCL, ALBEF, BERT, DeiT, ViT) into a model folder."),
+    "tokenizer": Command("preparation", "Train a word-piece tokenizer on captions."),
+    "recipes": Command("preparation", "List the recipes that come with the package."),
+    "report": Command("reporting", "Write a run's report.html anew."),
+}

@@ -1,0 +1,111 @@
+"""Commands that read one image: `match`, `classify` and `ask`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from tercet.arguments import ImageArgument, JsonFlag, ModelFlag, parse
+from tercet.commands.models import load_chosen
+from tercet.commands.printing import print_table
+from tercet.errors import TercetError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MatchArguments:
+    """How well texts fit an image: the probability of a match (fusion encoder) and the cosine (dual encoder)."""
+
+    image: ImageArgument
+    """path or URL of an image"""
+    texts: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
+    """one or more texts, each in quotes"""
+    model: ModelFlag = None
+    """model folder, run folder, or hub id; default: runs/demo/model"""
+    json: JsonFlag = False
+    """print the numbers as one JSON object"""
+
+
+@dataclass(frozen=True)
+class ClassifyArguments:
+    """Choose the label that fits an image best, among labels that the model was never trained on."""
+
+    image: ImageArgument
+    """path or URL of an image"""
+    labels: Annotated[list[str], tyro.conf.arg(metavar="LABEL")]
+    """two or more labels, each of several words in quotes"""
+    templates: Annotated[list[str], tyro.conf.arg(metavar="TEMPLATE")] = field(default_factory=list)
+    """sentences with {} where the label goes; default: {}, a photo of {}, a picture of {}"""
+    model: ModelFlag = None
+    """model folder, run folder, or hub id; default: runs/demo/model"""
+    json: JsonFlag = False
+    """print the numbers as one JSON object"""
+
+
+@dataclass(frozen=True)
+class AskArguments:
+    """Answer a question about an image, by a model fine-tuned for that (`tercet train vqa --init MODEL`)."""
+
+    image: ImageArgument
+    """path or URL of an image"""
+    question: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUESTION")]
+    """the question, in quotes"""
+    answers: Annotated[list[str], tyro.conf.arg(metavar="ANSWER")] = field(default_factory=list)
+    """answers to choose from; default: the model's own list, or else it writes freely"""
+    model: ModelFlag = None
+    """model folder, run folder, or hub id; default: runs/demo/model"""
+    json: JsonFlag = False
+    """print the answer as one JSON object"""
+
+
+def match(arguments: list[str]) -> None:
+    """Tell how well texts fit an image."""
+    options = parse(MatchArguments, "match", arguments)
+    if not options.texts:
+        raise TercetError('give a text: tercet match IMAGE "a dog in the snow"')
+    model = load_chosen(options.model)
+    # Lists in, so that the results are lists as well.
+    chances = model.match([options.image], options.texts)
+    cosines = model.similarity([options.image], options.texts)
+    rows = list(zip(options.texts, _numbers(chances), _numbers(cosines), strict=True))
+    if options.json:
+        print(json.dumps([{"text": text, "match": chance, "cosine": cosine} for text, chance, cosine in rows]))
+        return
+    print_table(
+        ["text", "match", "cosine"], [[text, f"{100 * chance:.1f} %", f"{cosine:.3f}"] for text, chance, cosine in rows]
+    )
+
+
+def classify(arguments: list[str]) -> None:
+    """Choose the label that fits an image best."""
+    options = parse(ClassifyArguments, "classify", arguments)
+    chances = load_chosen(options.model).classify(options.image, options.labels, options.templates or None)
+    assert isinstance(chances, dict)
+    if options.json:
+        print(json.dumps(chances))
+    else:
+        print_table(["label", "probability"], [[label, f"{100 * value:.1f} %"] for label, value in chances.items()])
+
+
+def ask(arguments: list[str]) -> None:
+    """Answer a question about an image."""
+    options = parse(AskArguments, "ask", arguments)
+    found = load_chosen(options.model).answer(options.image, options.question, options.answers or None)
+    assert not isinstance(found, list)
+    if options.json:
+        others = [{"answer": text, "score": score} for text, score in found.others]
+        print(json.dumps({"answer": found.text, "score": found.score, "others": others}))
+        return
+    rows = [(found.text, found.score), *found.others]
+    print_table(["answer", "score"], [[text, f"{100 * score:.1f} %"] for text, score in rows])
+
+
+def _numbers(values: Tensor | float) -> list[float]:
+    """Results of one image with several texts."""
+    assert not isinstance(values, int | float)
+    return values.flatten().tolist()

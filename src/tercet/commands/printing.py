@@ -1,0 +1,59 @@
+"""Tables of numbers on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+COLUMNS = {
+    "text_r1": "text R@1",
+    "text_r5": "R@5",
+    "text_r10": "R@10",
+    "image_r1": "image R@1",
+    "image_r5": "R@5",
+    "image_r10": "R@10",
+    "r_mean": "mean",
+}
+ROWS = {"dual": "dual encoder", "reranked": "re-ranked"}
+
+
+def print_metrics(metrics: dict[str, Any]) -> None:
+    """Recall as one table, a row a way of ranking; any other metrics group by group."""
+    if not metrics.keys() & ROWS.keys():
+        for group, numbers in metrics.items():
+            _print_group(group, numbers)
+        return
+    rows = [
+        [meaning, *(f"{metrics[row][column]:.2f}" for column in COLUMNS)]
+        for row, meaning in ROWS.items()
+        if metrics.get(row)
+    ]
+    print_table(["", *COLUMNS.values()], rows)
+
+
+def _print_group(group: str, numbers: dict[str, float]) -> None:
+    """Numbers one below another; those named `RIGHT_as_CHOSEN` as the matrix that they are."""
+    cells = [name.split("_as_") for name in numbers]
+    if all(len(cell) == 2 for cell in cells):
+        chosen = list(dict.fromkeys(cell[1] for cell in cells))
+        rights = dict.fromkeys(cell[0] for cell in cells)
+        rows = [[right, *(f"{numbers[f'{right}_as_{name}']:.0f}" for name in chosen)] for right in rights]
+        print_table([f"{group}: right, then chosen", *chosen], rows)
+        return
+    print_table([group, ""], [[name, f"{value:.2f}"] for name, value in numbers.items()])
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """A drawn table on a terminal, aligned plain text elsewhere."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*header)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    for row in [header, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,86 @@
+"""Commands that train: `demo` and `train`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from tercet.arguments import ConfigFlags, parse, split_flags
+from tercet.config import Config
+from tercet.errors import TercetError
+
+
+@dataclass(frozen=True)
+class DemoArguments:
+    """Train a small model on drawn scenes, evaluate it and write a report into runs/demo (or --output)."""
+
+    config: ConfigFlags = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Train a model by a recipe.
+
+    The recipe's keys lie over the defaults, and the flags below over the recipe; the defaults shown are those of RECIPE
+    when it is named beside --help.  --model.size puts a preset in place of the widths, depths and heads that the recipe
+    wrote; single sizes given as flags beside it still win.  The word none unsets a value.
+    """
+
+    recipe: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = None
+    """name of a recipe (`tercet recipes` lists them), path of a YAML file, or a run folder"""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(aliases=["--dry-run"])] = False
+    """print the whole config, parameter counts, FLOPs and memory, and do not train"""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
+    """run folder to go on with, exactly where it stopped; takes the place of RECIPE"""
+    config: ConfigFlags = field(default_factory=Config)
+
+
+def demo(arguments: list[str]) -> None:
+    """Train a small model on drawn scenes, evaluate it and write a report."""
+    from tercet.config_io import load_config
+
+    overrides, rest = split_flags(arguments, DemoArguments)
+    config = load_config("demo", overrides)
+    parse(DemoArguments, "demo", rest, config)
+    run = _train_and_report(config)
+    print("Now your own pictures: put them in a folder, each with its caption in a .txt of the same name, and run")
+    print(f"  tercet train small-data --data.train my_folder/\nThe model just trained is {run / 'model'}.")
+
+
+def train(arguments: list[str]) -> None:
+    """Train a model by a recipe; every key of a recipe is a flag as well."""
+    from tercet.config_io import load_config
+
+    overrides, rest = split_flags(arguments, TrainArguments)
+    named = next((word for word in rest if not word.startswith("-")), None)
+    shown = load_config(named, overrides) if named and {"-h", "--help"} & set(rest) else None
+    options = parse(TrainArguments, "train", rest, shown)
+    if options.recipe and options.resume:
+        raise TercetError(f"--resume goes on with the config of {options.resume}; leave {options.recipe!r} out")
+    chosen = options.recipe or options.resume
+    if chosen is None:
+        raise TercetError("name a recipe: tercet train RECIPE; `tercet recipes` lists them")
+    config = load_config(chosen, overrides)
+    if options.dry_run:
+        from tercet.train.plan import describe
+
+        print(describe(config))
+        return
+    _train_and_report(config, options.resume)
+
+
+def _train_and_report(config: Config, resume: Path | None = None) -> Path:
+    """Train, write the report, and say where it is; of several ranks, the first alone writes and speaks."""
+    from tercet.train.loop import train as run_training
+
+    run = run_training(config, resume)
+    if os.environ.get("RANK", "0") == "0":
+        from tercet.report.page import write_report
+
+        write_report(run)
+        print(f"The report is {(run / 'report.html').resolve()}; open it in a browser.")
+    return run
