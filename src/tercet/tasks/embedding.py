@@ -57,7 +57,8 @@ def caption_vectors(captions: Sequence[str], image_of_text: Tensor, images: int)
     """
     counts: list[Counter[str]] = [Counter() for _ in range(images)]
     for caption, image in zip(captions, image_of_text.tolist(), strict=True):
-        counts[image].update(set(caption.split()))
+        # Each word of a caption once, in the caption's order: the order of a set differs from process to process.
+        counts[image].update(list(dict.fromkeys(caption.split())))
     frequency = Counter(word for own in counts for word in own)
     words = {word: index for index, word in enumerate(word for word, times in frequency.items() if times > 1)}
     vectors = torch.zeros(images, max(1, len(words)))

@@ -1,0 +1,158 @@
+"""Run a grid of trainings that differ in one thing each, and write one table and one plot of it.
+
+    python benchmarks/ablation/run.py benchmarks/ablation/objectives.yaml --train shards/train-*.tar \\
+        --validation shards/val-*.tar --test shards/test-*.tar --to runs/ablation
+
+Every run is a process with one thread, `--jobs` of them at a time.  A grid that was stopped goes on where it was, run
+by run and step by step; the table and the plot hold what is finished.  `--dry-run` lists the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from grid import Grid, Run, read_grid
+from noise import shuffle_captions, unpack
+from table import write_results
+
+from tercet.errors import TercetError
+from tercet.files import write_atomic
+
+RESULT = "result.json"
+# A finished run keeps its config, metrics and result: kilobytes instead of megabytes.
+HEAVY = ("checkpoints", "model", "tensorboard", "tokenizer", "gallery.json", "report.html")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the pairs lie.
+
+    Attributes:
+        train: training pairs; unpacked once where a share of captions is to be shuffled.
+        validation: what choices are made by.
+        test: what is reported.
+    """
+
+    train: Sequence[str]
+    validation: Sequence[str]
+    test: Sequence[str]
+
+    def flags(self, run: Run, folder: Path) -> list[str]:
+        """The data of a run as words of a command line."""
+        train = list(self.train)
+        if run.noise:
+            train = [str(shuffle_captions(unpack(train, folder / "pairs"), run.noise, run.seed))]
+        return ["--data.train", *train, "--data.validation", *self.validation, "--data.test", *self.test]
+
+
+def perform(grid: Grid, run: Run, sources: Sources, folder: Path) -> None:
+    """Train, measure and tidy up one run, or go on with it."""
+    place = folder / run.name
+    if (place / RESULT).is_file():
+        return
+    started = time.monotonic()
+    if (place / "config.yaml").is_file():
+        call(place, "train", "--resume", str(place))
+    else:
+        shutil.rmtree(place, ignore_errors=True)
+        flags = [*sources.flags(run, folder), *run.command(), "--output", str(place)]
+        call(place, "train", grid.recipe, *flags)
+    space = call(place, "evaluate", str(place), "--task", "embedding", "--data", *sources.test, "--json")
+    splits = last_evaluations(place / "metrics.jsonl")
+    result = {
+        "cell": run.cell,
+        "noise": run.noise,
+        "seed": run.seed,
+        "minutes": round((time.monotonic() - started) / 60, 2),
+        "validation": splits["validation"],
+        "test": splits["test"] | json.loads(space),
+    }
+    write_atomic(place / RESULT, json.dumps(result))
+    for name in HEAVY:
+        heavy = place / name
+        if heavy.is_dir():
+            shutil.rmtree(heavy)
+        else:
+            heavy.unlink(missing_ok=True)
+    print(f"{run.name}: done in {result['minutes']} minutes", flush=True)
+
+
+def call(place: Path, *words: str) -> str:
+    """Run a command of Tercet with one thread.
+
+    Raises:
+        TercetError: it failed; its output is in a log beside the run's folder.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    log = place.with_suffix(".log")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    with log.open("a") as stream:
+        done = subprocess.run(
+            [sys.executable, "-m", "tercet", *words], stdout=subprocess.PIPE, stderr=stream, text=True, env=environment
+        )
+        stream.write(done.stdout)
+    if done.returncode:
+        raise TercetError(f"{place.name} failed (exit {done.returncode}); see {log}")
+    return done.stdout
+
+
+def last_evaluations(metrics: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """The last evaluation of each split in a run's metrics."""
+    found = {}
+    for line in metrics.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        if row["kind"] == "evaluate":
+            found[row["data"]] = {key: row[key] for key in ("dual", "reranked") if key in row}
+    return found
+
+
+def main() -> int:
+    """Parse, run what is due, and write what is there."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("grid", type=Path, help="YAML file of the grid")
+    parser.add_argument("--train", nargs="+", required=True, help="training pairs, as --data.train takes them")
+    parser.add_argument("--validation", nargs="+", required=True, help="pairs to validate on")
+    parser.add_argument("--test", nargs="+", required=True, help="pairs to report on")
+    parser.add_argument("--to", type=Path, required=True, help="folder of the runs, the table and the plot")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs")
+    options = parser.parse_args()
+    failures: list[str] = []
+    try:
+        grid = read_grid(options.grid)
+        runs = list(grid.runs())
+        if options.dry_run:
+            for run in runs:
+                state = "done" if (options.to / run.name / RESULT).is_file() else "due"
+                print(f"{state:<5} {run.name}: {' '.join(run.command())}")
+            return 0
+        sources = Sources(options.train, options.validation, options.test)
+        if any(run.noise for run in runs):
+            unpack(sources.train, options.to / "pairs")
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for future in [pool.submit(perform, grid, run, sources, options.to) for run in runs]:
+                try:
+                    future.result()
+                except TercetError as error:
+                    failures.append(str(error))
+        results = [json.loads(file.read_text("utf-8")) for file in sorted(options.to.glob(f"*/{RESULT}"))]
+        print(write_results(grid, results, options.to))
+    except TercetError as error:
+        failures.append(str(error))
+    for failure in failures:
+        print(f"ablation: error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""The ablation harness on drawn scenes: it runs what is due, goes on after a stop, and compares with the baseline."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "ablation"))
+
+from grid import read_grid
+from noise import shuffle_captions
+from table import difference, mean_and_error
+
+from tercet.config_io import load_config
+from tercet.errors import TercetError
+
+ABLATION = Path(__file__).resolve().parents[2] / "benchmarks" / "ablation"
+TINY = {
+    "model.vision.image_size": 32,
+    "model.vision.width": 32,
+    "model.vision.depth": 1,
+    "model.vision.heads": 2,
+    "model.text.width": 32,
+    "model.text.mlp_width": 64,
+    "model.text.heads": 2,
+    "data.scenes": 16,
+    "data.workers": 0,
+    "data.tokenizer_size": 150,
+    "train.max_steps": 2,
+    "train.batch_size": 8,
+    "evaluate.limit": 16,
+}
+
+
+@pytest.mark.parametrize("file", sorted(ABLATION.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_cell_of_the_shipped_grids_is_a_valid_config(file: Path) -> None:
+    grid = read_grid(file)
+    runs = list(grid.runs())
+    assert len({run.name for run in runs}) == len(runs) == len(grid.cells) * len(grid.noise) * len(grid.seeds)
+    for run in runs:
+        load_config(grid.recipe, run.flags)
+
+
+def test_a_grid_without_its_baseline_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "grid.yaml"
+    file.write_text("{recipe: demo, baseline: b, cells: {a: {}}}")
+    with pytest.raises(TercetError, match="baseline 'b' is none of the cells a"):
+        read_grid(file)
+
+
+def test_shuffled_captions_belong_to_other_images(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.json"
+    file.write_text(json.dumps([{"image": f"{index}.jpg", "caption": [str(index)]} for index in range(50)]))
+    noisy = shuffle_captions(file, 0.4, seed=3)
+    rows = json.loads(noisy.read_text())
+    assert sorted(row["caption"][0] for row in rows) == sorted(map(str, range(50)))
+    assert sum(row["image"] != f"{row['caption'][0]}.jpg" for row in rows) == 20
+    assert shuffle_captions(file, 0.4, seed=3) == noisy
+    assert shuffle_captions(file, 0.4, seed=4).read_text() != noisy.read_text()
+    assert shuffle_captions(file, 0.0, seed=3) == file
+
+
+def test_means_and_paired_differences() -> None:
+    assert mean_and_error([1.0, 2.0, 3.0]) == f"2.00 ± {1 / math.sqrt(3):.2f}"
+    assert mean_and_error([]) == "—"
+    grid = read_grid(ABLATION / "objectives.yaml")
+    results = [
+        {"cell": cell, "noise": 0.0, "seed": seed, "test": {"dual": {"r_mean": base + gain}}}
+        for seed, base in enumerate((10.0, 20.0, 30.0))
+        for cell, gain in (("cma", 0.0), ("cma+imc", 1.0 + 0.1 * seed))
+    ]
+    assert difference(grid, results, "cma+imc", 0.0) == f"+1.10 ± {4.303 * 0.1 / math.sqrt(3):.2f}"
+    assert difference(grid, results, "cma+lmi", 0.0) == "—"
+
+
+def test_a_grid_runs_and_goes_on(tmp_path: Path) -> None:
+    grid = tmp_path / "grid.yaml"
+    cells = {"both": {"objectives.itm": 0, "objectives.mlm": 0}, "cma": {"objectives.imc": 0, "objectives.lmi": 0}}
+    grid.write_text(
+        yaml.safe_dump(
+            {"recipe": "demo", "overrides": TINY, "cells": cells, "baseline": "cma", "seeds": [0], "noise": [0.5]}
+        )
+    )
+    folder = tmp_path / "runs"
+    data = ["--train", "scenes", "--validation", "scenes:validation", "--test", "scenes:test", "--to", str(folder)]
+    command = [sys.executable, str(ABLATION / "run.py"), str(grid), *data, "--jobs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/result.json")}
+    assert set(results) == {f"{cell}-noise50-seed0" for cell in cells}
+    for result in results.values():
+        assert 0 <= result["test"]["dual"]["r_mean"] <= 100
+        assert {"space", "neighbourhood"} <= result["test"].keys()
+    assert not list(folder.glob("*/checkpoints"))
+    assert "Shuffled captions: 50%" in (folder / "table.md").read_text()
+    assert (folder / "plot.png").stat().st_size > 1000
+
+    (folder / "both-noise50-seed0" / "result.json").unlink()
+    (folder / "both-noise50-seed0" / "config.yaml").unlink()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.stdout.count("done in") == 1
+    remade = json.loads((folder / "both-noise50-seed0" / "result.json").read_text())
+    assert remade["test"] == results["both-noise50-seed0"]["test"]
