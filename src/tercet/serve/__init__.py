@@ -1,0 +1,1 @@
+"""An index over HTTP: the JSON interface, the page at `/`, and what keeps both within bounds.  Extra `serve`."""
