@@ -98,5 +98,5 @@ def test_a_wrong_row_is_named(tmp_path: Path, content: Any, message: str) -> Non
 
 def test_a_file_cut_short(tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_text('[{"caption": "a"', "utf-8")
-    with pytest.raises(TercetError, match=r"cut\.json: not JSON: .*line 1"):
+    with pytest.raises(TercetError, match=r"cut\.json: the JSON ends too early; .*line 1"):
         read_probes(str(tmp_path / "cut.json"))

@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tercet.config import DataConfig
+from tercet.data.json_text import JSON_ERRORS, broken_json, line_fault, list_items, skip_space
 from tercet.data.packed import StringPacker, encode
 from tercet.data.rows import PairCollector, Pairs, Problems, SplitFilter, described, require_pairs
 from tercet.data.storage import FileImages, is_url, missing, read_text
@@ -24,7 +24,6 @@ from tercet.errors import TercetError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 ANNOTATION_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt"})
-SPACE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(slots=True)
@@ -107,53 +106,18 @@ def _json_rows(file: str, data: DataConfig) -> Iterator[Row]:
         return
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and "\n" in text[start : error.pos]:
-            yield from _json_line_rows(file, text, data)
-            return
-        raise broken_json(file, text, error) from error
-    except RecursionError as error:
-        raise TercetError(f"{file}: nested too deep to be a list of pairs") from error
+    except JSON_ERRORS as error:
+        many = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and "\n" in text[start : error.pos]
+        if not many:
+            raise broken_json(file, text, error) from error
+        yield from _json_line_rows(file, text, data)
+        return
     if not isinstance(value, dict) or not isinstance(value.get("images"), list):
         raise TercetError(f"{file}: neither a list of objects nor an object with a list of 'images'")
     if isinstance(value.get("annotations"), list):
         yield from _coco_rows(file, value["images"], value["annotations"])
     else:
         yield from _karpathy_rows(file, value["images"])
-
-
-def list_items(file: str, text: str, position: int) -> Iterator[Any]:
-    """The items of a JSON list whose text goes on at `position`, after its opening bracket."""
-    decoder = json.JSONDecoder()
-    position = skip_space(text, position)
-    if text[position : position + 1] == "]":
-        return
-    while True:
-        try:
-            value, position = decoder.raw_decode(text, position)
-            position = skip_space(text, position)
-            mark = text[position : position + 1]
-            if mark not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-        except json.JSONDecodeError as error:
-            raise broken_json(file, text, error) from error
-        except RecursionError as error:
-            raise TercetError(f"{file}: nested too deep at character {position}") from error
-        yield value
-        if mark == "]":
-            return
-        position = skip_space(text, position + 1)
-
-
-def skip_space(text: str, position: int) -> int:
-    match = SPACE.match(text, position)
-    return match.end() if match else position
-
-
-def broken_json(file: str, text: str, error: json.JSONDecodeError) -> TercetError:
-    at_end = text[error.pos :].strip() == "" or "Unterminated string" in error.msg
-    what = "the JSON ends too early; the file was cut short" if at_end else f"not JSON: {error.msg}"
-    return TercetError(f"{file}: {what} (line {error.lineno}, column {error.colno}, character {error.pos})")
 
 
 def _object_row(value: Any, where: str, data: DataConfig) -> Row:
@@ -173,11 +137,8 @@ def _json_line_rows(file: str, text: str, data: DataConfig) -> Iterator[Row]:
             continue
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = (
-                f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-            )
-            yield Row(where, "", None, fault=f"{where}: not JSON: {reason}")
+        except JSON_ERRORS as error:
+            yield Row(where, "", None, fault=f"{where}: {line_fault(line, error)}")
             continue
         yield _object_row(value, where, data)
 

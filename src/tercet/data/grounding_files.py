@@ -13,7 +13,6 @@ an image of `size` (None: the image's own), and of `candidates` those of a detec
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 
 from tercet.config import DataConfig
 from tercet.data.images import decode
+from tercet.data.json_text import parse_json
 from tercet.data.references import Box, References, read_references
 from tercet.data.rows import SplitFilter, is_empty
 from tercet.data.samples import (
@@ -242,10 +242,7 @@ class Detections:
     """A detector's boxes by image: JSON of `{image: [[x, y, width, height, ...], ...]}`."""
 
     def __init__(self, file: str) -> None:
-        try:
-            content = json.loads(read_text(file))
-        except json.JSONDecodeError as error:
-            raise TercetError(f"{file}: not JSON: {error.msg} (line {error.lineno})") from error
+        content = parse_json(read_text(file), file)
         if not isinstance(content, dict):
             raise TercetError(f"{file}: {type(content).__name__}, not an object of images with their boxes")
         self.file = file

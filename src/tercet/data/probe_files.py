@@ -5,12 +5,12 @@ Each row becomes a `Probe`: one or two images with as many or more texts, of whi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tercet.data.json_text import parse_json, parse_line
 from tercet.data.storage import read_text
 from tercet.errors import TercetError
 
@@ -65,9 +65,9 @@ def _rows(file: str) -> Iterator[tuple[str, Any]]:
     if file.endswith((".jsonl", ".ndjson")):
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                yield f"{file} line {number}", _parse(line, f"{file} line {number}")
+                yield f"{file} line {number}", parse_line(line, f"{file} line {number}")
         return
-    content = _parse(text, file)
+    content = parse_json(text, file)
     if isinstance(content, dict):
         # SugarCrepe numbers its rows by the keys of an object.
         yield from ((f"{file} row {key!r}", row) for key, row in content.items())
@@ -75,15 +75,6 @@ def _rows(file: str) -> Iterator[tuple[str, Any]]:
         yield from ((f"{file} row {number}", row) for number, row in enumerate(content, 1))
     else:
         raise TercetError(f"{file}: {type(content).__name__}, not a list or object of rows")
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TercetError(f"{where}: not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
-    except RecursionError as error:
-        raise TercetError(f"{where}: nested too deep") from error
 
 
 def _sugarcrepe(where: str, row: Any, kind: str) -> Probe:

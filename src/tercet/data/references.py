@@ -7,7 +7,6 @@ that knows nothing else and refuses the rest.
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import re
 from collections.abc import Hashable, Iterator
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
+from tercet.data.json_text import parse_json
 from tercet.data.storage import read_bytes, read_text
 from tercet.errors import TercetError
 
@@ -53,7 +53,7 @@ def read_references(file: str, instances: str | None) -> References:
         TercetError: a file is missing, cannot be parsed, holds more than plain values, or lacks something.
     """
     pickled = PurePosixPath(file).suffix.lower() in (".p", ".pkl", ".pickle")
-    content = unpickle_plain(file) if pickled else _parse(file)
+    content = unpickle_plain(file) if pickled else parse_json(read_text(file), file)
     if not isinstance(content, list):
         raise TercetError(f"{file}: {type(content).__name__}, not a list of references")
     references = References(file)
@@ -110,7 +110,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _add_boxes(references: References, annotations: dict[Hashable, Hashable], file: str) -> None:
-    content = _parse(file)
+    content = parse_json(read_text(file), file)
     if not isinstance(content, dict):
         raise TercetError(f"{file}: {type(content).__name__}, not COCO's object of images and annotations")
     boxes = {
@@ -149,12 +149,3 @@ def _value(row: Any, key: str, where: str) -> Any:
         there = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise TercetError(f"{where}: no {key!r}; there is {there}")
     return row[key]
-
-
-def _parse(file: str) -> Any:
-    try:
-        return json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise TercetError(f"{file}: not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
-    except RecursionError as error:
-        raise TercetError(f"{file}: nested too deep") from error

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from tercet.config import DataConfig
-from tercet.data.annotations import broken_json, list_items, skip_space
 from tercet.data.images import decode
+from tercet.data.json_text import list_items, parse_json, parse_line, skip_space
 from tercet.data.packed import PackedStrings, StringPacker, encode
 from tercet.data.rows import Problems, SplitFilter
 from tercet.data.sources import HELD_OUT_SCENES, find_files, scene_split
@@ -377,10 +377,7 @@ def _json_values(file: str, text: str, inside: str | None) -> Iterator[tuple[str
             yield f"{file} row {number}", value
         return
     if inside is not None:
-        try:
-            whole = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise broken_json(file, text, error) from error
+        whole = parse_json(text, file)
         if not isinstance(whole, dict) or not isinstance(whole.get(inside), list):
             raise TercetError(f"{file}: neither a list of objects nor an object with a list of {inside!r}")
         for number, value in enumerate(whole[inside], 1):
@@ -390,10 +387,8 @@ def _json_values(file: str, text: str, inside: str | None) -> Iterator[tuple[str
     for number, line in enumerate(io.StringIO(text, newline="\n"), 1):
         if not line.strip():
             continue
-        try:
-            yield f"{file} line {number}", json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise TercetError(f"{file} line {number}: not JSON ({str(error)[:80]}); was the file cut short?") from error
+        where = f"{file} line {number}"
+        yield where, parse_line(line, where)
 
 
 def _starts(counts: Sequence[int]) -> np.ndarray:

@@ -7,12 +7,13 @@ get one, so their image column is copied once into a file of the cache folder.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,7 +60,7 @@ class ParquetTable:
 
     def batches(self, columns: list[str]) -> Iterator[Any]:
         """Record batches of these columns, in order."""
-        return self._file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns)
+        return _validated(self._file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns))
 
 
 class ArrowTable:
@@ -80,7 +81,7 @@ class ArrowTable:
 
     def batches(self, columns: list[str]) -> Iterator[Any]:
         """Record batches of these columns, in order."""
-        return iter(self._table.select(columns).to_batches())
+        return _validated(self._table.select(columns).to_batches())
 
     def offset_of(self, address: int, size: int) -> int | None:
         """Where in the file the `size` bytes at `address` lie; None when they were unpacked elsewhere."""
@@ -97,6 +98,13 @@ def read_table(
         TercetError: pyarrow is not there, the file cannot be read, a column is missing, or no row gives a pair.
     """
     table, path = _open(file)
+    with _damage_named(file):
+        return _read(table, path, file, suffix, data, problems)
+
+
+def _read(
+    table: Table, path: str, file: str, suffix: str | None, data: DataConfig, problems: Problems
+) -> tuple[Pairs, FileImages | RangeImages]:
     image, caption = data.image_column, data.caption_column
     names: list[str] = table.schema.names
     for key, column in (("image_column", image), ("caption_column", caption)):
@@ -132,14 +140,31 @@ def read_table(
 def _open(file: str) -> tuple[Table, str]:
     """The opened table and its path on this machine."""
     try:
-        import pyarrow
+        import pyarrow  # noqa: F401 - to say so where it is not installed
     except ImportError as error:
         raise TercetError(f"{file}: reading this needs pyarrow; pip install 'tercet[hub-data]'") from error
     path = local_copy(file)
-    try:
+    with _damage_named(file):
         return (ParquetTable(path) if path.endswith(".parquet") or _is_parquet(path) else ArrowTable(path)), path
-    except (pyarrow.ArrowException, OSError) as error:
-        raise TercetError(f"cannot read {file}: {' '.join(str(error).split())}; it may be cut short") from error
+
+
+@contextlib.contextmanager
+def _damage_named(file: str) -> Iterator[None]:
+    """Turn what pyarrow raises on a damaged file into one error that names it."""
+    try:
+        yield
+    except TercetError:
+        raise
+    except Exception as error:  # besides its own, pyarrow raises KeyError, UnicodeDecodeError, OverflowError, ...
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise TercetError(f"cannot read {file}: {reason}; it may be cut short or damaged") from error
+
+
+def _validated(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, each checked whole: pyarrow trusts offsets, and follows damaged ones out of its memory."""
+    for batch in batches:
+        batch.validate(full=True)
+        yield batch
 
 
 def _is_parquet(path: str) -> bool:
@@ -165,18 +190,24 @@ def _holds_paths(file: str, table: Table, column: str) -> bool:
     if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
         return True
     if pyarrow.types.is_struct(kind):
-        fields = {kind.field(index).name for index in range(kind.num_fields)}
-        if "bytes" in fields:
+        fields = {kind.field(index).name: kind.field(index).type for index in range(kind.num_fields)}
+        if "bytes" in fields and _is_bytes(fields["bytes"]):
             first = next(table.batches([column]), None)
             empty = first is None or _bytes_of(first.column(0)).null_count == len(first)
             return empty and "path" in fields
-        if "path" in fields:
+        if "path" in fields and "bytes" not in fields:
             return True
-    elif pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
+    elif _is_bytes(kind):
         return False
     raise TercetError(
         f"{file}: column {column!r} is {kind}; images must be bytes, a path, or a struct of bytes and path"
     )
+
+
+def _is_bytes(kind: Any) -> bool:
+    import pyarrow
+
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
 
 def _places(table: Table, path: str, column: str) -> Places:

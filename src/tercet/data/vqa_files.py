@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tercet.config import DataConfig
-from tercet.data.annotations import broken_json
+from tercet.data.json_text import parse_json
 from tercet.data.samples import (
     SampleCollector,
     SampleSource,
@@ -358,10 +358,4 @@ def _is_list(file: str) -> bool:
 
 
 def _read_json(file: str) -> Any:
-    text = read_text(file)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise broken_json(file, text, error) from error
-    except RecursionError as error:
-        raise TercetError(f"{file}: nested too deep to be questions, annotations or answers") from error
+    return parse_json(read_text(file), file)
