@@ -3,7 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3.13 || command -v python3.12 || command -v python3)
-SOURCES := src tests benchmarks
+SOURCES := src tests benchmarks examples
 PIP_FLAGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

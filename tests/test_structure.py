@@ -29,6 +29,7 @@ ALLOWED = {
     "search": BASE | {"config_io", "model", "tasks", "data"},
     "serve": BASE | {"config_io", "model", "tasks", "data", "search"},
     "report": BASE | {"config_io", "model", "tasks", "data"},
+    "export": BASE | {"model"},
     "predict": BASE | {"model", "tasks", "data"},
     "__init__": {"errors", "version", "model"},
     "__main__": {"cli"},

@@ -38,7 +38,11 @@ COMMANDS = {
     "classify": Command("prediction", "Choose the label that fits an image best."),
     "ask": Command("prediction", "Answer a question about an image."),
     "score": Command("evaluation", "Score a file of predictions against annotations, without a model."),
-    "convert": Command("preparation", "Turn a checkpoint of others (TCL, ALBEF, BERT, DeiT, ViT) into a model folder."),
+    "convert": Command(
+        "preparation",
+        "Turn weights of others (TCL, ALBEF, BERT, DeiT, ViT) into a model folder, or a model into a TCL checkpoint.",
+    ),
+    "export": Command("exporting", "Write a model as ONNX graphs and torch.export programs, checked against it."),
     "tokenizer": Command("preparation", "Train a word-piece tokenizer on captions."),
     "recipes": Command("preparation", "List the recipes that come with the package."),
     "report": Command("reporting", "Write a run's report.html anew."),

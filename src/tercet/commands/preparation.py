@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -12,18 +12,25 @@ from tercet.arguments import FLAT, DataKeys, parse, split_flags
 from tercet.commands.printing import print_table
 from tercet.errors import TercetError
 
+_OF_OTHERS = ("base", "tokenizer", "image_size", "vision_heads", "text_heads")
+
 
 @dataclass(frozen=True)
 class ConvertArguments:
-    """Turn a checkpoint of others (TCL, ALBEF, BERT, DeiT, ViT) into a model folder.
+    """Turn weights of others (TCL, ALBEF, BERT, DeiT, ViT) into a model folder, or a model into a TCL checkpoint.
 
     BERT and ViT weights make one model in two calls, the second with --base and the folder of the first.
+    With --layout published, FILE is a model of Tercet and --to the checkpoint to write.
     """
 
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """the checkpoint: .pth, .bin or .safetensors, or a Hugging Face folder of one"""
     to: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """model folder to write"""
+    layout: Literal["tercet", "published"] = "tercet"
+    """published: write a model folder, run folder or hub id as a checkpoint that the code of TCL and ALBEF loads"""
+    style: Literal["pretraining", "downstream"] | None = None
+    """with --layout published: the form of a pre-trained or of a fine-tuned checkpoint; default: by its heads"""
     base: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """model folder or hub id that gives what FILE does not hold; default: made new"""
     tokenizer: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
@@ -55,8 +62,13 @@ class NoArguments:
 
 
 def convert(arguments: list[str]) -> None:
-    """Turn a checkpoint of others (TCL, ALBEF, BERT, DeiT, ViT) into a model folder."""
+    """Turn weights of others (TCL, ALBEF, BERT, DeiT, ViT) into a model folder, or a model into a TCL checkpoint."""
     options = parse(ConvertArguments, "convert", arguments)
+    if options.layout == "published":
+        _to_published(options)
+        return
+    if options.style is not None:
+        raise TercetError("--style belongs to --layout published")
 
     from tercet.model.convert import convert as convert_weights
 
@@ -71,6 +83,21 @@ def convert(arguments: list[str]) -> None:
     )
     print(result.summary())
     print(f"The model is {options.to}.")
+
+
+def _to_published(options: ConvertArguments) -> None:
+    foreign = [name for name in _OF_OTHERS if getattr(options, name) is not None]
+    if foreign:
+        raise TercetError(f"--{foreign[0]} belongs to checkpoints of others; leave it out with --layout published")
+
+    from tercet import load
+    from tercet.model.published_file import write_published
+
+    # A hub id is no path, but Path leaves it as it is.
+    written = write_published(load(str(options.file)), options.to, options.style)
+    print(f"{written.entries} tensors in the published form of {written.style} are in {written.file}.")
+    if written.left_out:
+        print(f"Note: that form has no place for {', '.join(written.left_out)}.")
 
 
 def tokenizer(arguments: list[str]) -> None:
