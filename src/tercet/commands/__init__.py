@@ -37,6 +37,8 @@ COMMANDS = {
     "match": Command("prediction", "Tell how well texts fit an image."),
     "classify": Command("prediction", "Choose the label that fits an image best."),
     "ask": Command("prediction", "Answer a question about an image."),
+    "index": Command("searching", "Embed images into an index that can be searched, or bring one up to date."),
+    "search": Command("searching", "Find images of an index by words, by an image, or both."),
     "score": Command("evaluation", "Score a file of predictions against annotations, without a model."),
     "convert": Command(
         "preparation",

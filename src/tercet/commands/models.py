@@ -29,6 +29,11 @@ def load_chosen(model: str | None) -> Tercet:
     return load(model).to(place(TrainConfig()).device)
 
 
+def lasting_name(model: str) -> str:
+    """A name of the model that holds in any working folder: an absolute path, or the hub id as it is."""
+    return str(Path(model).expanduser().absolute()) if Path(model).expanduser().exists() else model
+
+
 def model_and_config(model: str, overrides: dict[str, Any]) -> tuple[str, Config]:
     """Where the model lies, and the config of its run when it lies in one: a run folder may be named for its model."""
     from tercet.config_io import default_config, load_config

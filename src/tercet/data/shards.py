@@ -87,7 +87,7 @@ def _shard_pairs(
     except OSError as error:
         raise TercetError(f"cannot read {path}: {error.strerror}") from error
     try:
-        samples, cut = _samples(handle, path, collector.problems)
+        samples, cut = shard_samples(handle, path, collector.problems)
         accepted = 0
         last = next(reversed(samples), None)
         for key, sample in samples.items():
@@ -112,8 +112,12 @@ def _shard_pairs(
         os.close(handle)
 
 
-def _samples(handle: int, path: str, problems: Problems) -> tuple[dict[str, Sample], str | None]:
-    """The shard's members by key, and where it was cut short, if it was."""
+def shard_samples(handle: int, path: str, problems: Problems) -> tuple[dict[str, Sample], str | None]:
+    """The members of an open shard by key, and where it was cut short, if it was.
+
+    Raises:
+        TercetError: it is compressed.
+    """
     samples: dict[str, Sample] = {}
     try:
         for member in walk(handle):

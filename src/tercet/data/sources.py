@@ -72,13 +72,14 @@ class PairSource:
     """A source whose captions lie in memory, packed, and whose images `images` reads.
 
     Attributes:
+        images: reads them.
         image_ids: int64 [images]; equal for images that the file gives the same `image_id`.
         block_size: how many neighbouring images are best read about the same time; 1: any order is as good.
     """
 
     def __init__(self, pairs: Pairs, images: ImageReader, problems: Sequence[str], block_size: int = 1) -> None:
         self._pairs = pairs
-        self._images = images
+        self.images = images
         self.problems = problems
         self.image_ids = pairs.image_ids
         self.block_size = block_size
@@ -95,7 +96,7 @@ class PairSource:
 
     def image(self, index: int) -> bytes:
         """The encoded image.  Raises OSError or TercetError when it cannot be read."""
-        return self._images.read(index)
+        return self.images.read(index)
 
     def captions(self, index: int) -> list[str]:
         """The captions of image `index` as they were written."""

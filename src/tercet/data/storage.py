@@ -99,6 +99,15 @@ class FileImages:
         self.root = root
         self.names = names
 
+    def location(self, index: int) -> str:
+        """The file's absolute path, or its URL."""
+        name = os.fsdecode(self.names.raw(index))
+        if is_url(name):
+            return name
+        if is_url(self.root):
+            return f"{self.root.rstrip('/')}/{name}"
+        return os.path.abspath(Path(self.root) / name)  # noqa: PTH100 - links stay as they are
+
     def read(self, index: int) -> bytes:
         """The file's bytes.  Raises OSError or TercetError when it cannot be read."""
         name = os.fsdecode(self.names.raw(index))

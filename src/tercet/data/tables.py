@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import tempfile
 from array import array
@@ -23,7 +24,7 @@ import numpy as np
 from tercet.config import DataConfig
 from tercet.data.packed import StringPacker, encode
 from tercet.data.rows import PairCollector, Pairs, Problems, SplitFilter, require_pairs
-from tercet.data.storage import FileImages, RangeImages, cache_folder, local_copy
+from tercet.data.storage import FileImages, RangeImages, cache_folder, is_url, local_copy
 from tercet.errors import TercetError
 from tercet.files import write_atomic
 
@@ -108,8 +109,7 @@ def _read(
     image, caption = data.image_column, data.caption_column
     names: list[str] = table.schema.names
     for key, column in (("image_column", image), ("caption_column", caption)):
-        if column not in names:
-            raise TercetError(f"{file}: no column {column!r}; set data.{key} to one of those there: {', '.join(names)}")
+        _require_column(file, table, key, column)
     wanted = [caption, *(name for name in ("image_id", "split") if name in names and name not in (image, caption))]
     chosen = SplitFilter(suffix)
     collector = PairCollector(problems, data.max_words)
@@ -135,6 +135,60 @@ def _read(
     kept = np.array(rows, np.int64)[pairs.rows]
     index = np.zeros(len(kept), np.int32)
     return pairs, RangeImages([places.file], index, places.offsets[kept], places.sizes[kept])
+
+
+@dataclass(frozen=True, slots=True)
+class TableImage:
+    """An image of a table: its caption, and its path or where it lies (offset, size) in `places_file`."""
+
+    caption: str | None
+    place: str | tuple[int, int]
+
+
+def table_images(file: str, data: DataConfig) -> Iterator[TableImage | None]:
+    """The images of all rows, None where a row has none; captions where there is such a column.
+
+    Raises:
+        TercetError: pyarrow is not there, the file cannot be read, or it has no column of images.
+    """
+    table, path = _open(file)
+    image, caption = data.image_column, data.caption_column
+    _require_column(file, table, "image_column", image)
+    captions = [caption] if caption in table.schema.names else []
+    by_path = _holds_paths(file, table, image)
+    root = Path(data.image_root) if data.image_root is not None else Path(path).parent
+    places = None if by_path else _places(table, path, image)
+    rows = _rows(table, [image, *captions] if by_path else captions) if by_path or captions else itertools.repeat({})
+    for number in range(len(places.sizes)) if places is not None else itertools.count():
+        row = next(rows, None)
+        if row is None:
+            return
+        said = row.get(caption)
+        said = said[0] if isinstance(said, list) and said else said
+        said = said if isinstance(said, str) else None
+        if places is not None:
+            place = (int(places.offsets[number]), int(places.sizes[number]))
+            yield TableImage(said, place) if place[1] else None
+        else:
+            name = _path_of(row[image])
+            yield TableImage(said, name if is_url(name) else os.path.abspath(root / name)) if name else None  # noqa: PTH100
+
+
+def places_file(file: str, data: DataConfig) -> str:
+    """The file whose byte ranges are the images of a table: itself, or the copy of its image column.
+
+    Raises:
+        TercetError: the table cannot be read.
+    """
+    table, path = _open(file)
+    _require_column(file, table, "image_column", data.image_column)
+    return _places(table, path, data.image_column).file
+
+
+def _require_column(file: str, table: Table, key: str, column: str) -> None:
+    names: list[str] = table.schema.names
+    if column not in names:
+        raise TercetError(f"{file}: no column {column!r}; set data.{key} to one of those there: {', '.join(names)}")
 
 
 def _open(file: str) -> tuple[Table, str]:

@@ -1,0 +1,125 @@
+"""Commands on an index of one's own images: `index` and `search`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from tercet.arguments import JsonFlag, ModelFlag, parse
+from tercet.commands.models import DEMO_MODEL, lasting_name, load_chosen
+from tercet.commands.printing import print_table
+from tercet.commands.progress import progress_bar
+from tercet.errors import TercetError
+
+if TYPE_CHECKING:
+    from tercet.search.building import IndexReport
+    from tercet.search.searcher import Hit
+
+SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class IndexArguments:
+    """Embed images into an index that can be searched, or bring one up to date: only what is new or changed is read."""
+
+    images: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
+    """folders, images, tar shards, Parquet files, annotation files, globs or URLs of these"""
+    to: Annotated[str, tyro.conf.arg(metavar="INDEX")]
+    """folder of the index, or a URI such as s3://bucket/index"""
+    model: ModelFlag = None
+    """model folder, run folder, or hub id; default: the model that made the index, or else runs/demo/model"""
+    json: JsonFlag = False
+    """print what was done as one JSON object"""
+
+
+@dataclass(frozen=True)
+class SearchArguments:
+    """Find images of an index by words, by an image, or both."""
+
+    index: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
+    """folder or URI of an index"""
+    text: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="WORDS")] = field(default_factory=list)
+    """what the image shows"""
+    image: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """an image that it looks like"""
+    like: Annotated[str | None, tyro.conf.arg(metavar="ID")] = None
+    """id of an image of the index that it looks like"""
+    without: Annotated[str | None, tyro.conf.arg(metavar="WORDS")] = None
+    """what the image does not show"""
+    where: Annotated[str | None, tyro.conf.arg(metavar="FILTER")] = None
+    """only images whose columns are so: "width >= 800 and caption like '%dog%'" """
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"], metavar="N")] = 10
+    """how many images"""
+    rerank: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """candidates that the fusion encoder ranks anew; 0: none, the dual encoder alone; default 64"""
+    model: ModelFlag = None
+    """default: the model that made the index"""
+    json: JsonFlag = False
+    """print the images as one JSON list"""
+
+
+def index(arguments: list[str]) -> None:
+    """Embed images into an index that can be searched, or bring one up to date."""
+    options = parse(IndexArguments, "index", arguments)
+    if not options.images:
+        raise TercetError("name what to index: tercet index FOLDER --model MODEL --to INDEX")
+    from tercet.search.building import build_index
+    from tercet.search.index import Index
+
+    name = options.model
+    if name is None:
+        name = Index.open(options.to).model if Index.exists(options.to) else DEMO_MODEL
+    model = load_chosen(name)
+    with progress_bar("embedding", "images") as progress:
+        made, report = build_index(options.images, model, lasting_name(name), options.to, progress)
+    if options.json:
+        counts = dataclasses.asdict(report) | {"broken": list(report.broken), "images": made.count}
+        print(json.dumps(counts))
+    else:
+        _print_report(report, made.count, options.to)
+
+
+def search(arguments: list[str]) -> None:
+    """Find images of an index by words, by an image, or both."""
+    options = parse(SearchArguments, "search", arguments)
+    from tercet.search.index import Index
+    from tercet.search.searcher import Query, Searcher, check_query
+
+    text = " ".join(options.text) or None
+    query = Query(text, options.image, options.like, options.without, options.where, options.k, options.rerank)
+    check_query(query)
+    opened = Index.open(options.index)
+    hits = Searcher(opened, load_chosen(options.model or opened.model)).search(query)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(hit) for hit in hits], ensure_ascii=False))
+    else:
+        _print_hits(hits)
+
+
+def _print_hits(hits: list[Hit]) -> None:
+    if not hits:
+        print("no image found")
+        return
+    rows = []
+    for rank, hit in enumerate(hits, 1):
+        match = "" if hit.match is None else f"{100 * hit.match:.1f} %"
+        rows.append([str(rank), match, f"{hit.cosine:.3f}", str(hit.dual_rank), hit.id, hit.uri, hit.caption or ""])
+    print_table(["", "match", "cosine", "dual", "id", "image", "caption"], rows)
+
+
+def _print_report(report: IndexReport, count: int, path: str) -> None:
+    for line in report.broken.lines(SHOWN_PROBLEMS):
+        print(f"left out: {line}", file=sys.stderr)
+    words = [
+        f"{report.added:,} new",
+        f"{report.changed:,} changed",
+        f"{report.unchanged:,} unchanged",
+        f"{report.removed:,} removed",
+        f"{len(report.broken):,} left out",
+    ]
+    print(f"{path}: {count:,} images ({', '.join(words)}) in {report.seconds:.1f} s")

@@ -1,0 +1,37 @@
+"""A model of random weights, and folders of pictures to index."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tercet.model.tercet import Tercet
+from tiny_model import SCENES, TEXTS, make_model
+
+
+@pytest.fixture(scope="session")
+def model() -> Tercet:
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def model_folder(model: Tercet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model.save(tmp_path_factory.mktemp("models") / "model")
+
+
+def draw_pictures(folder: Path) -> Path:
+    """Four scenes of several shapes, one in a folder within; two with a caption."""
+    (folder / "more").mkdir(parents=True)
+    for number, name in enumerate(["a.png", "b.jpg", "more/c.png", "d.webp"]):
+        picture = Image.fromarray(SCENES.array(number)).resize((64 + 20 * number, 64))
+        picture.save(folder / name)
+    (folder / "a.txt").write_text(f"{TEXTS[0]}\nanother line\n")
+    (folder / "more/c.txt").write_text('it\'s a "c"\n')
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    return draw_pictures(tmp_path / "pictures")
