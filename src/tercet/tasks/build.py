@@ -96,7 +96,10 @@ def build_loader(config: Config, source: Any, tokenizer: Tokenizer, image_size: 
             config.compat,
             clean=kind.clean,
         )
-    return TrainLoader(source, tokenizer, config.data, image_size, train.batch_size, train.seed, config.compat)
+    data = config.data
+    if data.augment_on == "auto" and train.device == "cpu":
+        data = data.model_copy(update={"augment_on": "worker"})
+    return TrainLoader(source, tokenizer, data, image_size, train.batch_size, train.seed, config.compat)
 
 
 def words_of(task: str, source: Any, data: DataConfig) -> Iterator[str]:
