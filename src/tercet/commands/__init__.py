@@ -39,6 +39,7 @@ COMMANDS = {
     "ask": Command("prediction", "Answer a question about an image."),
     "index": Command("searching", "Embed images into an index that can be searched, or bring one up to date."),
     "search": Command("searching", "Find images of an index by words, by an image, or both."),
+    "serve": Command("serving", "Serve an index over HTTP, with a page to search it."),
     "score": Command("evaluation", "Score a file of predictions against annotations, without a model."),
     "convert": Command(
         "preparation",

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 DEMO_MODEL = "runs/demo/model"
 
 
-def load_chosen(model: str | None) -> Tercet:
-    """The model that --model names, or else the demo's, on the best device."""
+def load_chosen(model: str | None, local_only: bool = False) -> Tercet:
+    """The model that --model names, or else the demo's, on the best device; `local_only` never asks the hub."""
     if model is None:
         if not Path(DEMO_MODEL).is_dir():
             raise TercetError(f"name a model with --model; the default, {DEMO_MODEL}, is what `make demo` trains")
@@ -26,7 +26,7 @@ def load_chosen(model: str | None) -> Tercet:
     from tercet.config import TrainConfig
     from tercet.train.parallel import place
 
-    return load(model).to(place(TrainConfig()).device)
+    return load(model, local_only=local_only).to(place(TrainConfig()).device)
 
 
 def lasting_name(model: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from tercet.config import DataConfig, VqaConfig
 from tercet.data.augment import Pixels
 from tercet.data.inputs import to_batch
 from tercet.data.texts import clean_question
+from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.tasks.answering import Answer, Answerer
@@ -20,6 +22,9 @@ from tercet.tasks.classify import TEMPLATES, class_feats, zero_shot
 from tercet.tasks.encoding import encode_sentences, evaluating, tokenise
 from tercet.tasks.heatmaps import average_words, matching_heatmaps, to_grid
 from tercet.tasks.rerank import pad_texts
+
+if TYPE_CHECKING:
+    from tercet.search.searcher import Hit, Query, Searcher
 
 _DATA = DataConfig()
 _KEPT = 32  # sets of classes whose features are kept
@@ -123,8 +128,8 @@ class Explained:
 class Engine:
     """Runs batches on a model.  Not for several threads at once: the batcher's one thread calls it."""
 
-    def __init__(self, model: Tercet) -> None:
-        self.model = model
+    def __init__(self, model: Tercet, searcher: Searcher | None = None) -> None:
+        self.model, self.searcher = model, searcher
         self._size = model.config.vision.image_size
         self._classes: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = OrderedDict()
         self._answerer = self._make_answerer(None) if self.answers_questions else None
@@ -134,6 +139,7 @@ class Engine:
             "ask": self._ask,
             "embed": self._embed,
             "explain": self._explain,
+            "search": self._search,
         }
 
     @property
@@ -232,6 +238,11 @@ class Engine:
             pieces = require_tokenizer(self.model).tokens(input_ids[row, 1:end])
             results.append(Explained(chance, means[row], _join_pieces(pieces, grids[row, 1:end])))
         return results
+
+    def _search(self, queries: list[Query], _: tuple) -> list[list[Hit]]:
+        if self.searcher is None:
+            raise TercetError("there is no index to search; open one first")
+        return [self.searcher.search(query) for query in queries]
 
     def _encode(self, pixels: list[Pixels]) -> Tensor:
         """`image_embeds` `[images, 1 + patches, width]`."""

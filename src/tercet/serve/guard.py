@@ -88,10 +88,26 @@ class Guard:
         self._metrics.waiting.set(self._admitted)
         try:
             body = await self._read(headers, receive)
-            await self._app(scope, _replay(body, receive), reply.send)
+            await self._answer(scope, _replay(body, receive), reply)
         finally:
             self._admitted -= 1
             self._metrics.waiting.set(self._admitted)
+
+    async def _answer(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
+        """Let the application answer, in time."""
+        limit = asyncio.timeout(self._settings.request_seconds)
+        try:
+            async with limit:
+                await self._app(scope, receive, reply.send)
+        except TimeoutError:
+            if not limit.expired() or reply.status is not None:
+                raise
+            raise Refusal(
+                503,
+                f"no answer within {self._settings.request_seconds:g} seconds; ask for less, or when the server has "
+                "less to do",
+                {"retry-after": "5"},
+            ) from None
 
     def _check_name(self, headers: dict[bytes, bytes]) -> None:
         if self._names is None:

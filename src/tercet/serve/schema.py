@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from tercet.serve.settings import IMAGES, RESULTS, TEXT_LENGTH, TEXTS
+from tercet.serve.settings import IMAGES, RERANK, RESULTS, TEXT_LENGTH, TEXTS
 
 ID_LENGTH = 512
 _HALVES = range(0xD800, 0xE000)
@@ -50,9 +50,15 @@ class SearchRequest(Body):
     text: Text | None = Field(default=None, description="words")
     image: Picture | None = Field(default=None, description="an image whose like is sought")
     without: Text | None = Field(default=None, description="words for what should not be seen")
+    where: Annotated[str, Field(min_length=1, max_length=2000), AfterValidator(_whole)] | None = Field(
+        default=None, description="a filter over the columns of the index, as in: width >= 800 and caption like '%dog%'"
+    )
     k: int = Field(default=20, ge=1, le=RESULTS, description="results")
-    rerank: bool | None = Field(
-        default=None, description="re-rank by the fusion encoder; default: where there are words"
+    rerank: int | None = Field(
+        default=None,
+        ge=0,
+        le=RERANK,
+        description="candidates that the fusion encoder ranks anew, where there are words; 0: none",
     )
 
     @model_validator(mode="after")
@@ -66,7 +72,8 @@ class Hit(BaseModel):
     """An image that was found."""
 
     id: str
-    uri: str = Field(description="where the image lay when it was indexed, relative to the indexed folder")
+    name: str = Field(description="the last part of the URI")
+    uri: str | None = Field(description="where the image lies; null unless the server was started with --show_uris")
     caption: str | None
     width: int
     height: int

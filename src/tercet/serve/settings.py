@@ -15,6 +15,7 @@ TEXT_LENGTH = 1000  # characters of one text; the model reads its first few doze
 TEXTS = 64  # texts, labels or answers of one request
 IMAGES = 16  # images of one request
 RESULTS = 200  # of one search
+RERANK = 200  # candidates of one search that the fusion encoder ranks anew
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -29,6 +30,7 @@ class ServeSettings:
         origins: web origins whose pages may call the interface; none by default.
         hosts: names that the server answers to; default the names of this machine itself while it listens to them
             alone, and any name otherwise.
+        show_uris: tell clients where images lie; their names alone otherwise.
         queue: requests that wait or are worked at; one more is refused with 429.
         batch: images and texts that go through the model together.
         window: seconds that the first request of a batch waits for others.
@@ -43,6 +45,7 @@ class ServeSettings:
     key: str | None = None
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    show_uris: bool = False
     queue: int = 64
     batch: int = 64
     window: float = 0.003

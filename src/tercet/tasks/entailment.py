@@ -118,10 +118,4 @@ def _build(config: Config, student: Tercet) -> Entailment:
     return Entailment(student, config.objectives)
 
 
-ENTAILMENT = TaskKind(
-    open=open_entailments,
-    evaluate=evaluate_entailment,
-    build=_build,
-    judged_by=("entailment.accuracy",),
-    heads=("entailment",),
-)
+ENTAILMENT = TaskKind(open=open_entailments, evaluate=evaluate_entailment, build=_build, heads=("entailment",))

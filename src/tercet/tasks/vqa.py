@@ -306,7 +306,6 @@ VQA = TaskKind(
     open=open_questions,
     build=_build,
     evaluate=evaluate,
-    judged_by=("accuracy.all",),
     heads=("answer",),
     clean=clean_question,
     words=words,
