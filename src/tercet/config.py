@@ -228,6 +228,11 @@ class DataConfig(Section):
     )
     flip: bool = Field(default=True, description="mirror half of the views; off where captions tell left from right")
     pixel_limit: int = Field(default=89_478_485, ge=1, description="images with more pixels are refused")
+    share_images: bool = Field(
+        default=False,
+        description="tasks of samples: all samples of an image in one step, its image encoded once for them; "
+        "batch_size then counts images",
+    )
     scenes: int = Field(default=4000, ge=8, description="training scenes drawn when the source is 'scenes'")
 
 

@@ -261,6 +261,22 @@ class TestLoader:
             pixels = resize(scenes.pixels(sample.images[0], 1), 32)
             assert np.array_equal(view.permute(1, 2, 0).numpy(), pixels)
 
+    def test_samples_of_an_image_come_together(self, scenes: SampleSource, tokenizer: Tokenizer) -> None:
+        data = PLAIN.model_copy(update={"share_images": True})
+        loader = SampleLoader(scenes, tokenizer, data, 32, 5, seed=3, drop_last=False)
+        batches = list(loader.batches(0))
+        assert [len(batch.images) for batch in batches] == [5, 5, 2]
+        place = {scenes.sample(index).key: index for index in range(scenes.sample_count)}
+        assert sorted(key for batch in batches for key in batch.keys) == sorted(place)
+        for batch in batches:
+            assert batch.image_rows is not None
+            assert batch.image_rows.shape == (len(batch), 1)
+            for key, row in zip(batch.keys, batch.image_rows[:, 0].tolist(), strict=True):
+                pixels = resize(scenes.pixels(scenes.sample(place[key]).images[0], 1), 32)
+                assert np.array_equal(batch.images[row].permute(1, 2, 0).numpy(), pixels)
+        pairs = next(SampleLoader(draw_statements(6, "train"), tokenizer, data, 32, 4, seed=0).batches(0))
+        assert pairs.image_rows is not None and pairs.image_rows.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
     def test_workers_and_resume_change_nothing(self, scenes: SampleSource, tokenizer: Tokenizer) -> None:
         data = DataConfig(workers=0, augment="full", crop_scale=(0.5, 1.0))
         whole = list(SampleLoader(scenes, tokenizer, data, 32, 8, seed=1).batches(2))
@@ -298,6 +314,27 @@ class TestLoader:
         assert flips["above"] > 0
         assert (flips["left"] > 0, flips["right"] > 0) == (mirrored, mirrored)
 
+    def test_images_that_samples_share_are_mirrored_for_all_of_them_or_not(
+        self, tmp_path: Path, tokenizer: Tokenizer
+    ) -> None:
+        picture = np.zeros((16, 16, 3), np.uint8)
+        picture[:, :8] = 255
+        for name in ("told.png", "free.png"):
+            cv2.imwrite(str(tmp_path / name), picture)
+        texts = [("told.png", "a dog"), ("told.png", "a dog on the left"), ("free.png", "a dog"), ("free.png", "a cat")]
+        rows = [{"image": image, "sentence": text, "label": "neutral"} for image, text in texts]
+        source = read_entailments(write_rows(tmp_path / "ve.json", rows), None, DataConfig())
+        data = DataConfig(workers=0, augment="light", crop_scale=(0.99, 1.0), share_images=True)
+        loader = SampleLoader(source, tokenizer, data, 16, 2, seed=0)
+        flips = {True: 0, False: 0}
+        for epoch in range(8):
+            batch = next(loader.batches(epoch))
+            assert batch.image_rows is not None and len(batch.images) == 2
+            told = int(batch.image_rows[batch.texts.index("a dog on the left"), 0])
+            for row, view in enumerate(batch.images):
+                flips[row == told] += int(view[0, 8, 1] < 128)
+        assert flips[True] == 0 and flips[False] > 0
+
     def test_a_broken_image_is_left_out_and_named_by_file_and_row(self, tmp_path: Path, tokenizer: Tokenizer) -> None:
         for name in ("a.png", "b.png"):
             write_image(tmp_path / name)
@@ -311,6 +348,9 @@ class TestLoader:
         assert batch.keys == [f"{file} row 1"]
         assert (batch.skipped, len(batch.images)) == (2, 2)
         assert loader.report.count == 2
+        shared = SampleLoader(source, tokenizer, PLAIN.model_copy(update={"share_images": True}), 16, 8, seed=0)
+        together = next(shared.batches(0))
+        assert (together.keys, together.skipped) == (batch.keys, 2)
         assert any(line.startswith(f"{file} row 2: broken.png: a web page") for line in batch.problems)
         assert any(line.startswith(f"{file} row 3: No such file") for line in batch.problems)
         only = next(sample_batches(source, tokenizer, PLAIN, 16, 8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,16 @@ def test_a_question_s_loss_does_not_depend_on_its_batch(model: Tercet, source: S
         )
         alone.append(task(one, 0.0).losses["answer"].item())
     assert together == pytest.approx(sum(alone) / 6, rel=1e-5)
+
+
+def test_questions_that_share_an_image_have_the_loss_that_they_have_alone(model: Tercet, source: SampleSource) -> None:
+    task = QuestionAnswering(model, ObjectivesConfig(queue_size=0)).eval()
+    data = config().data.model_copy(update={"share_images": True})
+    shared = next(SampleLoader(source, task_words(model), data, 32, 3, seed=0, clean=clean_question).batches(0))
+    assert shared.image_rows is not None and len(shared.images) == 3 < len(shared)
+    alone = replace(shared, images=shared.images[shared.image_rows[:, 0]], image_rows=None)
+    losses = [task(task.prepare(batch, torch.device("cpu"), 0), 0.4).losses["answer"] for batch in (shared, alone)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
 
 
 def task_words(model: Tercet) -> Tokenizer:

@@ -117,10 +117,11 @@ class SampleBatch(HostBatch):
     """Samples of a downstream task.  Broken ones are left out, so that `batch` may be smaller than asked for, even 0.
 
     Attributes:
-        images: uint8 [images, 3, height, width], RGB; while training [batch * images_per_sample, ...], those of one
-            sample beside each other.
+        images: uint8 [images, 3, height, width], RGB; where samples share none, [batch * images_per_sample, ...], those
+            of one sample beside each other.
         image_rows: int64 [batch, images_per_sample]; row in `images` of each image of each sample, when samples share
-            images (evaluation).  None: sample i has the rows images_per_sample * i and following (training).
+            images (in evaluation, and in training with data.share_images).  None: sample i has the rows
+            images_per_sample * i and following.
         input_ids: int64 [batch, tokens].
         attention_mask: bool [batch, tokens].
         targets: what each sample is to be learned or measured by [batch].

@@ -5,7 +5,7 @@ As with pairs, one task of a worker is one whole batch, and every random choice 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -38,6 +38,7 @@ class SampleTrainPlan:
         order: PairOrder,
         compat: Literal["tercet", "published"],
         clean: Clean,
+        groups: SampleGroups | None,
     ) -> None:
         self.source = source
         self.tokenizer = tokenizer
@@ -46,6 +47,7 @@ class SampleTrainPlan:
         self.order = order
         self.compat: Literal["tercet", "published"] = compat
         self.clean = clean
+        self.groups = groups
         sufficient = sufficient_side(image_size, data.crop_scale) if data.augment in ("full", "light") else image_size
         self._minimum_side = None if compat == "published" else sufficient
 
@@ -53,22 +55,25 @@ class SampleTrainPlan:
         """The batch of `number`, an (epoch, step)."""
         epoch, step = number
         kept: list[Sample] = []
+        places: list[list[int]] = []
         views: list[np.ndarray] = []
         problems: list[str] = []
         for slot in self.order.step_indices(epoch, step).slots.tolist():
-            sample = self.source.sample(slot)
+            samples = [self.source.sample(index) for index in self._members(slot)]
             rng = np.random.default_rng((SAMPLE_STREAM, self.order.seed, epoch, slot))
             try:
-                views += [self._view(image, sample, rng) for image in sample.images]
+                seen = [self._view(image, samples, rng) for image in samples[0].images]
             except (OSError, TercetError) as error:
-                problems.append(_describe(sample, error))
+                problems += [_describe(sample, error) for sample in samples]
                 continue
-            kept.append(sample)
+            places += [list(range(len(views), len(views) + len(seen)))] * len(samples)
+            views += seen
+            kept += samples
         texts = [self.clean(sample.text, self.data.max_words) for sample in kept]
         input_ids, attention_mask = encode_captions(self.tokenizer, texts, self.data.max_tokens)
         return SampleBatch(
             images=stack(views, self.image_size),
-            image_rows=None,
+            image_rows=None if self.groups is None else _rows(places, self.source),
             input_ids=input_ids,
             attention_mask=attention_mask,
             targets=[sample.target for sample in kept],
@@ -80,11 +85,14 @@ class SampleTrainPlan:
             problems=problems,
         )
 
-    def _view(self, image: int, sample: Sample, rng: np.random.Generator) -> np.ndarray:
+    def _members(self, slot: int) -> Sequence[int]:
+        return (slot,) if self.groups is None else self.groups.members(slot)
+
+    def _view(self, image: int, samples: Sequence[Sample], rng: np.random.Generator) -> np.ndarray:
         data = self.data
         pixels = self.source.pixels(image, data.pixel_limit, self._minimum_side)
         # An answer may tell sides though its question does not.
-        told = f"{sample.text} {sample.target}"
+        told = " ".join(f"{sample.text} {sample.target}" for sample in samples)
         flip = data.flip and (self.compat == "published" or not tells_sides(told))
         return one_view(pixels, self.image_size, rng, data.augment, data.crop_scale, self.compat, flip)
 
@@ -128,10 +136,9 @@ class SamplePlan:
         places = {image: place for place, image in enumerate(views)}
         texts = [self.clean(sample.text, self.data.max_words) for sample in kept]
         input_ids, attention_mask = encode_captions(self.tokenizer, texts, self.data.max_tokens)
-        rows = torch.tensor([[places[image] for image in sample.images] for sample in kept], dtype=torch.int64)
         return SampleBatch(
             images=stack(list(views.values()), self.image_size),
-            image_rows=rows.view(len(kept), self.source.images_per_sample),
+            image_rows=_rows([[places[image] for image in sample.images] for sample in kept], self.source),
             input_ids=input_ids,
             attention_mask=attention_mask,
             targets=[sample.target for sample in kept],
@@ -146,15 +153,37 @@ class SamplePlan:
         return resize(self.source.pixels(image, self.data.pixel_limit), self.image_size)
 
 
+class SampleGroups:
+    """Samples that read the same images, in the same order of images.
+
+    Args:
+        source: the samples.
+    """
+
+    def __init__(self, source: SampleSource) -> None:
+        found: dict[tuple[int, ...], int] = {}
+        of_sample = [found.setdefault(source.sample(index).images, len(found)) for index in range(source.sample_count)]
+        groups = np.array(of_sample, np.int64)
+        self._order = np.argsort(groups, kind="stable")
+        self._starts = np.concatenate([[0], np.cumsum(np.bincount(groups))]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def members(self, group: int) -> list[int]:
+        """The samples of a group."""
+        return self._order[self._starts[group] : self._starts[group + 1]].tolist()
+
+
 class SampleLoader:
     """Training batches of samples; each sample comes once an epoch.
 
     Args:
         source: the samples.
         tokenizer: turns texts to ids.
-        data: augmentation, text lengths, number of workers.
+        data: augmentation, text lengths, number of workers; whether samples of an image come together.
         image_size: side of the views in pixels.
-        batch_size: samples a step on each rank.
+        batch_size: samples a step on each rank; with `data.share_images` images, or pairs of images.
         seed: every random choice follows from it, the epoch and the sample.
         compat: 'published' for the published code's augmentation; it mirrors pictures whatever the text says.
         rank, world: this process among those that train together.
@@ -179,10 +208,11 @@ class SampleLoader:
         drop_last: bool = True,
         clean: Clean = clean_caption,
     ) -> None:
-        ones = np.ones(source.sample_count, np.int64)
+        groups = SampleGroups(source) if data.share_images else None
+        ones = np.ones(source.sample_count if groups is None else len(groups), np.int64)
         self.order = PairOrder(ones, batch_size, seed, rank=rank, world=world, drop_last=drop_last)
         self.report = SkipReport()
-        plan = SampleTrainPlan(source, tokenizer, data, image_size, self.order, compat, clean)
+        plan = SampleTrainPlan(source, tokenizer, data, image_size, self.order, compat, clean, groups)
         self._pool: WorkerPool[SampleBatch] = WorkerPool(plan, data.workers)
 
     @property
@@ -226,6 +256,11 @@ def sample_batches(
         yield from pool.run(list(range(-(-count // batch_size))))
     finally:
         pool.close()
+
+
+def _rows(places: list[list[int]], source: SampleSource) -> torch.Tensor:
+    """`image_rows` of a batch, with the right shape for no samples as well."""
+    return torch.tensor(places, dtype=torch.int64).view(len(places), source.images_per_sample)
 
 
 def _describe(sample: Sample, error: OSError | TercetError) -> str:

@@ -40,7 +40,7 @@ class AnswerBatch:
     """Questions and their answers on the device.
 
     Attributes:
-        images: `[questions, 3, height, width]`.
+        images: `[images, 3, height, width]`.
         input_ids: the questions, `[questions, tokens]`.
         attention_mask: bool `[questions, tokens]`.
         answer_ids: `[answers, answer_tokens]`; `[CLS]`, an answer, `[SEP]`, padding.
@@ -49,6 +49,7 @@ class AnswerBatch:
             `[SEP]` is guessed.
         labels: what stands there, `[guesses]`.
         weights: weight of the answer that each guess belongs to, `[guesses]`.
+        image_rows: the image of each question, `[questions]`; None: each has its own.
     """
 
     images: Tensor
@@ -59,23 +60,31 @@ class AnswerBatch:
     chosen: Tensor
     labels: Tensor
     weights: Tensor
+    image_rows: Tensor | None = None
 
     def to(self, device: torch.device) -> AnswerBatch:
         """The same on another device."""
-        return AnswerBatch(**{name: part.to(device, non_blocking=True) for name, part in vars(self).items()})
+        parts = {name: part for name, part in vars(self).items() if part is not None}
+        return AnswerBatch(**{name: part.to(device, non_blocking=True) for name, part in parts.items()})
 
 
 def lay_out(
-    images: Tensor, input_ids: Tensor, attention_mask: Tensor, answers: Sequence[Mapping[str, float]], words: Tokenizer
+    images: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    answers: Sequence[Mapping[str, float]],
+    words: Tokenizer,
+    image_rows: Tensor | None = None,
 ) -> AnswerBatch:
     """A batch of questions with their weighted answers, on the host.
 
     Args:
-        images: `[questions, 3, height, width]`.
+        images: `[images, 3, height, width]`.
         input_ids: the questions, `[questions, tokens]`.
         attention_mask: `[questions, tokens]`.
         answers: for each question, its answers and their weights.
         words: turns answers to ids.
+        image_rows: the image of each question, `[questions]`; None: each has its own.
     """
     texts = [text for group in answers for text in group]
     weights = torch.tensor([weight for group in answers for weight in group.values()])
@@ -91,6 +100,7 @@ def lay_out(
         chosen=guessed.flatten().nonzero().squeeze(1),
         labels=encoded.input_ids[:, 1:][guessed],
         weights=weights[:, None].expand_as(guessed)[guessed],
+        image_rows=image_rows,
     )
 
 
@@ -135,7 +145,8 @@ class QuestionAnswering(Task):
         """Lay the answers of `batch` out and send all to `device`; nothing is drawn, so `seed` is not read."""
         answers = [weighted_answers(target) for target in batch.targets]
         words = require_tokenizer(self.student)
-        return lay_out(batch.images, batch.input_ids, batch.attention_mask, answers, words).to(device)
+        rows = None if batch.image_rows is None else batch.image_rows[:, 0]
+        return lay_out(batch.images, batch.input_ids, batch.attention_mask, answers, words, rows).to(device)
 
     def begin_step(self) -> None:
         """Move the teacher towards the student."""
@@ -150,14 +161,14 @@ class QuestionAnswering(Task):
             with torch.no_grad():
                 guesses = guess(self.teacher.model, batch)
         with torch.autocast(logits.device.type, enabled=False):
-            loss = answer_loss(logits, batch.labels, batch.weights, len(batch.images), guesses, alpha)
+            loss = answer_loss(logits, batch.labels, batch.weights, len(batch.input_ids), guesses, alpha)
         return AnswerOutput({"answer": loss})
 
 
 def guess(model: Tercet, batch: AnswerBatch) -> Tensor:
     """Vocabulary logits `[guesses, vocabulary]` of `batch.labels`, by student or teacher."""
     decoder = decoder_of(model)
-    states = question_states(model, batch.images, batch.input_ids, batch.attention_mask)
+    states = question_states(model, batch.images, batch.input_ids, batch.attention_mask, batch.image_rows)
     memory = decoder.remember(states, batch.attention_mask).select(batch.owners)
     answer_states = decoder(batch.answer_ids[:, :-1], memory)
     return decoder.logits(answer_states.flatten(0, 1)[batch.chosen])
