@@ -200,6 +200,18 @@ class TestPairFiles:
         others = draw_statements(20, "train")
         assert not np.array_equal(source.pixels(0, 1), others.pixels(0, 1))
 
+    def test_pairs_to_train_on_have_several_statements(self) -> None:
+        source, drawings = draw_statements(10, "train"), PairDrawings(10, "train")
+        samples = [source.sample(index) for index in range(source.sample_count)]
+        assert source.image_count == 20
+        for number in range(10):
+            own = [sample for sample in samples if sample.images == (2 * number, 2 * number + 1)]
+            assert own[0].text == drawings.statement(number).sentence
+            told = [(sample.text, bool(sample.target["label"])) for sample in own[1:]]
+            assert told == drawings.more_statements(number) and len(told) > 2
+        assert len({sample.key for sample in samples}) == len(samples)
+        assert len({sample.target["group"] for sample in samples}) == len(samples) - 5
+
 
 class TestOpening:
     def test_files_and_scenes_joined(self, tmp_path: Path) -> None:
@@ -274,7 +286,7 @@ class TestLoader:
             for key, row in zip(batch.keys, batch.image_rows[:, 0].tolist(), strict=True):
                 pixels = resize(scenes.pixels(scenes.sample(place[key]).images[0], 1), 32)
                 assert np.array_equal(batch.images[row].permute(1, 2, 0).numpy(), pixels)
-        pairs = next(SampleLoader(draw_statements(6, "train"), tokenizer, data, 32, 4, seed=0).batches(0))
+        pairs = next(SampleLoader(draw_statements(6, "test"), tokenizer, data, 32, 4, seed=0).batches(0))
         assert pairs.image_rows is not None and pairs.image_rows.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
     def test_workers_and_resume_change_nothing(self, scenes: SampleSource, tokenizer: Tokenizer) -> None:
@@ -286,7 +298,7 @@ class TestLoader:
         worked.close()
 
     def test_two_images_lie_beside_each_other(self, tokenizer: Tokenizer) -> None:
-        source = draw_statements(6, "train")
+        source = draw_statements(6, "test")
         batch = next(SampleLoader(source, tokenizer, PLAIN, 64, 4, seed=0).batches(0))
         assert batch.images.shape == (8, 3, 64, 64)
         first = source.sample(int(batch.keys[0].partition("#")[2]))

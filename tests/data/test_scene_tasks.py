@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from tercet.data.scene_layout import COLOURS, SHAPES, SIZES, SceneObject
-from tercet.data.scene_pairs import PairStatement, pair_statement
-from tercet.data.scene_tasks import QUESTION_KINDS, entailments, expressions, questions
+from tercet.data.scene_layout import COLOURS, SHAPES, SIZES, SceneObject, relation
+from tercet.data.scene_pairs import PairStatement, more_statements, pair_statement
+from tercet.data.scene_tasks import EXPRESSION_KINDS, QUESTION_KINDS, entailments, expressions, questions
 from tercet.data.scenes import Scene, draw_scene
 
 NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
@@ -56,6 +56,10 @@ def lies(first: SceneObject, words: str, second: SceneObject) -> bool:
     along, across = (dx, dy) if words in ("left of", "right of") else (dy, dx)
     assert abs(along) > 1.5 * abs(across)
     return along * sum(DIRECTIONS[words]) > 0
+
+
+def is_along(first: SceneObject, words: str, second: SceneObject) -> bool:
+    return (relation(first, second) in ("left", "right")) == (words in ("left of", "right of"))
 
 
 def in_half(item: SceneObject, half: str) -> bool:
@@ -194,23 +198,24 @@ def test_words_alone_tell_neither_entailment_nor_yes(scenes: list[Scene]) -> Non
 def test_expressions_refer_to_one_object(scenes: list[Scene]) -> None:
     seen: Counter[str] = Counter()
     for scene in scenes:
-        for phrase, box in expressions(scene):
-            item = resolve(scene.objects, phrase.removeprefix("the "), seen)
+        for phrase, box, kind in expressions(scene):
+            item = resolve(scene.objects, phrase.removeprefix("the "), kind, seen)
             assert box == scene.boxes[scene.objects.index(item)], phrase
             left, top, right, bottom = box
             assert left < item.x * 64 < right
             assert top < item.y * 64 < bottom
     assert min(seen.values()) > 300
-    assert len(seen) == 3
+    assert sorted(seen) == sorted(EXPRESSION_KINDS)
 
 
-def resolve(objects: Sequence[SceneObject], phrase: str, seen: Counter[str]) -> SceneObject:
+def resolve(objects: Sequence[SceneObject], phrase: str, kind: str, seen: Counter[str]) -> SceneObject:
+    seen[kind] += 1
     if match := re.fullmatch(r"(leftmost|rightmost|topmost|lowest) (\w+)", phrase):
-        seen["outermost"] += 1
+        assert kind == "outermost"
         key = {"leftmost": (1, 0), "rightmost": (-1, 0), "topmost": (0, 1), "lowest": (0, -1)}[match[1]]
         return min(fitting(objects, match[2]), key=lambda item: item.x * key[0] + item.y * key[1])
     if match := re.fullmatch(rf"(\w+) {RELATION} the ([\w ]+)", phrase):
-        seen["relation"] += 1
+        assert kind == "neighbour"
         anchor = the(objects, match[3])
         across, down = DIRECTIONS[match[2]]
         side = [
@@ -220,7 +225,7 @@ def resolve(objects: Sequence[SceneObject], phrase: str, seen: Counter[str]) -> 
         ]
         assert len(side) == 1, phrase
         return side[0]
-    seen["attributes"] += 1
+    assert kind == "attributes"
     return the(objects, phrase)
 
 
@@ -229,8 +234,14 @@ def pair_truth(pair: PairStatement) -> bool:
     sides = {"left": pair.scene_a.objects, "right": pair.scene_b.objects}
     sentence = pair.sentence
     if match := re.fullmatch(rf"in the (left|right) picture an? (.*?) is {RELATION} an? (.*)", sentence):
-        objects = sides[match[1]]
-        return lies(the(objects, match[2]), match[3], the(objects, match[4]))
+        firsts, seconds = fitting(sides[match[1]], match[2]), fitting(sides[match[1]], match[4])
+        # Of several objects that look alike, one that clearly lies so is enough; else none may be unclear.
+        ways = [(one, other) for one in firsts for other in seconds]
+        clear = [(one, other) for one, other in ways if relation(one, other) is not None]
+        assert ways
+        return any(lies(one, match[3], other) for one, other in clear if is_along(one, match[3], other)) or any(
+            lies(one, match[3], other) for one, other in ways
+        )
     if match := re.fullmatch(r"the (left|right) picture has (an? .*) and the other one has (an? .*)", sentence):
         other = "right" if match[1] == "left" else "left"
         return bool(fitting(sides[match[1]], match[2])) and bool(fitting(sides[other], match[3]))
@@ -270,6 +281,19 @@ def test_every_sentence_comes_true_once_and_false_once(pairs: list[PairStatement
         assert first.truth != second.truth
     assert 0.42 < np.mean([pair.truth for pair in pairs[::2]]) < 0.58
     assert len({pair.sentence for pair in pairs}) > 300
+
+
+def test_further_statements_about_a_pair_are_true_or_false_as_told(pairs: list[PairStatement]) -> None:
+    truths: list[bool] = []
+    for seed, pair in enumerate(pairs[:400]):
+        further = more_statements(pair, seed, 7)
+        assert further == more_statements(pair, seed, 7)
+        assert len({pair.sentence, *(sentence for sentence, _ in further)}) == len(further) + 1 <= 8
+        for sentence, truth in further:
+            assert pair_truth(pair._replace(sentence=sentence)) == truth, sentence
+        truths += [truth for _, truth in further]
+    assert 0.42 < np.mean(truths) < 0.58
+    assert len(truths) > 400 * 5
 
 
 def test_all_is_deterministic() -> None:

@@ -28,6 +28,7 @@ TINY: dict[str, Any] = {
     "data.scenes": 8,
     "data.workers": 0,
     "data.augment": "none",
+    "data.share_images": False,
     "data.validation": [],
     "data.test": [],
     "train.device": "cpu",
@@ -36,6 +37,7 @@ TINY: dict[str, Any] = {
     "train.checkpoint_every": 4,
     "train.epochs": 100,
     "evaluate.limit": 24,
+    "objectives.alpha": 0.4,
     "optim.lr": 2e-3,
     "optim.warmup_steps": 2,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_task(
         RECIPE,
         tmp_path_factory.mktemp("nlvr") / "run",
-        data__scenes=16,
         train__max_steps=50,
         train__batch_size=16,
         train__checkpoint_every=100,
@@ -52,13 +52,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_learns_what_it_sees(run: Path) -> None:
     losses = [line["nlvr"] for line in logged(run, "train")]
     assert losses[0] == pytest.approx(torch.tensor(2.0).log().item(), abs=0.3)
-    result = evaluate_statements(tercet.load(run / "model"), draw_statements(16, "train"), Config())
+    result = evaluate_statements(tercet.load(run / "model"), draw_statements(8, "train"), Config())
     assert result.metrics()["nlvr"]["accuracy"] > 85
     assert logged(run, "evaluate")[-1]["size"] == {"samples": 24, "sentences": 12}
 
 
-def test_a_run_resumes_exactly(tmp_path: Path) -> None:
-    assert_resumes_exactly(RECIPE, tmp_path)
+@pytest.mark.parametrize("sharing", [{}, {"data__share_images": True, "train__batch_size": 2}])
+def test_a_run_resumes_exactly(tmp_path: Path, sharing: dict[str, Any]) -> None:
+    assert_resumes_exactly(RECIPE, tmp_path, **sharing)
 
 
 def test_the_command_line_measures_and_writes_predictions(

@@ -71,9 +71,9 @@ def draw_expressions(count: int, split: str) -> SampleTable:
     collector = SampleCollector()
     for index in range(count):
         scene = scenes.scene(index)
-        for phrase, box in expressions(scene):
-            target = _target([box], (scene.size, scene.size), candidates=scene.boxes)
-            collector.add(f"{scenes.key(index)} expression {len(collector)}", [index], phrase, target)
+        for phrase in expressions(scene):
+            target = _target([phrase.box], (scene.size, scene.size), [phrase.kind], candidates=scene.boxes)
+            collector.add(f"{scenes.key(index)} expression {len(collector)}", [index], phrase.text, target)
     return collector.finish_drawn(scenes)
 
 

@@ -15,7 +15,7 @@ from tercet.data.samples import (
     read_objects,
     text_of,
 )
-from tercet.data.scene_pairs import PairStatement, pair_statement
+from tercet.data.scene_pairs import PairStatement, more_statements, pair_statement
 from tercet.data.scenes import SPLITS, encode_png
 from tercet.errors import TercetError
 
@@ -29,6 +29,7 @@ LAYOUTS = (
     "{directory}/{name}",
 )
 PROBES = 16
+TRAINING_STATEMENTS = 7  # further ones about each pair of drawn scenes that is trained on
 
 
 def read_statements(file: str, suffix: str | None, data: DataConfig) -> SampleTable:
@@ -73,8 +74,16 @@ class PairDrawings:
 
     def statement(self, number: int) -> PairStatement:
         """Pair `number` and its sentence; pairs 2n and 2n + 1 share theirs, true of one and false of the other."""
+        return pair_statement(self._seed(number))
+
+    def more_statements(self, number: int) -> list[tuple[str, bool]]:
+        """Further statements about pair `number`, each with its truth."""
+        seed = self._seed(number)
+        return more_statements(pair_statement(seed), seed, TRAINING_STATEMENTS)
+
+    def _seed(self, number: int) -> int:
         group, side = divmod(number, 2)
-        return pair_statement(2 * (len(SPLITS) * group + SPLITS[self.split]) + side)
+        return 2 * (len(SPLITS) * group + SPLITS[self.split]) + side
 
     def array(self, index: int) -> np.ndarray:
         """Image `index`: uint8 [size, size, 3], RGB."""
@@ -91,13 +100,19 @@ class PairDrawings:
 
 
 def draw_statements(count: int, split: str) -> SampleTable:
-    """`count` pairs of drawn scenes, each with a sentence that is true of it or not."""
+    """`count` pairs of drawn scenes, each with a sentence that is true of it or not; those to train on with several."""
     drawings = PairDrawings(count, split)
     collector = SampleCollector()
     for number in range(count):
         pair = drawings.statement(number)
-        target = {"label": int(pair.truth), "group": str(number // 2), "id": None}
-        collector.add(f"pairs:{split}#{number}", [2 * number, 2 * number + 1], pair.sentence, target)
+        statements = [(pair.sentence, pair.truth), *(drawings.more_statements(number) if split == "train" else ())]
+        for place, (sentence, truth) in enumerate(statements):
+            # The first of a pair shares its sentence with its neighbour; every other sentence stands for itself.
+            key = f"pairs:{split}#{number}"
+            group = str(number // 2) if place == 0 else f"{number} statement {place + 1}"
+            target = {"label": int(truth), "group": group, "id": None}
+            images = [2 * number, 2 * number + 1]
+            collector.add(key if place == 0 else f"{key} statement {place + 1}", images, sentence, target)
     return collector.finish_drawn(drawings)
 
 

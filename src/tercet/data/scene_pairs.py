@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,8 @@ from tercet.data.scenes import SCENE_SIZE, Scene
 
 Look = tuple[str, str]  # colour and shape
 _STREAM = 6  # keeps these random streams apart from those of single scenes
+_SENTENCE, _SCENES, _MORE_STATEMENTS = 0, 1, 2
+_TRIES = 20  # sentences of a form that are tried on a pair before another form is
 
 
 class PairStatement(NamedTuple):
@@ -46,7 +48,21 @@ class Wish(NamedTuple):
     total: int | None = None
 
 
-Build = Callable[[np.random.Generator, bool], tuple[Wish, Wish]]
+Objects = Sequence[SceneObject]
+
+
+class Statement(NamedTuple):
+    """A sentence about two pictures.
+
+    Attributes:
+        sentence: the sentence.
+        build: what two pictures must hold for it to be true, or false.
+        holds: whether it is true of the objects of a left and a right picture; None where that can be disputed.
+    """
+
+    sentence: str
+    build: Callable[[np.random.Generator, bool], tuple[Wish, Wish]]
+    holds: Callable[[Objects, Objects], bool | None]
 
 
 def pair_statement(seed: int, size: int = SCENE_SIZE) -> PairStatement:
@@ -55,13 +71,33 @@ def pair_statement(seed: int, size: int = SCENE_SIZE) -> PairStatement:
     Seeds 2n and 2n + 1 share their sentence; one of the two is true, the other false.  So no sentence tells its
     truth, and consistency (all pairs of a sentence right) can be measured.
     """
-    words = _generator(seed // 2, 0)
-    sentence, build = pick(words, _FORMS)(words)
+    words = _generator(seed // 2, _SENTENCE)
+    statement = pick(words, _FORMS)(words, ())
     truth = bool(words.integers(2)) ^ bool(seed % 2)
-    rng = _generator(seed, 1)
-    wishes = build(rng, truth)
+    rng = _generator(seed, _SCENES)
+    wishes = statement.build(rng, truth)
     first, second = (_fulfil(wish, rng, size) for wish in wishes)
-    return PairStatement(first, second, sentence, truth)
+    return PairStatement(first, second, statement.sentence, truth)
+
+
+def more_statements(pair: PairStatement, seed: int, count: int) -> list[tuple[str, bool]]:
+    """Up to `count` further statements about the pictures of the pair numbered `seed`, and whether each is true.
+
+    Half of them are true on average.  They are meant for training alone: unlike that of `pair_statement`, a sentence
+    here may be true more often than not.
+    """
+    rng = _generator(seed, _MORE_STATEMENTS)
+    left, right = pair.scene_a.objects, pair.scene_b.objects
+    near = [(item.colour, item.shape) for item in (*left, *right)]
+    found = {pair.sentence: pair.truth}
+    for _ in range(count):
+        truth, form = bool(rng.integers(2)), pick(rng, _FORMS)
+        for _ in range(_TRIES):
+            statement = form(rng, near)
+            if statement.sentence not in found and statement.holds(left, right) is truth:
+                found[statement.sentence] = truth
+                break
+    return list(found.items())[1:]
 
 
 def _generator(seed: int, stream: int) -> np.random.Generator:
@@ -85,9 +121,26 @@ def _fulfil(wish: Wish, rng: np.random.Generator, size: int) -> Scene:
     return Scene(int(rng.integers(2**62)), size, objects, pick(rng, BACKGROUNDS))
 
 
-def _a_look(rng: np.random.Generator) -> tuple[Look, str]:
-    colour, shape = pick(rng, COLOURS), pick(rng, SHAPES)
+def _a_look(rng: np.random.Generator, near: Sequence[Look]) -> tuple[Look, str]:
+    """Any colour and shape, or one like those of `near`, and its name."""
+    if near and rng.random() < 0.8:
+        colour, shape = pick(rng, near)
+        if rng.random() < 0.25:
+            shape = pick(rng, near)[1]
+    else:
+        colour, shape = pick(rng, COLOURS), pick(rng, SHAPES)
     return (colour, shape), with_article(f"{colour} {shape}")
+
+
+def _two_looks(rng: np.random.Generator, near: Sequence[Look]) -> tuple[tuple[Look, str], tuple[Look, str]]:
+    first, second = _a_look(rng, near), _a_look(rng, near)
+    while second == first:
+        second = _a_look(rng, ())
+    return first, second
+
+
+def _a_shape(rng: np.random.Generator, near: Sequence[Look]) -> str:
+    return pick(rng, near)[1] if near and rng.random() < 0.8 else pick(rng, SHAPES)
 
 
 def _holding(look: Look, holds: bool) -> Wish:
@@ -95,9 +148,17 @@ def _holding(look: Look, holds: bool) -> Wish:
     return Wish((look,)) if holds else Wish(allowed=lambda other: other != look)
 
 
-def _presence(rng: np.random.Generator) -> tuple[str, Build]:
+def _has(objects: Objects, look: Look) -> bool:
+    return any((item.colour, item.shape) == look for item in objects)
+
+
+def _count(objects: Objects, shape: str) -> int:
+    return sum(item.shape == shape for item in objects)
+
+
+def _presence(rng: np.random.Generator, near: Sequence[Look]) -> Statement:
     """Both, exactly one, at least one or neither of the pictures has an object."""
-    look, name = _a_look(rng)
+    look, name = _a_look(rng, near)
     sentences, right = pick(
         rng,
         (
@@ -113,12 +174,15 @@ def _presence(rng: np.random.Generator) -> tuple[str, Build]:
         left, other = pick(rng, cases)
         return _holding(look, left), _holding(look, other)
 
-    return pick(rng, sentences).format(name), build
+    def holds(left: Objects, other: Objects) -> bool:
+        return (_has(left, look), _has(other, look)) in right
+
+    return Statement(pick(rng, sentences).format(name), build, holds)
 
 
-def _more(rng: np.random.Generator) -> tuple[str, Build]:
+def _more(rng: np.random.Generator, near: Sequence[Look]) -> Statement:
     """One picture has more of a shape than the other."""
-    shape, side = pick(rng, SHAPES), pick(rng, ("left", "right"))
+    shape, side = _a_shape(rng, near), pick(rng, ("left", "right"))
 
     def build(rng: np.random.Generator, truth: bool) -> tuple[Wish, Wish]:
         many = int(rng.integers(1, 4))
@@ -128,27 +192,34 @@ def _more(rng: np.random.Generator) -> tuple[str, Build]:
         more, less = _counted(rng, shape, many), _counted(rng, shape, few)
         return (more, less) if (side == "left") == truth else (less, more)
 
-    return f"the {side} picture has more {plural(shape)} than the other one", build
+    def holds(left: Objects, other: Objects) -> bool:
+        gap = _count(left, shape) - _count(other, shape)
+        return gap > 0 if side == "left" else gap < 0
+
+    return Statement(f"the {side} picture has more {plural(shape)} than the other one", build, holds)
 
 
-def _together(rng: np.random.Generator) -> tuple[str, Build]:
+def _together(rng: np.random.Generator, near: Sequence[Look]) -> Statement:
     """The pictures have so many of a shape together."""
-    shape, wanted = pick(rng, SHAPES), int(rng.integers(2, 5))
+    shape, wanted = _a_shape(rng, near), int(rng.integers(2, 5))
 
     def build(rng: np.random.Generator, truth: bool) -> tuple[Wish, Wish]:
         total = wanted if truth else wanted + pick(rng, (-1, 1))
         left = int(rng.integers(max(0, total - 3), min(3, total) + 1))
         return _counted(rng, shape, left), _counted(rng, shape, total - left)
 
+    def holds(left: Objects, other: Objects) -> bool:
+        return _count(left, shape) + _count(other, shape) == wanted
+
     text = pick(rng, ("the two pictures have {} {} together", "taken together there are {} {}"))
-    return text.format(NUMBERS[wanted], plural(shape)), build
+    return Statement(text.format(NUMBERS[wanted], plural(shape)), build, holds)
 
 
 def _counted(rng: np.random.Generator, shape: str, count: int) -> Wish:
     return Wish(tuple((pick(rng, COLOURS), shape) for _ in range(count)), lambda look: look[1] != shape)
 
 
-def _equal_size(rng: np.random.Generator) -> tuple[str, Build]:
+def _equal_size(rng: np.random.Generator, near: Sequence[Look]) -> Statement:
     """The pictures have equally many figures, or one has more."""
     sentence, right = pick(
         rng,
@@ -167,14 +238,15 @@ def _equal_size(rng: np.random.Generator) -> tuple[str, Build]:
         left, other = (high, low) if sign >= 0 else (low, high)
         return Wish(total=left), Wish(total=other)
 
-    return sentence, build
+    def holds(left: Objects, other: Objects) -> bool:
+        return int(np.sign(len(left) - len(other))) in right
+
+    return Statement(sentence, build, holds)
 
 
-def _direction(rng: np.random.Generator) -> tuple[str, Build]:
+def _direction(rng: np.random.Generator, near: Sequence[Look]) -> Statement:
     """In one picture an object lies to a side of another; the other picture holds the same two, either way round."""
-    (first, first_name), (second, second_name) = _a_look(rng), _a_look(rng)
-    while second == first:
-        second, second_name = _a_look(rng)
+    (first, first_name), (second, second_name) = _two_looks(rng, near)
     side, direction = pick(rng, ("left", "right")), pick(rng, tuple(OPPOSITE))
 
     def build(rng: np.random.Generator, truth: bool) -> tuple[Wish, Wish]:
@@ -189,14 +261,20 @@ def _direction(rng: np.random.Generator) -> tuple[str, Build]:
         other = wish(pick(rng, (direction, OPPOSITE[direction])))
         return (told, other) if side == "left" else (other, told)
 
-    return f"in the {side} picture {first_name} is {DIRECTION_WORDS[direction]} {second_name}", build
+    def holds(left: Objects, other: Objects) -> bool | None:
+        objects = left if side == "left" else other
+        pairs = [(a, b) for a in objects if _has([a], first) for b in objects if _has([b], second)]
+        found = {relation(a, b) for a, b in pairs}
+        if direction in found:
+            return True
+        return False if found == {OPPOSITE[direction]} else None
+
+    return Statement(f"in the {side} picture {first_name} is {DIRECTION_WORDS[direction]} {second_name}", build, holds)
 
 
-def _divided(rng: np.random.Generator) -> tuple[str, Build]:
+def _divided(rng: np.random.Generator, near: Sequence[Look]) -> Statement:
     """One object in one picture and another in the other, or the other way round."""
-    (first, first_name), (second, second_name) = _a_look(rng), _a_look(rng)
-    while second == first:
-        second, second_name = _a_look(rng)
+    (first, first_name), (second, second_name) = _two_looks(rng, near)
     side = pick(rng, ("left", "right"))
 
     def build(rng: np.random.Generator, truth: bool) -> tuple[Wish, Wish]:
@@ -205,10 +283,14 @@ def _divided(rng: np.random.Generator) -> tuple[str, Build]:
 
         return (wish(first), wish(second)) if (side == "left") == truth else (wish(second), wish(first))
 
-    return f"the {side} picture has {first_name} and the other one has {second_name}", build
+    def holds(left: Objects, other: Objects) -> bool:
+        told, second_told = (left, other) if side == "left" else (other, left)
+        return _has(told, first) and _has(second_told, second)
+
+    return Statement(f"the {side} picture has {first_name} and the other one has {second_name}", build, holds)
 
 
-_FORMS: tuple[Callable[[np.random.Generator], tuple[str, Build]], ...] = (
+_FORMS: tuple[Callable[[np.random.Generator, Sequence[Look]], Statement], ...] = (
     _presence,
     _presence,
     _more,

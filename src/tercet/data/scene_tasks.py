@@ -18,6 +18,7 @@ from tercet.data.scenes import Scene, scene_generator
 Label = Literal["entailment", "neutral", "contradiction"]
 Box = tuple[float, float, float, float]
 
+EXPRESSION_KINDS = ("attributes", "outermost", "neighbour")
 QUESTION_KINDS = ("colour", "shape", "count", "position", "yes/no")
 DIRECTION_WORDS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 CLEAR_OF_MIDDLE = 0.1  # share of the side that an object keeps from the middle to count as left, right, top or bottom
@@ -32,6 +33,21 @@ class Question(NamedTuple):
 
     text: str
     answer: str
+    kind: str
+
+
+class Expression(NamedTuple):
+    """A phrase that refers to one object.
+
+    Attributes:
+        text: the phrase.
+        box: (left, top, right, bottom) of the object in pixels.
+        kind: what tells the object apart: 'attributes' of its own; being 'outermost' among those of its shape; or the
+            side of a 'neighbour' that it lies on.
+    """
+
+    text: str
+    box: Box
     kind: str
 
 
@@ -68,17 +84,17 @@ def entailments(scene: Scene) -> list[tuple[str, Label]]:
     return list(dict.fromkeys(made))
 
 
-def expressions(scene: Scene) -> list[tuple[str, Box]]:
-    """Phrases that each refer to exactly one object, with its box (left, top, right, bottom) in pixels.
-
-    An object that nothing tells apart from another has no phrase.
-    """
+def expressions(scene: Scene) -> list[Expression]:
+    """Phrases that each refer to exactly one object.  An object that nothing tells apart from another has none."""
     rng = scene_generator(scene.seed, _EXPRESSIONS)
-    made: dict[str, Box] = {}
+    made: dict[str, Expression] = {}
     for item, box in zip(scene.objects, scene.boxes, strict=True):
-        phrases = [refer(scene, item, rng), _outermost(scene, item, rng), _by_neighbour(scene, item, rng)]
-        made.update({f"the {phrase}": box for phrase in phrases if phrase is not None})
-    return list(made.items())
+        phrases = refer(scene, item, rng), _outermost(scene, item, rng), _by_neighbour(scene, item, rng)
+        for kind, phrase in zip(EXPRESSION_KINDS, phrases, strict=True):
+            if phrase is not None:
+                text = f"the {phrase}"
+                made[text] = Expression(text, box, kind)
+    return list(made.values())
 
 
 def refer(scene: Scene, item: SceneObject, rng: np.random.Generator, without: str = "") -> str | None:
