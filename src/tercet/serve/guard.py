@@ -33,7 +33,9 @@ SECURITY_HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
-OPEN_PATHS = ("/healthz", "/readyz")
+# The addresses that take a body and a place in the queue.
+QUESTIONS = frozenset(f"/v1/{name}" for name in ("search", "match", "ask", "classify", "explain", "embed"))
+DROPPED_BYTES = 64 * 2**20  # of a body that is too large, before the connection is cut
 
 
 class Guard:
@@ -73,7 +75,7 @@ class Guard:
         self._check_name(headers)
         if path.startswith(("/v1/", "/metrics")) and scope["method"] != "OPTIONS":
             self._check_key(headers)
-        if scope["method"] != "POST" or not path.startswith("/v1/"):
+        if scope["method"] != "POST" or path not in QUESTIONS:
             await self._app(scope, receive, reply.send)
             return
         if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
@@ -128,34 +130,42 @@ class Guard:
             )
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        """The whole body, within its bounds."""
+        """The whole body, within its bounds.
+
+        A client reads no answer while it is sending, so what is beyond the bounds is taken and dropped for a while.
+        """
         limit = self._settings.body_bytes
-        too_large = Refusal(
-            413,
-            f"the body has more than {limit} bytes; send a smaller picture, or start the server with more --body_bytes",
-            {"connection": "close"},
-        )
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > limit:
-            raise too_large
-        body = bytearray()
+        announced = int(length) if length.isdigit() else 0
+        body, taken = bytearray(), 0
         try:
             async with asyncio.timeout(self._settings.body_seconds):
-                while True:
+                while announced <= DROPPED_BYTES and taken <= DROPPED_BYTES:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise Refusal(400, "the connection ended before the body did", {"connection": "close"})
-                    body += message.get("body", b"")
-                    if len(body) > limit:
-                        raise too_large
+                    part = message.get("body", b"")
+                    taken += len(part)
+                    if max(taken, announced) <= limit:
+                        body += part
+                    else:
+                        body.clear()
                     if not message.get("more_body", False):
-                        return bytes(body)
+                        break
         except TimeoutError:
             raise Refusal(
                 408,
                 f"the body took more than {self._settings.body_seconds:g} seconds; send it faster, or less of it",
                 {"connection": "close"},
             ) from None
+        if max(taken, announced) > limit:
+            raise Refusal(
+                413,
+                f"the body has more than {limit} bytes; send a smaller picture, or start the server with more "
+                "--body_mb",
+                {"connection": "close"},
+            )
+        return bytes(body)
 
     def _count(self, scope: Scope, status: int | None, seconds: float) -> None:
         route: Any = scope.get("route")
