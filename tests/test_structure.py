@@ -13,11 +13,12 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "tercet"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of Tercet; every part may import itself.
-BASE = {"config", "errors", "files", "version"}
+BASE = {"config", "errors", "files", "ranks", "version"}
 ALLOWED = {
     "errors": set(),
     "version": set(),
     "files": {"errors"},
+    "ranks": set(),
     "config": set(),
     "config_io": {"config", "errors"},
     "arguments": {"config", "config_io", "errors"},

@@ -57,19 +57,31 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise TercetError(f"cannot write beside {path}: {error.strerror or error}") from error
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
-        temporary.chmod(0o777 & ~_umask())
-        _swap(temporary, path)
-        _sync_folder(path.parent)
+        settle_folder(temporary, path)
     except OSError as error:
         raise TercetError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def settle_folder(temporary: Path, path: Path) -> None:
+    """Flush a finished folder to the disk and move it, from beside `path`, into its place.
+
+    A folder already at `path` is replaced as a whole.
+
+    Raises:
+        OSError: the disk is full, or the parent folder cannot be written.
+    """
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+    _sync_folder(temporary)
+    temporary.chmod(0o777 & ~_umask())
+    _swap(temporary, path)
+    _sync_folder(path.parent)
 
 
 def _swap(temporary: Path, path: Path) -> None:

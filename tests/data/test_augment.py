@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +13,7 @@ from safetensors.numpy import load_file
 
 from tercet.data import augment
 from tercet.data.augment import Pixels
+from tercet.data.changes import draw_full
 
 Tensors = dict[str, np.ndarray]
 
@@ -39,7 +39,7 @@ def distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 EXACT: dict[str, Callable[[Pixels], Pixels]] = {
-    "Identity": lambda image: augment.RAND_AUGMENT[0](image, 0.7, np.random.default_rng(0), "tercet"),
+    "Identity": lambda image: augment.apply_changes(image, []),
     "Equalize": augment.equalize,
     "Brightness": lambda image: augment.adjust_brightness(image, 1.36),
     "AutoContrast": lambda image: augment.autocontrast(image, "published"),
@@ -168,16 +168,17 @@ def test_any_image_equals_pillow(image: Pixels) -> None:
 def test_every_operation_takes_the_smallest_images(height: int, width: int) -> None:
     image = np.full((height, width, 3), 77, np.uint8)
     rng = np.random.default_rng(0)
-    for operation in augment.RAND_AUGMENT:
-        assert operation(image, 0.7, rng, "published").shape == image.shape
+    for operation in augment.OPERATIONS.values():
+        for compat in ("tercet", "published"):
+            assert operation(image, 0.7, compat).shape == image.shape
     for _ in range(20):
-        assert augment.augment_fully(image, rng).shape == image.shape
+        assert augment.apply_changes(image, draw_full(rng)).shape == image.shape
 
 
 def test_the_same_state_gives_the_same_image(photo: Pixels) -> None:
     def draw(seed: int) -> list[Pixels]:
         rng = np.random.default_rng(seed)
-        return [augment.augment_fully(photo, rng) for _ in range(20)]
+        return [augment.apply_changes(photo, draw_full(rng)) for _ in range(20)]
 
     assert all((first == second).all() for first, second in zip(draw(3), draw(3), strict=True))
     assert len({image.tobytes() for image in draw(3)}) > 15
@@ -188,70 +189,17 @@ def test_nothing_writes_into_its_input(photo: Pixels) -> None:
     image.flags.writeable = False
     rng = np.random.default_rng(0)
     for _ in range(60):
-        augment.augment_fully(image, rng, "published")
-    assert (image == photo).all()
+        augment.apply_changes(image, draw_full(rng), "published")
+    for name, operation in augment.OPERATIONS.items():
+        operation(image, 1.0, "tercet")
+        assert (image == photo).all(), name
 
 
-def test_choices_have_the_published_chances(photo: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: dict[str, list[float]] = {}
-
-    def spy(name: str) -> None:
-        real = getattr(augment, name)
-
-        def record(image: Pixels, *rest: float) -> Pixels:
-            calls.setdefault(name, []).append(rest[0] if rest and isinstance(rest[0], float) else 0.0)
-            return real(image, *rest)
-
-        monkeypatch.setattr(augment, name, record)
-
-    for name in ("jitter_colour", "to_grey", "blur", "flip_horizontally"):
-        spy(name)
-    monkeypatch.setattr(augment, "rand_augment", lambda image, rng, compat: image)
-    monkeypatch.setattr(augment, "adjust_saturation", lambda image, factor: image)  # it makes a grey of its own
-    small, rng, draws = photo[:4, :4], np.random.default_rng(5), 3000
-    for _ in range(draws):
-        augment.augment_fully(small, rng)
-    shares = {name: len(values) / draws for name, values in calls.items()}
-    expected = {"jitter_colour": 0.8, "to_grey": 0.2, "blur": 0.5, "flip_horizontally": 0.5}
-    assert shares == pytest.approx(expected, abs=0.035)  # 3.5 standard deviations and more
-    sigmas = np.array(calls["blur"])
-    assert 0.1 <= sigmas.min() < 0.15 and 1.95 < sigmas.max() <= 2.0
-    assert sigmas.mean() == pytest.approx(1.05, abs=0.06)
-
-
-def test_rand_augment_has_the_published_chances(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[int] = []
-
-    def make(index: int) -> Callable[..., Pixels]:
-        return lambda image, share, rng, compat: (drawn.append(index), image)[1]
-
-    monkeypatch.setattr(augment, "RAND_AUGMENT", tuple(make(index) for index in range(10)))
-    image, rng = np.zeros((2, 2, 3), np.uint8), np.random.default_rng(2)
-    for _ in range(5000):
-        augment.rand_augment(image, rng)
-    counts = np.bincount(drawn, minlength=10)
-    assert counts.sum() / 5000 == pytest.approx(1.0, abs=0.04)  # two operations, each with chance one half
-    assert counts / 5000 == pytest.approx(np.full(10, 0.1), abs=0.02)
-
-
-@pytest.mark.parametrize("index", range(5, 10))
-def test_warps_go_both_ways_equally_often(index: int, photo: Pixels) -> None:
-    rng = np.random.default_rng(1)
-    results = [augment.RAND_AUGMENT[index](photo, 0.7, rng, "tercet").tobytes() for _ in range(400)]
-    forward = list(WARPS.values())[(index - 5) * 2 + 1](photo).tobytes()
-    assert len(set(results)) == 2
-    assert results.count(forward) / 400 == pytest.approx(0.5, abs=0.09)
-
-
-def test_flipping_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, photo: Pixels) -> None:
-    monkeypatch.setattr(cv2, "flip", lambda *_: pytest.fail("flipped"))
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        augment.augment_fully(photo, rng, flip=False)
-
-
-def test_jitter_keeps_within_its_strength() -> None:
-    grey = np.full((2, 2, 3), 100, np.uint8)
-    rng = np.random.default_rng(0)
-    values = np.array([augment.jitter_colour(grey, rng)[0, 0, 0] for _ in range(500)])
-    assert 58 <= values.min() < 65 and 135 < values.max() <= 141
+@pytest.mark.parametrize("pixels", [-7.0, -1.0, 0.0, 3.0, 200.0])
+def test_whole_shifts_equal_the_warp(pixels: float, photo: Pixels) -> None:
+    for shift, matrix in (
+        (augment.translate_x, [[1, 0, -pixels], [0, 1, 0]]),
+        (augment.translate_y, [[1, 0, 0], [0, 1, -pixels]]),
+    ):
+        assert (shift(photo, pixels) == augment._warp(photo, matrix)).all()
+        assert distance(shift(photo, pixels), shift(photo, pixels + 1e-4)).max() <= 1

@@ -16,7 +16,8 @@ from PIL import Image, ImageOps
 from safetensors.numpy import load_file
 
 from tercet.data.augment import Pixels
-from tercet.data.images import BrokenImage, decode, draw_crop, one_view, resize, sufficient_side, two_views
+from tercet.data.changes import draw_crop
+from tercet.data.images import BrokenImage, decode, resize, sufficient_side
 from tercet.errors import TercetError
 
 
@@ -268,66 +269,3 @@ def test_resize_to_its_own_size_is_a_copy() -> None:
     result = resize(image, 32)
     result[:] = 0
     assert (image == paint(32, 32)).all()
-
-
-@pytest.mark.parametrize("augment", ["full", "light", "none"])
-@pytest.mark.parametrize("compat", ["tercet", "published"])
-def test_views_follow_from_the_state_of_the_generator(augment: Any, compat: Any) -> None:
-    image = paint(144, 192)
-    first = two_views(image, 112, np.random.default_rng(4), augment, compat=compat)
-    second = two_views(image, 112, np.random.default_rng(4), augment, compat=compat)
-    other = two_views(image, 112, np.random.default_rng(5), augment, compat=compat)
-    for view, again in zip(first, second, strict=True):
-        assert view.shape == (112, 112, 3) and view.dtype == np.uint8
-        assert (view == again).all()
-    assert (first[0] == first[1]).all() == (augment == "none")
-    assert (first[0] == other[0]).all() == (augment == "none")
-    assert (image == paint(144, 192)).all()
-
-
-def test_no_augmentation_is_the_evaluation_transform() -> None:
-    image = paint(100, 70)
-    first, second = two_views(image, 64, np.random.default_rng(0), "none")
-    assert (first == resize(image, 64)).all() and (second == first).all()
-
-
-def test_light_views_are_crops_some_of_them_flipped() -> None:
-    left_to_right = np.repeat(np.linspace(0, 255, 200).astype(np.uint8)[None, :, None], 3, axis=2).repeat(150, axis=0)
-
-    def share_flipped(flip: bool) -> float:
-        rng = np.random.default_rng(0)
-        views = [one_view(left_to_right, 32, rng, "light", flip=flip).astype(int) for _ in range(200)]
-        return float(np.mean([view[0, 0, 0] > view[0, -1, 0] for view in views]))
-
-    assert share_flipped(flip=True) == pytest.approx(0.5, abs=0.12)
-    assert share_flipped(flip=False) == 0
-
-
-@settings(deadline=None)
-@given(st.integers(1, 700), st.integers(1, 700), st.integers(0, 2**32 - 1), st.sampled_from([(0.2, 1.0), (0.5, 1.0)]))
-def test_crops_lie_inside_and_keep_their_bounds(height: int, width: int, seed: int, scale: tuple[float, float]) -> None:
-    top, left, crop_height, crop_width = draw_crop(height, width, np.random.default_rng(seed), scale)
-    assert top >= 0 and left >= 0 and crop_height >= 1 and crop_width >= 1
-    assert top + crop_height <= height and left + crop_width <= width
-    if min(height, width) >= 100:
-        assert 0.74 <= crop_width / crop_height <= 1.35
-
-
-def test_crops_have_uniform_areas_and_places() -> None:
-    rng = np.random.default_rng(3)
-    crops = np.array([draw_crop(400, 400, rng, (0.2, 0.5)) for _ in range(3000)])
-    shares = crops[:, 2] * crops[:, 3] / 400**2
-    assert 0.195 < shares.min() < 0.21 and 0.49 < shares.max() < 0.505
-    assert shares.mean() == pytest.approx(0.35, abs=0.008)
-    ratios = np.log(crops[:, 3] / crops[:, 2])
-    assert ratios.mean() == pytest.approx(0, abs=0.02) and np.abs(ratios).max() <= np.log(4 / 3) + 0.02
-    places = crops[:, :2] / (401 - crops[:, 2:])
-    assert places.mean(axis=0) == pytest.approx([0.5, 0.5], abs=0.02)
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "expected"),
-    [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10)), (1, 1, (0, 0, 1, 1))],
-)
-def test_extreme_shapes_fall_back_to_the_centre(height: int, width: int, expected: tuple[int, ...]) -> None:
-    assert draw_crop(height, width, np.random.default_rng(0), (0.9, 1.0)) == expected

@@ -15,10 +15,10 @@ from task_runs import assert_resumes_exactly, logged, run_task
 from tercet.config import Config, DataConfig
 from tercet.config_io import load_config
 from tercet.data.grounding_files import draw_expressions, open_expressions
-from tercet.data.images import one_view
 from tercet.data.loader import TrainLoader
 from tercet.data.samples import Sample
 from tercet.data.scenes import SceneSource
+from tercet.data.views import one_view
 from tercet.errors import TercetError
 from tercet.tasks.grounding import evaluate_grounding, expression_maps, read_map
 from tercet.tasks.heatmaps import average_words, contrast_heatmaps, matching_heatmaps

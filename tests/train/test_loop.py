@@ -218,3 +218,25 @@ def test_starting_from_a_model_folder_with_another_image_size(unbroken: Path, tm
     run = train(tiny(tmp_path / "run", init=str(unbroken / "model"), model__vision__image_size=48, train__max_steps=1))
     weights = load_file(run / "model" / "model.safetensors")
     assert weights["vision.position_embed"].shape[1] == 1 + 6 * 6
+
+
+def test_the_step_that_validates_best_is_kept_with_its_model(tmp_path: Path) -> None:
+    config = tiny(
+        tmp_path / "run",
+        data__scenes=48,
+        data__validation=["scenes:validation"],
+        evaluate__rerank=0,
+        evaluate__limit=16,
+        train__evaluate_every=3,
+        train__keep_checkpoints=1,
+        train__epochs=2,
+    )
+    run = train(config)
+    values = {line["step"]: line["dual"]["r_mean"] for line in lines(run, "evaluate")}
+    assert list(values) == [3, 6, 9, 12, 15, 16]
+    best = json.loads((run / CHECKPOINTS / "best.json").read_text("utf-8"))
+    assert best["metric"] == "dual.r_mean" and best["value"] == max(values.values())
+    assert best["step"] == next(step for step, value in values.items() if value == best["value"])
+    kept = {path.name for path in list_checkpoints(run / CHECKPOINTS)}
+    assert kept == {"step-00000016", f"step-{best['step']:08d}"}
+    assert (run / "best-model" / "model.safetensors").is_file()

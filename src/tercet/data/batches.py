@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tercet.data.device_augment import Schedule
 
 MESSAGES_KEPT = 20
 
@@ -28,12 +31,14 @@ class HostBatch:
         return self._with_tensors(lambda tensor: tensor.pin_memory())
 
     def _with_tensors(self: Self, change: Callable[[Tensor], Tensor]) -> Self:
-        tensors = {
-            item.name: change(getattr(self, item.name))
-            for item in dataclasses.fields(self)
-            if isinstance(getattr(self, item.name), Tensor)
-        }
-        return dataclasses.replace(self, **tensors)
+        changed: dict[str, Any] = {}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                changed[item.name] = change(value)
+            elif isinstance(value, HostBatch):
+                changed[item.name] = value._with_tensors(change)
+        return dataclasses.replace(self, **changed)
 
 
 @dataclass
@@ -52,6 +57,7 @@ class Batch(HostBatch):
         step: its index within the epoch.
         skipped: samples that were broken and left out.
         problems: why, one message for each.
+        changes: what is still to be done to the views, those of `images` first; `to` does it on the device.
     """
 
     images: Tensor
@@ -65,6 +71,16 @@ class Batch(HostBatch):
     step: int = 0
     skipped: int = 0
     problems: list[str] = field(default_factory=list)
+    changes: Schedule | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """A copy on `device`, its views finished there; from pinned memory the host does not wait for it."""
+        moved = super().to(device)
+        if moved.changes is None or moved.second_views is None:
+            return moved
+        both = moved.changes.apply(torch.cat([moved.images, moved.second_views]))
+        first, second = both.split(len(moved.images))
+        return dataclasses.replace(moved, images=first, second_views=second, changes=None)
 
     def __len__(self) -> int:
         return len(self.keys)

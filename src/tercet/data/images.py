@@ -1,4 +1,4 @@
-"""Bytes to pixels, and pixels to the square views that a model sees: uint8 RGB arrays `[height, width, 3]`.
+"""Bytes to pixels: uint8 RGB arrays `[height, width, 3]`.  What a model sees of them is made in `views`.
 
 Decoding is strict: an image that is cut short, too large or no image at all raises `BrokenImage` with the reason,
 and is never filled in with grey.
@@ -6,21 +6,20 @@ and is never filled in with grey.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
 import struct
 import warnings
-from typing import Literal
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from tercet.data.augment import Compat, Pixels, augment_fully, flip_sometimes, rand_augment
+from tercet.data.augment import Pixels
 from tercet.errors import TercetError
-
-Augment = Literal["full", "light", "whole", "none"]
 
 PIXEL_LIMIT = 89_478_485
 # Pillow also reads formats that run other programs (EPS) or that nobody keeps photographs in; they stay shut.
@@ -41,6 +40,56 @@ class BrokenImage(TercetError):  # noqa: N818 - a sample's state; it is counted 
         return f"{self.name}: {self.reason}"
 
 
+class EncodedImage:
+    """An image file whose header is read and whose pixels are not yet.
+
+    Attributes:
+        height, width: of the upright image, in pixels.
+
+    Raises:
+        BrokenImage: empty, too large, a web page or drawing, or no image of a known format.
+    """
+
+    def __init__(self, data: bytes, name: str, pixel_limit: int = PIXEL_LIMIT) -> None:
+        self._data = data
+        self._name = name
+        if not data:
+            raise BrokenImage(name, "the image file is empty")
+        with _told_as_broken(name, data):
+            with warnings.catch_warnings():
+                # The limit below is ours; Pillow's warning would be a second voice about the same thing.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                self._image = Image.open(io.BytesIO(data), formats=_formats())
+            width, height = self._image.size
+            if width * height > pixel_limit:
+                raise BrokenImage(name, f"{width} x {height} pixels are more than pixel_limit {pixel_limit} allows")
+            if self._image.format == "TIFF":
+                self._image.load()  # which turns it upright, and changes its size and its tag
+                width, height = self._image.size
+            self._orientation = _orientation(self._image)
+        self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
+
+    def pixels(self, reduction: int = 1) -> Pixels:
+        """The upright image, once: uint8 RGB `[height, width, 3]`.
+
+        Args:
+            reduction: 2, 4 or 8 lets a JPEG be decoded at that part of its size, which is faster and a little different
+                from shrinking it later; other formats come in full.
+
+        Raises:
+            BrokenImage: cut short or damaged.
+        """
+        with _told_as_broken(self._name, self._data):
+            pixels = _decode_jpeg(self._data, self._image, reduction)
+            if pixels is None:
+                if reduction > 1:
+                    width, height = self._image.size
+                    self._image.draft(self._image.mode, (width // reduction, height // reduction))
+                self._image.load()
+                pixels = _to_rgb(self._image, self._name)
+            return _turn_upright(pixels, self._orientation)
+
+
 def decode(data: bytes, name: str, pixel_limit: int = PIXEL_LIMIT, minimum_side: int | None = None) -> Pixels:
     """Decode an image file to uint8 RGB `[height, width, 3]`, upright as its EXIF data says.
 
@@ -58,23 +107,15 @@ def decode(data: bytes, name: str, pixel_limit: int = PIXEL_LIMIT, minimum_side:
     Raises:
         BrokenImage: empty, cut short, too large, a web page or drawing, or no image of a known format.
     """
-    if not data:
-        raise BrokenImage(name, "the image file is empty")
+    image = EncodedImage(data, name, pixel_limit)
+    return image.pixels(1 if minimum_side is None else reduction_of(min(image.height, image.width), minimum_side))
+
+
+@contextlib.contextmanager
+def _told_as_broken(name: str, data: bytes) -> Iterator[None]:
+    """Turns whatever a decoder raises into a `BrokenImage` that says what `data` seems to be."""
     try:
-        with warnings.catch_warnings():
-            # The limit below is ours; Pillow's warning would be a second voice about the same thing.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=_formats())
-        width, height = image.size
-        if width * height > pixel_limit:
-            raise BrokenImage(name, f"{width} x {height} pixels are more than pixel_limit {pixel_limit} allows")
-        pixels = _decode_jpeg(data, image, minimum_side)
-        if pixels is None:
-            if minimum_side is not None:
-                image.draft(image.mode, (minimum_side, minimum_side))
-            image.load()
-            pixels = _to_rgb(image, name)
-        return _turn_upright(pixels, _orientation(image))
+        yield
     except BrokenImage:
         raise
     except Image.DecompressionBombError as error:
@@ -93,12 +134,8 @@ def from_pillow(image: Image.Image, name: str) -> Pixels:
     Raises:
         BrokenImage: cut short, or of samples that do not fit into 8 bits.
     """
-    try:
+    with _told_as_broken(name, b""):
         image.load()
-    except Exception as error:  # hostile bytes bring decoders to raise nearly anything
-        raise BrokenImage(
-            name, f"the image cannot be decoded ({_one_line(error)}); it is damaged or cut short"
-        ) from error
     return _turn_upright(_to_rgb(image, name), _orientation(image))
 
 
@@ -107,84 +144,6 @@ def resize(image: Pixels, size: int) -> Pixels:
     if image.shape[:2] == (size, size):
         return image.copy()
     return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
-
-
-def two_views(
-    image: Pixels,
-    size: int,
-    rng: np.random.Generator,
-    augment: Augment = "full",
-    crop_scale: tuple[float, float] = (0.2, 1.0),
-    compat: Compat = "tercet",
-    flip: bool = True,
-) -> tuple[Pixels, Pixels]:
-    """Two independently augmented views of one decoded image, each uint8 `[size, size, 3]`; see `one_view`.
-
-    With `augment="none"` both are the same array.
-    """
-    first = one_view(image, size, rng, augment, crop_scale, compat, flip)
-    if augment == "none":
-        return first, first
-    return first, one_view(image, size, rng, augment, crop_scale, compat, flip)
-
-
-def one_view(
-    image: Pixels,
-    size: int,
-    rng: np.random.Generator,
-    augment: Augment = "full",
-    crop_scale: tuple[float, float] = (0.2, 1.0),
-    compat: Compat = "tercet",
-    flip: bool = True,
-) -> Pixels:
-    """One view of an image for training, uint8 `[size, size, 3]`.
-
-    Args:
-        image: uint8 `[height, width, 3]`.
-        size: side of the view in pixels.
-        rng: source of every random choice: the same state gives the same view.
-        augment: "full" (crop, then all of `augment_fully`), "light" (crop and flip), "whole" (resize, flip and
-            RandAugment, as the published grounding) or "none" (resize).
-        crop_scale: smallest and largest share of the image's area that the crop keeps.
-        compat: "published" brings back the published RandAugment's defects.
-        flip: whether left and right may be exchanged; captions are not changed with the image.
-    """
-    if augment == "none":
-        return resize(image, size)
-    if augment == "whole":
-        view = resize(image, size)
-        return rand_augment(flip_sometimes(view, rng) if flip else view, rng, compat=compat)
-    top, left, height, width = draw_crop(image.shape[0], image.shape[1], rng, crop_scale)
-    view = resize(image[top : top + height, left : left + width], size)
-    if augment == "full":
-        return augment_fully(view, rng, compat, flip)
-    return flip_sometimes(view, rng) if flip else view
-
-
-def draw_crop(
-    height: int,
-    width: int,
-    rng: np.random.Generator,
-    scale: tuple[float, float],
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> tuple[int, int, int, int]:
-    """A random rectangle `(top, left, height, width)` with a share of the area in `scale` and width/height in `ratio`.
-
-    Share uniform, ratio log-uniform, place uniform.  When ten draws do not fit, the largest centred rectangle
-    whose ratio is within bounds.
-    """
-    log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
-    for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(*log_ratio))
-        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int(rng.integers(height - crop_height + 1))
-            left = int(rng.integers(width - crop_width + 1))
-            return top, left, crop_height, crop_width
-    crop_height = min(height, round(width / ratio[0]))
-    crop_width = min(width, round(height * ratio[1]))
-    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 def sufficient_side(size: int, crop_scale: tuple[float, float]) -> int:
@@ -199,7 +158,7 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _decode_jpeg(data: bytes, image: Image.Image, minimum_side: int | None) -> Pixels | None:
+def _decode_jpeg(data: bytes, image: Image.Image, reduction: int) -> Pixels | None:
     """OpenCV's decoder for plain JPEGs: the same pixels in half the time.  None where Pillow must do it.
 
     OpenCV fills a file that was cut short with grey and says nothing, so only files that end as a JPEG ends are
@@ -207,16 +166,14 @@ def _decode_jpeg(data: bytes, image: Image.Image, minimum_side: int | None) -> P
     """
     if image.format != "JPEG" or image.mode not in ("RGB", "L") or not data.endswith(_JPEG_END):
         return None
-    flags = cv2.IMREAD_COLOR
-    if minimum_side is not None:
-        flags = _REDUCED.get(_reduction(min(image.size), minimum_side), flags)
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
-    if pixels is None:
-        return None
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)  # pyright: ignore[reportReturnType]
+    flags = _REDUCED.get(reduction, cv2.IMREAD_COLOR_RGB) | cv2.IMREAD_IGNORE_ORIENTATION
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if pixels is not None and reduction in _REDUCED:
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return pixels  # pyright: ignore[reportReturnType]
 
 
-def _reduction(side: int, minimum_side: int) -> int:
+def reduction_of(side: int, minimum_side: int) -> int:
     """The largest of 8, 4, 2, 1 that leaves `side` at least `minimum_side` pixels."""
     return next((factor for factor in (8, 4, 2) if side // factor >= minimum_side), 1)
 

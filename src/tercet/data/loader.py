@@ -15,10 +15,13 @@ from torch import Tensor
 
 from tercet.config import DataConfig
 from tercet.data.batches import Batch, ImageBatch, SkipReport, TextBatch
-from tercet.data.images import decode, resize, sufficient_side, two_views
+from tercet.data.changes import Change
+from tercet.data.device_augment import schedule
+from tercet.data.images import EncodedImage, resize
 from tercet.data.order import PairOrder
 from tercet.data.sources import JoinedSource, Source, block_size, image_ids
 from tercet.data.texts import Tokenizer, clean_caption, tells_sides
+from tercet.data.views import View, ViewStyle
 from tercet.data.workers import WorkerPool
 from tercet.errors import TercetError
 
@@ -46,15 +49,16 @@ class TrainPlan:
         self.order = order
         self.compat: Literal["tercet", "published"] = compat
         self._image_ids = image_ids(source)
-        # The published code decodes in full; ours lets a JPEG come smaller where no crop can tell.
-        sufficient = sufficient_side(image_size, data.crop_scale) if data.augment in ("full", "light") else image_size
-        self._minimum_side = None if compat == "published" else sufficient
+        self._style = ViewStyle(image_size, data.augment, data.crop_scale, compat)
+        self._on_device = data.augment_on == "device"
 
     def __call__(self, number: tuple[int, int]) -> Batch:
         """The batch of `number`, an (epoch, step)."""
         epoch, step = number
         pairs = self.order.step_indices(epoch, step)
-        views: list[tuple[np.ndarray, np.ndarray]] = []
+        firsts: list[np.ndarray] = []
+        seconds: list[np.ndarray] = []
+        changes: tuple[list[list[Change]], list[list[Change]]] = ([], [])
         captions: list[str] = []
         kept: list[int] = []
         problems: list[str] = []
@@ -62,19 +66,21 @@ class TrainPlan:
             pairs.images.tolist(), pairs.captions.tolist(), pairs.slots.tolist(), strict=True
         ):
             try:
-                pixels = picture(self.source, image, self.data.pixel_limit, self._minimum_side)
                 text = self.source.captions(image)[caption]
+                rng = np.random.default_rng((AUGMENT_STREAM, self.order.seed, epoch, slot))
+                views, drawn = self._views(image, text, rng)
             except (OSError, TercetError) as error:
                 problems.append(describe(self.source, image, error))
                 continue
-            rng = np.random.default_rng((AUGMENT_STREAM, self.order.seed, epoch, slot))
-            views.append(self._views(pixels, text, rng))
+            for place, (view, own) in enumerate(zip(views, drawn, strict=True)):
+                (firsts, seconds)[place].append(view)
+                changes[place].append(own.changes)
             captions.append(clean_caption(text, self.data.max_words))
             kept.append(image)
         input_ids, attention_mask = encode_captions(self.tokenizer, captions, self.data.max_tokens)
         return Batch(
-            images=stack([first for first, _ in views], self.image_size),
-            second_views=stack([second for _, second in views], self.image_size),
+            images=stack(firsts, self.image_size),
+            second_views=stack(seconds, self.image_size),
             input_ids=input_ids,
             attention_mask=attention_mask,
             image_ids=torch.from_numpy(self._image_ids[kept]),
@@ -84,12 +90,26 @@ class TrainPlan:
             step=step,
             skipped=len(problems),
             problems=problems,
+            changes=schedule(changes[0] + changes[1], self.compat) if self._on_device else None,
         )
 
-    def _views(self, pixels: np.ndarray, text: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        data = self.data
-        flip = data.flip and (self.compat == "published" or not tells_sides(text))
-        return two_views(pixels, self.image_size, rng, data.augment, data.crop_scale, self.compat, flip)
+    def _views(
+        self, image: int, text: str, rng: np.random.Generator
+    ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[View, View]]:
+        """Both views of an image, as they were drawn; left unfinished where the device is to finish them."""
+        style = self._style
+        flip = self.data.flip and (self.compat == "published" or not tells_sides(text))
+        encoded = encoded_picture(self.source, image, self.data.pixel_limit)
+        if isinstance(encoded, EncodedImage):
+            height, width = encoded.height, encoded.width
+            drawn = style.draw_two(height, width, rng, flip)
+            pixels = style.decode(encoded, drawn)
+        else:
+            height, width = encoded.shape[:2]
+            drawn = style.draw_two(height, width, rng, flip)
+            pixels = encoded
+        finish = style.cut if self._on_device else style.make
+        return (finish(pixels, drawn[0], height, width), finish(pixels, drawn[1], height, width)), drawn
 
 
 class ImagePlan:
@@ -156,6 +176,8 @@ class TrainLoader:
         world: int = 1,
         drop_last: bool = True,
     ) -> None:
+        if data.augment_on == "auto":
+            data = data.model_copy(update={"augment_on": "device" if torch.cuda.is_available() else "worker"})
         counts = np.asarray(source.caption_counts)
         block = block_size(source)
         if data.caption_choice == "each" and len(counts):
@@ -241,18 +263,28 @@ def cleaned_captions(source: Source, max_words: int, limit: int | None = None) -
             yield clean_caption(caption, max_words)
 
 
-def picture(source: Source, index: int, pixel_limit: int, minimum_side: int | None = None) -> np.ndarray:
+def picture(source: Source, index: int, pixel_limit: int) -> np.ndarray:
     """Image `index` decoded: uint8 [height, width, 3].
 
     Raises:
         OSError, TercetError: it cannot be read or decoded.
     """
+    encoded = encoded_picture(source, index, pixel_limit)
+    return encoded.pixels() if isinstance(encoded, EncodedImage) else encoded
+
+
+def encoded_picture(source: Source, index: int, pixel_limit: int) -> EncodedImage | np.ndarray:
+    """Image `index`, its header read; or its pixels where it is drawn, not stored.
+
+    Raises:
+        OSError, TercetError: it cannot be read, or is no image.
+    """
     if isinstance(source, JoinedSource):
         source, index = source.find(index)
     array = getattr(source, "array", None)
-    if array is not None:  # drawn, not stored: no need to encode it first
+    if array is not None:  # no need to encode it first
         return array(index)
-    return decode(source.image(index), source.key(index), pixel_limit, minimum_side)
+    return EncodedImage(source.image(index), source.key(index), pixel_limit)
 
 
 def describe(source: Source, index: int, error: OSError | TercetError) -> str:

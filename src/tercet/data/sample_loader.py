@@ -13,11 +13,12 @@ import torch
 
 from tercet.config import DataConfig
 from tercet.data.batches import SampleBatch, SkipReport
-from tercet.data.images import one_view, resize, sufficient_side
+from tercet.data.images import resize, sufficient_side
 from tercet.data.loader import encode_captions, stack
 from tercet.data.order import PairOrder
 from tercet.data.samples import Sample, SampleSource
 from tercet.data.texts import Tokenizer, clean_caption, tells_sides
+from tercet.data.views import one_view
 from tercet.data.workers import WorkerPool
 from tercet.errors import TercetError
 

@@ -189,5 +189,10 @@ def _build(config: Config, student: Tercet) -> TextAssignment:
 
 
 ASSIGNMENT = TaskKind(
-    open=open_sources, evaluate=evaluate_assignment, build=_build, heads=("assignment",), samples=False
+    open=open_sources,
+    evaluate=evaluate_assignment,
+    build=_build,
+    judged_by=("assignment.accuracy",),
+    heads=("assignment",),
+    samples=False,
 )

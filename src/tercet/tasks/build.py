@@ -33,7 +33,13 @@ def _build_pretraining(config: Config, student: Tercet) -> Task:
     return Pretraining(student, config.objectives, published, match_ids)
 
 
-_PAIRS = TaskKind(open=open_sources, build=_build_pretraining, evaluate=evaluate_source, samples=False)
+_PAIRS = TaskKind(
+    open=open_sources,
+    build=_build_pretraining,
+    evaluate=evaluate_source,
+    judged_by=("reranked.r_mean", "dual.r_mean"),
+    samples=False,
+)
 
 KINDS: dict[str, TaskKind] = {
     "pretrain": _PAIRS,
@@ -43,7 +49,13 @@ KINDS: dict[str, TaskKind] = {
     "nlvr_pretrain": ASSIGNMENT,
     "nlvr": NLVR,
     # Trained as retrieval is, with expressions for captions; boxes are for measuring alone.
-    "grounding": TaskKind(open=open_expressions, build=_build_pretraining, evaluate=evaluate_grounding, samples=False),
+    "grounding": TaskKind(
+        open=open_expressions,
+        build=_build_pretraining,
+        evaluate=evaluate_grounding,
+        judged_by=("boxes.all", "pointing.all"),
+        samples=False,
+    ),
     "classify": TaskKind(open=open_labelled, evaluate=evaluate_classes, samples=False),
     "embedding": TaskKind(open=open_sources, evaluate=evaluate_embedding, samples=False),
     "probes": TaskKind(open=open_probes, evaluate=evaluate_probes),
@@ -96,7 +108,10 @@ def build_loader(config: Config, source: Any, tokenizer: Tokenizer, image_size: 
             config.compat,
             clean=kind.clean,
         )
-    return TrainLoader(source, tokenizer, config.data, image_size, train.batch_size, train.seed, config.compat)
+    data = config.data
+    if data.augment_on == "auto" and train.device == "cpu":
+        data = data.model_copy(update={"augment_on": "worker"})
+    return TrainLoader(source, tokenizer, data, image_size, train.batch_size, train.seed, config.compat)
 
 
 def words_of(task: str, source: Any, data: DataConfig) -> Iterator[str]:

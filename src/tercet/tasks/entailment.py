@@ -118,4 +118,10 @@ def _build(config: Config, student: Tercet) -> Entailment:
     return Entailment(student, config.objectives)
 
 
-ENTAILMENT = TaskKind(open=open_entailments, evaluate=evaluate_entailment, build=_build, heads=("entailment",))
+ENTAILMENT = TaskKind(
+    open=open_entailments,
+    evaluate=evaluate_entailment,
+    build=_build,
+    judged_by=("entailment.accuracy",),
+    heads=("entailment",),
+)

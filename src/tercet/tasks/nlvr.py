@@ -136,4 +136,6 @@ def _build(config: Config, student: Tercet) -> PairStatements:
     return PairStatements(student, config.objectives, fresh_teacher)
 
 
-NLVR = TaskKind(open=open_statements, evaluate=evaluate_statements, build=_build, heads=("nlvr",))
+NLVR = TaskKind(
+    open=open_statements, evaluate=evaluate_statements, build=_build, heads=("nlvr",), judged_by=("nlvr.accuracy",)
+)

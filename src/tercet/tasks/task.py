@@ -127,6 +127,8 @@ class TaskKind:
     Attributes:
         open: opens data: (specifications, data config, split).
         evaluate: measures a model, in evaluation mode or not, on what `open` gave.
+        judged_by: the numbers of an evaluation, as `group.metric`, the first of which that is there tells the better
+            of two models; more is better.
         build: makes the task that trains a student; None for what is measured alone.
         heads: optional parts of the model that the task needs.
         samples: whether `open` gives samples; else images with captions.
@@ -139,6 +141,7 @@ class TaskKind:
     open: Callable[[Sequence[str], DataConfig, str], Any]
     evaluate: Callable[[Tercet, Any, Config], TaskResult]
     build: Callable[[Config, Tercet], Task] | None = None
+    judged_by: tuple[str, ...] = ()
     heads: tuple[HeadName, ...] = ()
     samples: bool = True
     clean: Callable[[str, int], str] = clean_caption

@@ -317,6 +317,7 @@ VQA = TaskKind(
     open=open_questions,
     build=_build,
     evaluate=evaluate,
+    judged_by=("accuracy.all",),
     heads=("answer",),
     clean=clean_question,
     words=words,

@@ -1,10 +1,15 @@
-"""Checkpoints: complete or absent, verified when read, the newest few kept.
+"""Checkpoints: written beside the training, complete or absent, verified when read, the newest few and the best kept.
 
 checkpoints/
     step-00000500/
-        __0_0.distcp ...   tensors, by torch.distributed.checkpoint
-        .metadata          where each tensor lies
-        checkpoint.json    step, what the data was, and a digest of every other file
+        __0_0.distcp ...     tensors of every rank, by torch.distributed.checkpoint
+        .metadata            where each tensor lies
+        checkpoint.json      step, what the data was, and a digest of every other file
+    .step-00001000.partial/  one that is being written, or that a killed run left; never read
+    best.json                which step validated best, and how well
+
+A step is taken apart from its checkpoint: tensors are copied to host memory, which is all that the training waits for,
+and a thread writes the copy.  Any number of ranks read what any other number wrote, sharded or not.
 """
 
 from __future__ import annotations
@@ -15,13 +20,15 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -32,10 +39,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from tercet.errors import TercetError
-from tercet.files import atomic_folder
+from tercet.files import settle_folder, write_atomic
+from tercet.ranks import Ranks
 
 RECORD = "checkpoint.json"
-FORMAT_VERSION = 1
+BEST = "best.json"
+FORMAT_VERSION = 2
 # How dcp names a failure depends on what is broken; all of these mean that the files do not fit this run.
 LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, CheckpointException)
 
@@ -47,77 +56,160 @@ class Position:
     Attributes:
         step: optimizer steps taken.
         data: fingerprint of the training data that those steps saw.
+        pairs_per_step: how many pairs each of them took, over all ranks.
     """
 
     step: int
     data: str
+    pairs_per_step: int
 
 
-def save_checkpoint(
-    folder: Path, task: nn.Module, optimizer: torch.optim.Optimizer, position: Position, keep: int
-) -> Path:
-    """Write a checkpoint under `folder`, whole or not at all, then drop all but the `keep` newest.
+@dataclass(frozen=True)
+class Best:
+    """The step that validated best so far.
 
-    Raises:
-        TercetError: the disk is full.
+    Attributes:
+        step: optimizer steps taken then.
+        metric: what was compared, such as `reranked.r_mean`.
+        value: how much it was; more is better.
     """
-    path = folder / f"step-{position.step:08d}"
-    state = _state(task, optimizer)
-    with atomic_folder(path) as partial:
+
+    step: int
+    metric: str
+    value: float
+
+
+class Checkpoints:
+    """The checkpoints of one run.  Every rank makes the same calls; the first one names and counts folders.
+
+    Attributes:
+        folder: where they lie.
+        best: what `keep_best` was last told, in this process or before; None before any validation.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        """Open the folder of a run, which need not be there yet.
+
+        Args:
+            folder: where the checkpoints lie.
+            keep: how many of the newest are kept.
+        """
+        self.folder = folder
+        self.keep = keep
+        self._ranks = Ranks()
+        self._writing_ranks = self._ranks.apart()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._write: Future[None] | None = None
+        self._newest: Position | None = None
+        self.best = _read_best(folder)
+
+    def save(self, task: nn.Module, optimizer: torch.optim.Optimizer, position: Position) -> None:
+        """Copy the state of a run and write it, whole or not at all, while the run goes on.
+
+        Then all but the `keep` newest and the best are dropped.  A write that is still under way is waited for.
+
+        Raises:
+            TercetError: the write before this one failed.
+        """
+        self.wait()
+        if position == self._newest:
+            return
+        stager = DefaultStager(StagingOptions(False, False, False, False))
+        state = stager.stage(_state(task, optimizer))
+        assert isinstance(state, dict)  # a future only where staging runs apart
+        self._newest = position
+        self._write = self._thread.submit(self._write_out, state, position)
+
+    def keep_best(self, best: Best) -> None:
+        """Never drop the checkpoint of this step, which `save` was given before, until a better one comes."""
+        self.wait()
+        self.best = best
+        if self._ranks.first:
+            write_atomic(self.folder / BEST, json.dumps(asdict(best)) + "\n")
+
+    def wait(self) -> None:
+        """Until nothing is being written.
+
+        Raises:
+            TercetError: the disk is full.
+        """
+        write, self._write = self._write, None
+        if write is not None:
+            write.result()
+
+    def load(self, task: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Position, list[str]]:
+        """Load the newest checkpoint that is whole, and clear away what a killed run left half-written.
+
+        Returns:
+            Where the run stands, and a message for each newer checkpoint that was damaged.
+
+        Raises:
+            TercetError: there is no checkpoint, or none is whole.
+        """
+        if self._ranks.first:
+            for partial in self.folder.glob(".step-*"):
+                shutil.rmtree(partial, ignore_errors=True)
+        complaints: list[str] = []
+        for path in self._ranks.from_first(list_checkpoints(self.folder)):
+            try:
+                return self._load(path, task, optimizer), complaints
+            except TercetError as error:
+                complaints.append(str(error))
+        if not complaints:
+            raise TercetError(f"no checkpoint in {self.folder}; start the run anew")
+        raise TercetError(f"no checkpoint in {self.folder} can be read: {'; '.join(complaints)}")
+
+    def _write_out(self, state: dict[str, Any], position: Position) -> None:
+        """The thread's work; the ranks speak over a channel of their own meanwhile."""
+        ranks = self._writing_ranks
+        path = self.folder / f"step-{position.step:08d}"
+        partial = self.folder / f".{path.name}.partial"
+        try:
+            _agree(ranks, lambda: _clear(partial) if ranks.first else None)
+            with _one_process():
+                save(state, checkpoint_id=partial, process_group=ranks.group, no_dist=ranks.world == 1)
+            names = ranks.from_first(sorted(file.name for file in partial.iterdir()))
+            own = {name: _digest(partial / name) for name in names[ranks.rank :: ranks.world]}
+            digests = {name: digest for part in ranks.gather(own) for name, digest in part.items()}
+            _agree(ranks, lambda: self._settle(partial, path, position, digests) if ranks.first else None)
+        except LOAD_ERRORS as error:
+            if ranks.first:
+                shutil.rmtree(partial, ignore_errors=True)
+            reason = _reason(error)
+            raise TercetError(f"cannot write {path}: {reason}; free some space and resume the run") from error
+
+    def _settle(self, partial: Path, path: Path, position: Position, digests: dict[str, str]) -> None:
+        record = {"format_version": FORMAT_VERSION, **asdict(position), "files": dict(sorted(digests.items()))}
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        settle_folder(partial, path)
+        best = self.best.step if self.best else None
+        for old in list_checkpoints(self.folder)[self.keep :]:
+            if old.name != f"step-{best or 0:08d}":
+                shutil.rmtree(old)
+
+    def _load(self, path: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
+        record = _read_record(path)
+        names = sorted(record["files"])
+        own = names[self._ranks.rank :: self._ranks.world]
+        damaged = next((name for name in own if not _whole(path, record, name)), None)
+        for name in self._ranks.gather(damaged):
+            if name is not None:
+                raise TercetError(f"checkpoint {path} is damaged: {name} is not what was written")
+        state = _state(task, optimizer)
         try:
             with _one_process():
-                save(state, checkpoint_id=partial, no_dist=True)
+                load(state, checkpoint_id=path, no_dist=self._ranks.world == 1)
         except LOAD_ERRORS as error:
-            raise TercetError(f"cannot write {path}: {error}; free some space and resume the run") from error
-        record = {"format_version": FORMAT_VERSION, "step": position.step, "data": position.data}
-        record["files"] = {file.name: _digest(file) for file in sorted(partial.iterdir())}
-        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-    for old in list_checkpoints(folder)[keep:]:
-        shutil.rmtree(old)
-    return path
-
-
-def load_newest(folder: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Position, list[str]]:
-    """Load the newest checkpoint that is whole.
-
-    Returns:
-        Where the run stands, and a message for each newer checkpoint that was damaged.
-
-    Raises:
-        TercetError: there is no checkpoint, or none is whole.
-    """
-    complaints: list[str] = []
-    for path in list_checkpoints(folder):
-        try:
-            return _load(path, task, optimizer), complaints
-        except TercetError as error:
-            complaints.append(str(error))
-    if not complaints:
-        raise TercetError(f"no checkpoint in {folder}; start the run anew")
-    raise TercetError(f"no checkpoint in {folder} can be read: {'; '.join(complaints)}")
+            raise TercetError(f"checkpoint {path} does not fit this run: {_reason(error)}") from error
+        set_model_state_dict(task, state["task"])
+        set_optimizer_state_dict(task, optimizer, state["optimizer"])
+        return Position(record["step"], record["data"], record["pairs_per_step"])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Folders of complete checkpoints, the newest first."""
     found = [path for path in folder.glob("step-*") if (path / RECORD).is_file()]
     return sorted(found, key=lambda path: path.name, reverse=True)
-
-
-def _load(path: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
-    record = _read_record(path)
-    for name, digest in record["files"].items():
-        if not (path / name).is_file() or _digest(path / name) != digest:
-            raise TercetError(f"checkpoint {path} is damaged: {name} is not what was written")
-    state = _state(task, optimizer)
-    try:
-        with _one_process():
-            load(state, checkpoint_id=path, no_dist=True)
-    except LOAD_ERRORS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TercetError(f"checkpoint {path} does not fit this run: {reason}") from error
-    set_model_state_dict(task, state["task"])
-    set_optimizer_state_dict(task, optimizer, state["optimizer"])
-    return Position(step=record["step"], data=record["data"])
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -127,11 +219,48 @@ def _read_record(path: Path) -> dict[str, Any]:
         raise TercetError(f"checkpoint {path} is damaged: {RECORD} cannot be read ({error})") from error
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
         raise TercetError(f"checkpoint {path} has a format that this version does not know; update tercet")
+    if not isinstance(record.get("files"), dict) or not {"step", "data", "pairs_per_step"} <= record.keys():
+        raise TercetError(f"checkpoint {path} is damaged: {RECORD} lacks something that was written")
     return record
+
+
+def _read_best(folder: Path) -> Best | None:
+    """What `best.json` says; None without one."""
+    file = folder / BEST
+    if not file.is_file():
+        return None
+    try:
+        return Best(**json.loads(file.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise TercetError(f"{file} cannot be read ({error}); remove it, and the next validation is the best") from error
 
 
 def _state(task: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"task": get_model_state_dict(task), "optimizer": get_optimizer_state_dict(task, optimizer)}
+
+
+def _clear(folder: Path) -> None:
+    """Make `folder`, empty; what a killed run left there goes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _agree(ranks: Ranks, act: Any) -> None:
+    """Do something that may fail on one rank; the others wait for it, and fail with it.
+
+    Raises:
+        RuntimeError, OSError: what any rank raised.
+    """
+    failure: OSError | None = None
+    try:
+        act()
+    except OSError as error:
+        failure = error
+    told = [reason for reason in ranks.gather(None if failure is None else str(failure)) if reason is not None]
+    if failure is not None:
+        raise failure
+    if told:
+        raise RuntimeError(told[0])
 
 
 @contextlib.contextmanager
@@ -142,14 +271,18 @@ def _one_process() -> Iterator[None]:
         yield
 
 
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong; of a failure on several ranks, of the first rank's."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _whole(path: Path, record: dict[str, Any], name: str) -> bool:
+    return (path / name).is_file() and _digest(path / name) == record["files"][name]
+
+
 def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    for block in _blocks(file):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _blocks(file: Path, size: int = 1 << 20) -> Iterator[bytes]:
     with file.open("rb") as stream:
-        while block := stream.read(size):
-            yield block
+        return hashlib.file_digest(stream, "sha256").hexdigest()

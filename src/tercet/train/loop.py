@@ -18,11 +18,10 @@ from tercet.errors import TercetError
 from tercet.files import write_atomic
 from tercet.objectives.total import total
 from tercet.tasks.task import StepBatch, TaskOutput
-from tercet.train.checkpoint import save_checkpoint
-from tercet.train.finish import evaluate_split, finish_run
+from tercet.train.finish import finish_run, save, validate
 from tercet.train.optim import alpha_of, gradient_norm, learning_rate, step_clipped
 from tercet.train.parallel import keep_memory, machine_name
-from tercet.train.session import CHECKPOINTS, Session, due_steps, open_session, text_count
+from tercet.train.session import Session, due_steps, open_session, text_count
 from tercet.train.stop import StopRequest
 from tercet.train.track import Tracker
 
@@ -81,7 +80,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
             if result.trouble:
                 tracker.event(session.step, result.trouble)
             if bad_steps >= settings.max_bad_steps:
-                save(session)
+                save(session, wait=True)
                 raise TercetError(
                     f"{bad_steps} steps in a row were not finite; lower optim.lr and go on with "
                     f"--resume {session.folder}"
@@ -93,12 +92,12 @@ def train(config: Config, resume: Path | None = None) -> Path:
             if session.step % settings.checkpoint_every == 0:
                 save(session)
             if settings.evaluate_every and session.step % settings.evaluate_every == 0:
-                evaluate_split(session, tracker, "validation")
+                validate(session, tracker)
             if stop.received:
-                save(session)
+                save(session, wait=True)
                 tracker.event(session.step, f"stopped by {stop.received}")
                 raise Stopped(f"stopped by {stop.received}; go on with: tercet train --resume {session.folder}")
-        save(session)
+        save(session, wait=True)
         finish_run(session, tracker)
     return session.folder
 
@@ -205,10 +204,3 @@ def announce(session: Session, tracker: Tracker) -> None:
         f"{session.total_steps} steps on {placement.device} in {placement.precision}, "
         f"losses: {', '.join(session.task.loss_names)}",
     )
-
-
-def save(session: Session) -> None:
-    """Write a checkpoint."""
-    folder = session.folder / CHECKPOINTS
-    keep = session.config.train.keep_checkpoints
-    save_checkpoint(folder, session.task, session.optimizer, session.position, keep)

@@ -20,7 +20,7 @@ from tercet.model.tercet import Tercet
 from tercet.model.vision import resize_position_embed
 from tercet.tasks.build import build_loader, build_task, kind_of, open_data, words_of
 from tercet.tasks.task import Loader, StepBatch, Task, TaskData, within_positions
-from tercet.train.checkpoint import Position, list_checkpoints, load_newest
+from tercet.train.checkpoint import Checkpoints, Position, list_checkpoints
 from tercet.train.optim import build_optimizer
 from tercet.train.parallel import Placement, place
 
@@ -42,6 +42,7 @@ class Session:
         task: the student, what follows it, and its losses.
         optimizer: over the parameters that learn.
         placement: device and precision.
+        checkpoints: of this run.
         step: optimizer steps taken.
         messages: what the user should know before the first step.
     """
@@ -54,6 +55,7 @@ class Session:
     task: Task
     optimizer: torch.optim.Optimizer
     placement: Placement
+    checkpoints: Checkpoints
     step: int
     messages: list[str]
 
@@ -71,7 +73,8 @@ class Session:
     @property
     def position(self) -> Position:
         """What a checkpoint says of where the run stands."""
-        return Position(self.step, fingerprint(self.source))
+        train, optim = self.config.train, self.config.optim
+        return Position(self.step, fingerprint(self.source), train.batch_size * optim.accumulate)
 
 
 def open_session(config: Config, resume: Path | None = None) -> Session:
@@ -104,7 +107,8 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
     task.train()
     optimizer = build_optimizer(student, config.optim, published)
     loader = build_loader(config, source, tokenizer, student.config.vision.image_size)
-    session = Session(config, folder, source, tokenizer, loader, task, optimizer, placement, 0, messages)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, config.train.keep_checkpoints)
+    session = Session(config, folder, source, tokenizer, loader, task, optimizer, placement, checkpoints, 0, messages)
     if resume is None:
         tokenizer.save(folder / TOKENIZER)
         write_atomic(folder / CONFIG, dump_config(config))
@@ -211,11 +215,18 @@ def resize_images(model: Tercet, image_size: int) -> None:
 
 
 def _restore(session: Session) -> None:
-    position, complaints = load_newest(session.folder / CHECKPOINTS, session.task, session.optimizer)
+    position, complaints = session.checkpoints.load(session.task, session.optimizer)
     if position.data != session.position.data:
         raise TercetError(
             f"the training data is not what {session.folder} was trained on (images, captions or names differ); "
             "bring the old data back, or start a new run with --init"
         )
+    session.messages += complaints
+    before, now = position.pairs_per_step, session.position.pairs_per_step
+    if before != now:
+        session.messages.append(
+            f"a step takes {now} pairs and took {before}: counted in steps, the epoch goes on elsewhere, so that some "
+            "of its pairs come twice or not at all"
+        )
     session.step = position.step
-    session.messages += [*complaints, f"resumed at step {position.step}"]
+    session.messages.append(f"resumed at step {position.step}")
