@@ -46,12 +46,12 @@ class Section(BaseModel):
 class VisionConfig(Section):
     """The vision transformer."""
 
-    image_size: int = Field(default=256, ge=8, description="side of the square input in pixels")
-    patch_size: int = Field(default=16, ge=2, description="side of a patch in pixels")
-    width: int = Field(default=768, ge=8, description="channels of a token")
-    depth: int = Field(default=12, ge=1, description="number of blocks")
-    heads: int = Field(default=12, ge=1, description="attention heads")
-    mlp_ratio: float = Field(default=4.0, gt=0, description="hidden width of the MLP over the token width")
+    image_size: int = Field(default=256, ge=8, le=16384, description="side of the square input in pixels")
+    patch_size: int = Field(default=16, ge=2, le=16384, description="side of a patch in pixels")
+    width: int = Field(default=768, ge=8, le=65536, description="channels of a token")
+    depth: int = Field(default=12, ge=1, le=1024, description="number of blocks")
+    heads: int = Field(default=12, ge=1, le=1024, description="attention heads")
+    mlp_ratio: float = Field(default=4.0, gt=0, le=64, description="hidden width of the MLP over the token width")
 
     @model_validator(mode="after")
     def _divides(self) -> VisionConfig:
@@ -71,14 +71,14 @@ class TextConfig(Section):
     """The BERT-layout stack: the lower layers encode the text, the upper ones fuse it with the image."""
 
     vocabulary_size: int = Field(
-        default=30522, ge=8, description="word pieces; taken from the tokenizer when one is trained"
+        default=30522, ge=8, le=10_000_000, description="word pieces; taken from the tokenizer when one is trained"
     )
-    max_positions: int = Field(default=512, ge=4, description="rows of the position table")
-    width: int = Field(default=768, ge=8, description="channels of a token")
-    mlp_width: int = Field(default=3072, ge=8, description="hidden width of the MLP")
-    depth: int = Field(default=12, ge=2, description="layers of text encoder and fusion encoder together")
+    max_positions: int = Field(default=512, ge=4, le=1_000_000, description="rows of the position table")
+    width: int = Field(default=768, ge=8, le=65536, description="channels of a token")
+    mlp_width: int = Field(default=3072, ge=8, le=1_048_576, description="hidden width of the MLP")
+    depth: int = Field(default=12, ge=2, le=1024, description="layers of text encoder and fusion encoder together")
     fusion_layer: int = Field(default=6, ge=1, description="index of the first layer with cross-attention to the image")
-    heads: int = Field(default=12, ge=1, description="attention heads")
+    heads: int = Field(default=12, ge=1, le=1024, description="attention heads")
     dropout: float = Field(default=0.1, ge=0, lt=1, description="dropout of hidden states and attention while training")
     pad_id: int = Field(default=0, ge=0, description="token id of padding")
     cls_id: int = Field(default=101, ge=0, description="token id of [CLS]")
@@ -131,7 +131,9 @@ class ModelConfig(Section):
     )
     vision: VisionConfig = Field(default_factory=VisionConfig, description="the vision transformer")
     text: TextConfig = Field(default_factory=TextConfig, description="text encoder and fusion encoder")
-    embed_dim: int = Field(default=256, ge=2, description="width of the space shared by image_feats and text_feats")
+    embed_dim: int = Field(
+        default=256, ge=2, le=65536, description="width of the space shared by image_feats and text_feats"
+    )
     temperature: float = Field(default=0.07, gt=0, description="start of the learned temperature")
     heads: list[HeadName] = Field(
         default_factory=list, description="parts for downstream tasks; a task adds those that it needs by itself"

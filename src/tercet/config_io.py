@@ -134,9 +134,13 @@ def _read_chain(recipe: str | Path) -> list[Layer]:
 
 def _read(wanted: str, folder: Path) -> tuple[str, str, Path]:
     """Name for messages, text, and the folder that relative parents start from."""
-    path = folder / Path(wanted).expanduser()
-    if path.is_dir() and (path / "config.yaml").is_file():
-        path = path / "config.yaml"
+    try:
+        path = folder / Path(wanted).expanduser()
+        if path.is_dir() and (path / "config.yaml").is_file():
+            path = path / "config.yaml"
+        path.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long for a file; the home of a user who is not there
+        raise TercetError(f"{_shown(wanted)}: names no file ({getattr(error, 'strerror', None) or error})") from error
     if wanted in recipe_names():
         return f"{wanted}.yaml", _recipes().joinpath(f"{wanted}.yaml").read_text("utf-8"), folder
     if not path.is_file():
@@ -168,6 +172,11 @@ def _parse(text: str, name: str) -> dict[str, Any]:
         raise TercetError(f"{name}{line}: not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise TercetError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise TercetError(f"{name}: nested too deep to be a config") from error
+    except Exception as error:  # a tag such as !!int on what is none makes the constructors raise nearly anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise TercetError(f"{name}: a value that its tag does not fit ({reason})") from error
     if keys is None:
         return {}
     if not isinstance(keys, dict):
@@ -273,21 +282,33 @@ def _word(detail: ErrorDetails, key: str) -> str:
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])
         close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-        return f"{value!r} is none of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
+        return f"{_shown(value)} is none of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
     if kind == "value_error":
         return str(context["error"])
     if kind in ("too_short", "too_long", "missing"):
-        return f"{value!r} has the wrong number of values"
+        return f"{_shown(value)} has the wrong number of values"
     for prefix, wanted in _KINDS.items():
         if kind.startswith(prefix):
-            return f"{value!r} is not {wanted}"
+            return f"{_shown(value)} is not {wanted}"
     if kind in _BOUNDS:
-        return f"{value!r} must be {_BOUNDS[kind].format(**context)}"
-    return f"{value!r}: {detail['msg']}"
+        return f"{_shown(value)} must be {_BOUNDS[kind].format(**context)}"
+    return f"{_shown(value)}: {detail['msg']}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 class _Loader(yaml.SafeLoader):
     """Scalars by the core schema of YAML 1.2: `1e-4` is a number, `no` and `off` are words, `010` is ten."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        # A few aliases of aliases stand for more values than there is memory, and no config needs one.
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(None, None, f"an alias (*{event.anchor}); write the value out", event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -302,7 +323,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every word that YAML 1.1 or 1.2 would read as something else."""
+    """Quotes every word that YAML 1.1 or 1.2 would read as something else, and writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:

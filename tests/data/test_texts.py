@@ -160,7 +160,7 @@ def test_tokenizers_of_other_families_have_the_same_roles(tmp_path: Path) -> Non
     ("name", "content", "message"),
     [
         ("missing.json", None, "no such file"),
-        ("tokenizer.json", b'{"model": {"type": "Word', "not JSON"),
+        ("tokenizer.json", b'{"model": {"type": "Word', "the JSON ends too early"),
         ("tokenizer.json", b'{"hidden_size": 768}', "not a tokenizer"),
         ("tokenizer.json", b'{"model": {"type": "Nonsense"}}', "not a tokenizer that can be read"),
         ("vocab.txt", b"\xff\xfe\x00", "not UTF-8"),

@@ -181,7 +181,7 @@ def _cut(name: str, length: int) -> Callable[[Path], None]:
         (_cut("model.safetensors", 0), r"model.safetensors: cut short or not a safetensors file"),
         (lambda folder: (folder / "model.safetensors").unlink(), r"no model folder: it has no model.safetensors"),
         (lambda folder: (folder / "config.json").unlink(), r"no model folder: it has no config.json"),
-        (_cut("tokenizer.json", 30), r"tokenizer.json: not JSON"),
+        (_cut("tokenizer.json", 30), r"tokenizer.json: the JSON ends too early"),
     ],
 )
 def test_damage_is_told_in_one_line(folder: Path, damage: Callable[[Path], None], message: str) -> None:

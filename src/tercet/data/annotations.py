@@ -168,14 +168,19 @@ def _coco_rows(file: str, images: list[Any], annotations: list[Any]) -> Iterator
             where = f"{file} annotation {number}"
             yield Row(where, "", None, fault=described(annotation, "caption", where))
         else:
-            captions.setdefault(annotation.get("image_id"), []).append(annotation["caption"])
+            captions.setdefault(_hashable(annotation.get("image_id")), []).append(annotation["caption"])
     for number, image in enumerate(images, 1):
         where = f"{file} image {number}"
         name = image.get("file_name") if isinstance(image, dict) else None
         if not isinstance(name, str) or not name:
             yield Row(where, "", None, fault=described(image, "file_name", where))
         else:
-            yield Row(where, name, captions.get(image.get("id"), []), image.get("id"))
+            yield Row(where, name, captions.get(_hashable(image.get("id")), []), image.get("id"))
+
+
+def _hashable(value: object) -> object:
+    """An image's number or name; a list or an object, which is neither, as its text."""
+    return repr(value) if isinstance(value, list | dict) else value
 
 
 def _table_rows(file: str, delimiter: str, data: DataConfig) -> Iterator[Row]:

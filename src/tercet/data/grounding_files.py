@@ -22,7 +22,7 @@ import numpy as np
 from tercet.config import DataConfig
 from tercet.data.images import decode
 from tercet.data.json_text import parse_json
-from tercet.data.references import Box, References, read_references
+from tercet.data.references import Box, References, is_coordinate, read_references
 from tercet.data.rows import SplitFilter, is_empty
 from tercet.data.samples import (
     SampleCollector,
@@ -304,7 +304,7 @@ def _target(
 
 def _target_of(references: References, ref_id: Any, where: str) -> tuple[dict[str, Any], object]:
     """Target of a reference, and COCO's number of its image."""
-    if ref_id not in references.boxes:
+    if isinstance(ref_id, list | dict) or ref_id not in references.boxes:
         raise TercetError(f"{where}: ref_id {ref_id!r} has no box in {references.file}; give the references of its set")
     box, size = references.boxes[ref_id], references.sizes[ref_id]
     check_boxes([box], *size, where)
@@ -325,8 +325,10 @@ def _target_of_row(row: dict[str, Any], where: str) -> dict[str, Any]:
     found: list[Box] = [(box[0], box[1], box[2], box[3]) for box in boxes]
     if size is not None:
         check_boxes(found, size[0], size[1], where)
-    split = row.get("split")
-    return _target(found, None if size is None else (size[0], size[1]), kinds, split, row.get("ref_id"))
+    split, ref_id = row.get("split"), row.get("ref_id")
+    if not isinstance(split, str | None) or not isinstance(ref_id, int | str | None):
+        raise TercetError(f"{where}: 'split' must be a text and 'ref_id' a number or a text")
+    return _target(found, None if size is None else (size[0], size[1]), kinds, split, ref_id)
 
 
 def _has_boxes(row: dict[str, Any]) -> bool:
@@ -334,11 +336,7 @@ def _has_boxes(row: dict[str, Any]) -> bool:
 
 
 def _is_numbers(value: object, count: int) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == count
-        and all(isinstance(number, int | float) and not isinstance(number, bool) for number in value)
-    )
+    return isinstance(value, list) and len(value) == count and all(map(is_coordinate, value))
 
 
 def _edges(box: object, where: str) -> Box:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tercet.data.json_text import parse_json, parse_line
+from tercet.data.references import is_coordinate
 from tercet.data.storage import read_text
 from tercet.errors import TercetError
 
@@ -117,6 +118,6 @@ def _text(where: str, row: Any, key: str) -> str:
 
 def _number(where: str, row: Any, key: str) -> float:
     value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TercetError(f"{where}: {key!r} is {value!r}, not a number")
+    if not is_coordinate(value):
+        raise TercetError(f"{where}: {key!r} is {str(value)[:60]!r}, not a number of pixels")
     return float(value)

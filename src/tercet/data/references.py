@@ -18,6 +18,7 @@ from tercet.data.json_text import parse_json
 from tercet.data.storage import read_bytes, read_text
 from tercet.errors import TercetError
 
+FARTHEST = 1_000_000
 Box = tuple[float, float, float, float]
 # The release adds the annotation's place among those of its image to the file's name.
 _NUMBERED = re.compile(r"_\d+(\.\w+)$")
@@ -60,7 +61,7 @@ def read_references(file: str, instances: str | None) -> References:
     annotations: dict[Hashable, Hashable] = {}
     for number, row in enumerate(content, 1):
         where = f"{file} row {number}"
-        ref_id = _value(row, "ref_id", where)
+        ref_id = _name(row, "ref_id", where)
         sentences = _value(row, "sentences", where)
         if not isinstance(sentences, list) or not sentences:
             raise TercetError(f"{where}: no list of 'sentences'")
@@ -69,10 +70,10 @@ def read_references(file: str, instances: str | None) -> References:
         if len(texts) < len(said):
             raise TercetError(f"{where}: a sentence without its text, 'sent'")
         references.sentences[ref_id] = texts
-        references.splits[ref_id] = str(_value(row, "split", where))
-        references.image_ids[ref_id] = _value(row, "image_id", where)
-        references.files[ref_id] = _NUMBERED.sub(r"\1", str(_value(row, "file_name", where)))
-        annotations[ref_id] = _value(row, "ann_id", where)
+        references.splits[ref_id] = str(_name(row, "split", where))
+        references.image_ids[ref_id] = _name(row, "image_id", where)
+        references.files[ref_id] = _NUMBERED.sub(r"\1", str(_name(row, "file_name", where)))
+        annotations[ref_id] = _name(row, "ann_id", where)
     if instances is not None:
         _add_boxes(references, annotations, instances)
     return references
@@ -113,11 +114,11 @@ def _add_boxes(references: References, annotations: dict[Hashable, Hashable], fi
     content = parse_json(read_text(file), file)
     if not isinstance(content, dict):
         raise TercetError(f"{file}: {type(content).__name__}, not COCO's object of images and annotations")
-    boxes = {
-        _value(row, "id", where): _value(row, "bbox", where) for where, row in _listed(content, "annotations", file)
+    boxes: dict[Hashable, Any] = {
+        _name(row, "id", where): _value(row, "bbox", where) for where, row in _listed(content, "annotations", file)
     }
-    sizes = {
-        _value(row, "id", where): (_value(row, "width", where), _value(row, "height", where), row.get("file_name"))
+    sizes: dict[Hashable, tuple[Any, Any, Any]] = {
+        _name(row, "id", where): (_number(row, "width", where), _number(row, "height", where), row.get("file_name"))
         for where, row in _listed(content, "images", file)
     }
     for ref_id, annotation in annotations.items():
@@ -126,7 +127,7 @@ def _add_boxes(references: References, annotations: dict[Hashable, Hashable], fi
             what = f"annotation {annotation}" if annotation not in boxes else f"image {image_id}"
             raise TercetError(f"{references.file} ref_id {ref_id}: {file} has no {what}; give the file of its split")
         box = boxes[annotation]
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, int | float) for side in box):
+        if not isinstance(box, list) or len(box) != 4 or not all(is_coordinate(side) for side in box):
             raise TercetError(f"{file} annotation {annotation}: 'bbox' is {str(box)[:60]!r}, not [x, y, width, height]")
         left, top, wide, high = box
         references.boxes[ref_id] = (left, top, left + wide, top + high)
@@ -134,6 +135,11 @@ def _add_boxes(references: References, annotations: dict[Hashable, Hashable], fi
         references.sizes[ref_id] = (width, height)
         if isinstance(name, str) and name:
             references.files[ref_id] = name
+
+
+def is_coordinate(value: object) -> bool:
+    """Whether a value is a number that a place in an image can have: finite, and within a million pixels."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -FARTHEST < value < FARTHEST
 
 
 def _listed(content: dict[str, Any], key: str, file: str) -> Iterator[tuple[str, Any]]:
@@ -144,8 +150,23 @@ def _listed(content: dict[str, Any], key: str, file: str) -> Iterator[tuple[str,
         yield f"{file} {key} {number}", row
 
 
+def _name(row: Any, key: str, where: str) -> int | str:
+    """What names something in another list: a number or a text."""
+    value = _value(row, key, where)
+    if isinstance(value, bool) or not isinstance(value, int | str) or (isinstance(value, int) and abs(value) > 1 << 63):
+        raise TercetError(f"{where}: {key!r} is {type(value).__name__}, not a number or a text")
+    return value
+
+
+def _number(row: Any, key: str, where: str) -> int | float:
+    value = _value(row, key, where)
+    if not is_coordinate(value):
+        raise TercetError(f"{where}: {key!r} is {str(value)[:60]!r}, not a number of pixels")
+    return value
+
+
 def _value(row: Any, key: str, where: str) -> Any:
     if not isinstance(row, dict) or row.get(key) is None:
-        there = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        there = ", ".join(key for key in row if isinstance(key, str)) if isinstance(row, dict) else type(row).__name__
         raise TercetError(f"{where}: no {key!r}; there is {there}")
     return row[key]

@@ -22,7 +22,7 @@ from tercet.data.json_text import list_items, parse_json, parse_line, skip_space
 from tercet.data.packed import PackedStrings, StringPacker, encode
 from tercet.data.rows import Problems, SplitFilter
 from tercet.data.sources import HELD_OUT_SCENES, find_files, scene_split
-from tercet.data.storage import FileImages, is_url, read_text
+from tercet.data.storage import FileImages, is_file, is_url, read_text
 from tercet.errors import TercetError
 
 
@@ -366,7 +366,7 @@ def choose_layout(root: str, layouts: Sequence[Sequence[str]]) -> int:
     """
     if is_url(root):
         return 0
-    found = (index for index, paths in enumerate(layouts) if any((Path(root) / path).is_file() for path in paths))
+    found = (index for index, paths in enumerate(layouts) if any(is_file(Path(root) / path) for path in paths))
     return next(found, 0)
 
 

@@ -22,6 +22,8 @@ from tercet.errors import TercetError
 
 BLOCK = 512
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+LONGEST_CAPTIONS = 64 << 20  # bytes of a sample's .json or .txt
+LONGEST_HEADER = 1 << 20  # bytes of a member's name and attributes
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
@@ -140,6 +142,11 @@ def shard_samples(handle: int, path: str, problems: Problems) -> tuple[dict[str,
 def _record(handle: int, where: str, sample: Sample, data: DataConfig, problems: Problems) -> dict[str, object] | None:
     """Caption, split and image_id of a sample: from its .json, with the .txt where that has no caption."""
     value: object = {}
+    for suffix in ("json", "txt"):
+        size = sample.parts.get(suffix, (0, 0))[1]
+        if size > LONGEST_CAPTIONS:
+            problems.add(f"{where}.{suffix}: {size} bytes are no caption")
+            return None
     if "json" in sample.parts:
         try:
             value = json.loads(read_range(handle, *sample.parts["json"]))
@@ -187,6 +194,8 @@ def walk(handle: int) -> Iterator[Member]:
         if start + size > end:
             raise CutShortError(f"cut short at byte {end}, inside {name}")
         position = start + (size + BLOCK - 1) // BLOCK * BLOCK
+        if kind in b"Lx" and size > LONGEST_HEADER:
+            raise CutShortError(f"an extended header of {size} bytes at byte {start}, after {last}")
         if kind == b"L":
             long_name = read_range(handle, start, size).rstrip(b"\0").decode("utf-8", "surrogateescape")
         elif kind == b"x":
@@ -207,7 +216,10 @@ def _size(header: bytes, attributes: dict[str, str], position: int, last: str) -
             size = int.from_bytes(header[125:136], "big")
         else:
             size = int(header[124:136].strip(b"\0 ") or b"0", 8)
-        return int(attributes.pop("size", size))
+        size = int(attributes.pop("size", size))
+        if size < 0:
+            raise ValueError("a negative size, which would lead back to what was read")
+        return size
     except ValueError as error:
         raise CutShortError(f"not a tar header at byte {position}, after {last}") from error
 
@@ -221,11 +233,13 @@ def _name(header: bytes) -> str:
 def _pax(data: bytes) -> dict[str, str]:
     """The records of a pax extended header: lines of `LENGTH KEY=VALUE`."""
     attributes: dict[str, str] = {}
-    while data.strip(b"\0"):
-        length, space, _ = data.partition(b" ")
-        if not space or not length.isdigit() or int(length) <= len(length) + 1:
+    data, start = data.rstrip(b"\0"), 0
+    while start < len(data):
+        digits = data[start : start + 8].partition(b" ")[0]
+        if not digits.isdigit() or int(digits) <= len(digits) + 1:
             raise CutShortError("damaged extended header")
-        record, data = data[len(length) + 1 : int(length) - 1], data[int(length) :]
+        record = data[start + len(digits) + 1 : start + int(digits) - 1]
+        start += int(digits)
         key, _, value = record.partition(b"=")
         attributes[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
     return attributes

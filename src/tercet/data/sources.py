@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import glob
+import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -18,13 +20,15 @@ from tercet.config import DataConfig
 from tercet.data.annotations import ANNOTATION_SUFFIXES, read_pairs
 from tercet.data.rows import Pairs, Problems
 from tercet.data.shards import read_shards
-from tercet.data.storage import is_url, missing
+from tercet.data.storage import is_file, is_url, missing
 from tercet.errors import TercetError
 
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow", ".feather"})
 SEQUENTIAL_BLOCK = 1024
 HELD_OUT_SCENES = 500
 BRACES = re.compile(r"\{([^{}]*)\}")
+MOST_FILES = 1_000_000
+LONGEST_NUMBER = 12  # digits
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
@@ -249,7 +253,7 @@ def scene_split(spec: str, split: str) -> str:
 
 def _divide(spec: str) -> tuple[str, str | None]:
     """A specification's file and the split after '#', which may also be part of a file's own name."""
-    if "#" not in spec or (not is_url(spec) and Path(spec).exists()):
+    if "#" not in spec or (not is_url(spec) and os.path.exists(spec)):  # noqa: PTH110 - as above
         return spec, None
     file, _, suffix = spec.rpartition("#")
     return (spec, None) if "/" in suffix else (file, suffix)
@@ -257,31 +261,39 @@ def _divide(spec: str) -> tuple[str, str | None]:
 
 def expand_braces(pattern: str) -> list[str]:
     """The names that `a-{000..002}.tar` and `{train,test}.json` stand for; zeros in front of a range are kept."""
+    expanded = _expand(pattern)
+    names = list(itertools.islice(expanded, MOST_FILES + 1))
+    if len(names) > MOST_FILES:
+        raise TercetError(f"{pattern[:200]}: stands for more than {MOST_FILES:,} files; name fewer")
+    return names
+
+
+def _expand(pattern: str) -> Iterator[str]:
     match = BRACES.search(pattern)
     if match is None:
-        return [pattern]
+        yield pattern
+        return
     numbers = RANGE.fullmatch(match[1])
     if numbers:
-        first, last = int(numbers[1]), int(numbers[2])
         width = len(numbers[1])
-        choices = [f"{number:0{width}d}" for number in range(first, last + 1)]
-        if not choices:
+        if max(width, len(numbers[2])) > LONGEST_NUMBER:
+            raise TercetError(f"{pattern[:200]}: the range {{{match[1][:60]}}} has too long numbers")
+        first, last = int(numbers[1]), int(numbers[2])
+        choices = (f"{number:0{width}d}" for number in range(first, last + 1))
+        if first > last:
             raise TercetError(f"{pattern}: the range {{{match[1]}}} is empty; write the smaller number first")
     else:
         choices = match[1].split(",")
-    return [
-        expanded
-        for choice in choices
-        for expanded in expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
-    ]
+    for choice in choices:
+        yield from _expand(pattern[: match.start()] + choice + pattern[match.end() :])
 
 
 def _matches(pattern: str) -> list[str]:
     """Files that a pattern without braces names, sorted; a folder that holds shards or tables stands for these."""
-    if is_url(pattern) or Path(pattern).is_file():
+    if is_url(pattern) or is_file(pattern):
         return [pattern]
     folder = Path(pattern)
-    if folder.is_dir():
+    if os.path.isdir(pattern):  # noqa: PTH112 - Path.is_dir raises on a name that is too long
         for extensions in ({".tar"}, TABLE_SUFFIXES):
             inside = sorted(str(file) for file in folder.iterdir() if _extension(file.name) in extensions)
             if inside:

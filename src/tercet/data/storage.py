@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import stat
 from pathlib import Path
 
 import fsspec
@@ -13,6 +14,8 @@ import numpy as np
 from tercet.data.packed import PackedStrings
 from tercet.errors import TercetError
 
+# No photograph is larger; a name in a foreign file may lead to anything, a device without end among it.
+LARGEST_IMAGE = 1 << 30
 URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://|^[a-zA-Z0-9]+::")
 PROBES = 16
 
@@ -46,6 +49,35 @@ def read_bytes(location: str) -> bytes:
         raise TercetError(missing(location)) from error
     except (OSError, ValueError) as error:
         raise TercetError(f"cannot read {location}: {_reason(error)}") from error
+
+
+def read_image(location: str) -> bytes:
+    """The bytes of an image's file or URL, of at most `LARGEST_IMAGE`.
+
+    Raises:
+        OSError, TercetError: it is not there, cannot be read, is larger, or is no file (a folder, a pipe, a device).
+    """
+    if is_url(location):
+        try:
+            with fsspec.open(location, "rb") as stream:
+                data = stream.read(LARGEST_IMAGE + 1)  # pyright: ignore[reportAttributeAccessIssue]
+        except Exception as error:  # each protocol has exceptions of its own, with no common base
+            raise TercetError(f"cannot read {location}: {_reason(error)}") from error
+    elif "\0" in location:
+        raise OSError("not a file name: it holds a null character")
+    else:
+        if not stat.S_ISREG(os.stat(location).st_mode):  # noqa: PTH116 - before a pipe is opened, which may block
+            raise OSError(f"not a file: {location}")
+        with Path(location).open("rb") as stream:
+            data = stream.read(LARGEST_IMAGE + 1)
+    if len(data) > LARGEST_IMAGE:
+        raise TercetError(f"{location}: larger than {LARGEST_IMAGE >> 30} GiB, which is no image")
+    return data
+
+
+def is_file(location: str | Path) -> bool:
+    """Whether there is a file, also for names that no file can have, which `Path.is_file` raises on."""
+    return os.path.isfile(location)  # noqa: PTH113
 
 
 def read_text(location: str) -> str:
@@ -84,10 +116,11 @@ def missing(location: str) -> str:
     if is_url(location):
         return f"no file at {location}"
     path = Path(location)
-    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    there = os.path.isdir(path.parent)  # noqa: PTH112 - as in is_file
+    beside = [entry.name for entry in path.parent.iterdir()] if there else []
     near = difflib.get_close_matches(path.name, beside, 1)
     hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-    if not path.parent.is_dir():
+    if not there:
         hint = f"; there is no folder {path.parent}"
     return f"no file {location}{hint}"
 
@@ -112,12 +145,10 @@ class FileImages:
         """The file's bytes.  Raises OSError or TercetError when it cannot be read."""
         name = os.fsdecode(self.names.raw(index))
         if is_url(name):
-            return read_bytes(name)
+            return read_image(name)
         if is_url(self.root):
-            return read_bytes(f"{self.root.rstrip('/')}/{name}")
-        if "\0" in name:
-            raise OSError("not a file name: it holds a null character")
-        return (Path(self.root) / name).read_bytes()
+            return read_image(f"{self.root.rstrip('/')}/{name}")
+        return read_image(str(Path(self.root) / name))
 
     def require_some(self, file: str) -> None:
         """Raise TercetError when none of a few images spread over the set is there: the folder is surely wrong."""
@@ -125,7 +156,7 @@ class FileImages:
             return
         indices = np.unique(np.linspace(0, len(self.names) - 1, PROBES).astype(int))
         names = [os.fsdecode(self.names.raw(index)) for index in indices]
-        if not any(is_url(name) or (Path(self.root) / name).is_file() for name in names):
+        if not any(is_url(name) or is_file(Path(self.root) / name) for name in names):
             raise TercetError(
                 f"{file}: none of its images is there, such as {Path(self.root) / names[0]}; "
                 "set data.image_root to the folder that the names start from"
@@ -152,6 +183,8 @@ class RangeImages:
         """The image's bytes.  Raises OSError when the file is gone or has become shorter."""
         file = int(self.file_index[index])
         size = int(self.sizes[index])
+        if size > LARGEST_IMAGE:
+            raise OSError(f"{size} bytes in {self.files[file]} are no image")
         data = read_range(self._handle(file), int(self.offsets[index]), size)
         if len(data) < size:
             raise OSError(f"{self.files[file]} is shorter than when it was opened")

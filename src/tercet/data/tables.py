@@ -321,6 +321,8 @@ def _copy_images(table: Table, path: str, column: str, copy: Path) -> np.ndarray
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+        if error.errno is None:  # pyarrow's, about the table; the system's errors have a number
+            raise
         raise TercetError(
             f"cannot copy the images of {path} to {copy.parent}: {error.strerror or error}; "
             "set TERCET_CACHE to a folder with room for them"

@@ -15,6 +15,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+from tercet.data.json_text import JSON_ERRORS, broken_json
 from tercet.errors import TercetError
 from tercet.files import write_atomic
 
@@ -260,14 +261,17 @@ def _read(path: Path) -> str:
 def _parse_json(path: Path, text: str) -> tokenizers.Tokenizer:
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TercetError(f"{path}: not JSON ({error.msg}, line {error.lineno}); was it cut short?") from error
+    except JSON_ERRORS as error:
+        raise broken_json(str(path), text, error) from error
     if not isinstance(content, dict) or "model" not in content:
         raise TercetError(f"{path}: JSON, but not a tokenizer (no key 'model'); give the {TOKENIZER_FILE} beside it")
     try:
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exceptions
-        raise TercetError(f"{path}: not a tokenizer that can be read ({error})") from error
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exceptions, and in its panics not even those
+        reason = " ".join(str(error).split())[:300]
+        raise TercetError(f"{path}: not a tokenizer that can be read ({reason})") from error
 
 
 def _from_vocabulary(path: Path, text: str) -> tokenizers.Tokenizer:
@@ -287,8 +291,8 @@ def _is_uncased(settings: Path) -> bool:
         return True
     try:
         content = json.loads(_read(settings))
-    except json.JSONDecodeError as error:
-        raise TercetError(f"{settings}: not JSON ({error.msg}, line {error.lineno})") from error
+    except JSON_ERRORS as error:
+        raise TercetError(f"{settings}: not JSON ({' '.join(str(error).split())})") from error
     return not (isinstance(content, dict) and content.get("do_lower_case") is False)
 
 

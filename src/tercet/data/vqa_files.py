@@ -152,7 +152,7 @@ def _read_albef(file: str, suffix: str | None, data: DataConfig, need_answers: b
         answers = _answers(row, where) if "answer" in row or need_answers else None
         alone = row.get("dataset") == "vg" or (answers is not None and isinstance(row["answer"], str))
         weight = ONE_ANNOTATOR_WEIGHT if alone else 1.0
-        target = _target(question_id, answers, row.get("answer_type"), weight)
+        target = _target(question_id, answers, _answer_type(row, where), weight)
         collector.add(where, [text_of(row, where, "image")], text_of(row, where, "question"), target)
     return collector.finish(file, data)
 
@@ -198,7 +198,7 @@ def read_gold(file: str) -> dict[QuestionId, Gold]:
     seen: dict[QuestionId, str] = {}
     for where, row in read_objects(file):
         question_id = _question_id(row, where, seen)
-        golds[question_id] = Gold(tuple(_answers(row, where)), row.get("answer_type"), where)
+        golds[question_id] = Gold(tuple(_answers(row, where)), _answer_type(row, where), where)
     return golds
 
 
@@ -215,8 +215,13 @@ def _gold_of_questions(file: str, rows: Sequence[Any]) -> dict[QuestionId, Gold]
     if beside is None:
         raise TercetError(f"{file}: no annotations for it; looked for {_annotations_name(file)} beside it")
     golds = _read_annotations(beside, _read_json(beside))
-    asked = {row.get("question_id") for row in rows if isinstance(row, dict)}
-    return {question: gold for question, gold in golds.items() if question in asked}
+    seen: dict[QuestionId, str] = {}
+    for number, row in enumerate(rows, 1):
+        where = f"{file} questions {number}"
+        if not isinstance(row, dict):
+            raise TercetError(f"{where}: {type(row).__name__} {str(row)[:60]!r} is no object with keys")
+        _question_id(row, where, seen)
+    return {question: gold for question, gold in golds.items() if question in seen}
 
 
 def read_results(file: str) -> dict[QuestionId, str]:
@@ -279,7 +284,7 @@ def _read_annotations(file: str, whole: Any) -> dict[QuestionId, Gold]:
         if not isinstance(row, dict):
             raise TercetError(f"{where}: {type(row).__name__} {str(row)[:60]!r} is no object with keys")
         question_id = _question_id(row, where, seen)
-        golds[question_id] = Gold(tuple(_answers(row, where, "answers")), row.get("answer_type"), where)
+        golds[question_id] = Gold(tuple(_answers(row, where, "answers")), _answer_type(row, where), where)
     return golds
 
 
@@ -299,6 +304,13 @@ def _answers(row: Mapping[str, Any], where: str, key: str = "answer") -> list[st
             raise TercetError(f"{where}: answer {number} is {str(answer)[:60]!r}, not a text")
         answers.append(answer)
     return answers
+
+
+def _answer_type(row: Mapping[str, Any], where: str) -> str | None:
+    kind = row.get("answer_type")
+    if not isinstance(kind, str | None):
+        raise TercetError(f"{where}: 'answer_type' is {str(kind)[:60]!r}, not a text")
+    return kind
 
 
 def _question_id(row: Mapping[str, Any], where: str, seen: dict[QuestionId, str]) -> QuestionId:

@@ -190,7 +190,7 @@ def _bert_settings(path: Path) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TercetError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(settings, dict):
         raise TercetError(f"{path}: not the config of a BERT; move it away, the sizes then come from the weights")

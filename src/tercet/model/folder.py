@@ -41,6 +41,8 @@ FORMAT_VERSION = 1
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
 ANSWERS = "answers.json"
 _FILES = (CONFIG, WEIGHTS, TOKENIZER, ANSWERS, CARD)
+# What the reader of safetensors raises on a damaged header.
+WEIGHTS_ERRORS = (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError, MemoryError)
 _RANDOM = ("normal_", "uniform_", "kaiming_uniform_")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -141,7 +143,7 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TercetError(f"{path}: not valid JSON ({error}); copy or download the model again") from error
     if not isinstance(config, dict) or config.get("library") != "tercet" or not isinstance(config.get("model"), dict):
         raise TercetError(f"{path}: not the config of a Tercet model; `tercet convert` brings in weights of others")
@@ -338,7 +340,7 @@ def _hub_errors(what: str) -> Iterator[None]:
 def _read_weights(path: Path, model: Tercet, device: str | torch.device) -> dict[str, Tensor]:
     try:
         weights = load_file(path, device=str(device))
-    except (SafetensorError, OSError) as error:
+    except WEIGHTS_ERRORS as error:
         raise TercetError(
             f"{path}: cut short or not a safetensors file ({error}); copy or download it again"
         ) from error
@@ -361,7 +363,7 @@ def _read_answers(path: Path) -> list[str] | None:
         return None
     try:
         answers = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TercetError(f"{path}: not valid JSON ({error}); copy or download the model again") from error
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise TercetError(f"{path}: not a list of answers; copy or download the model again")

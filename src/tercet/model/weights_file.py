@@ -48,7 +48,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError) as error:
             raise TercetError(f"{path}: cut short or not a safetensors file ({error}); download it again") from error
     content = _read_pickle(path)
     for name in _NESTED:
@@ -58,6 +58,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise TercetError(f"{path}: holds a {type(content).__name__}, not named weights; save a model's state_dict()")
     state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    for name, value in state.items():
+        _check_stored(path, name, value)
     if not state:
         raise TercetError(f"{path}: no tensors in it; its keys are {', '.join(map(str, list(content)[:5]))}")
     if all(name.startswith("module.") for name in state):
@@ -65,14 +67,37 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _check_stored(path: Path, name: str, value: Tensor) -> None:
+    """Refuse a tensor that is not all there: strides of 0 let a few bytes stand for any number of gigabytes."""
+    whole = value.layout == torch.strided and value.device.type == "cpu"
+    if not whole or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise TercetError(f"{path}: {name} {list(value.shape)} is not stored whole; save its contiguous() instead")
+
+
+def _refuse_packed(path: Path) -> None:
+    """Refuse a checkpoint whose members are compressed, which PyTorch never writes: a small one can unpack to any size.
+
+    Raises:
+        TercetError: it is compressed.
+    """
+    with zipfile.ZipFile(path) as archive:
+        packed = next((item for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        raise TercetError(f"{path}: {packed.filename} in it is compressed, as no checkpoint of PyTorch is; unpack it")
+
+
 def _read_pickle(path: Path) -> Any:
     try:
+        if zipfile.is_zipfile(path):
+            _refuse_packed(path)
         # Checkpoints often keep the parsed command line beside the weights; it is plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise TercetError(_explain(path, error)) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnicodeDecodeError) as error:
+    except TercetError:
+        raise
+    except Exception as error:  # hostile bytes bring the readers of zip and pickle to raise nearly anything
         reason = " ".join(str(error).split())
         raise TercetError(
             f"{path}: cut short or not a PyTorch checkpoint ({reason[:200]}); download it again"

@@ -108,8 +108,9 @@ def _read_config(record: RunRecord) -> None:
         return
     try:
         loaded = yaml.safe_load(record.config_text)
-    except yaml.YAMLError as error:
-        record.missing.append(f"config.yaml cannot be read as YAML: {str(error).splitlines()[0]}.")
+    except Exception as error:  # PyYAML's own, and whatever its constructors raise on odd values
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        record.missing.append(f"config.yaml cannot be read as YAML: {reason}.")
         return
     record.config = loaded if isinstance(loaded, dict) else {}
 
@@ -127,7 +128,7 @@ def _read_metrics(record: RunRecord) -> None:
             continue
         try:
             line = json.loads(row)
-        except ValueError:
+        except (ValueError, RecursionError):
             broken += 1
             continue
         if isinstance(line, dict):
@@ -174,7 +175,7 @@ def _read_json(record: RunRecord, name: str, *, required: bool) -> Any:
     except OSError:
         if required:
             record.missing.append(f"No {name}.")
-    except ValueError:
+    except (ValueError, RecursionError):
         record.missing.append(f"{name} is cut short or no JSON; left out here.")
     return None
 
@@ -185,7 +186,7 @@ def _count_parameters(path: Path) -> int | None:
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(min(length, 100_000_000)))
-    except (OSError, ValueError, struct.error):
+        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+        return int(sum(math.prod(int(size) for size in shape) for shape in shapes))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, struct.error):
         return None
-    shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-    return sum(math.prod(shape) for shape in shapes)
