@@ -85,7 +85,7 @@ def take_turns(runs: Mapping[str, Callable[[], object]], rounds: int, rate: Matr
 
 def count_flops(run: Callable[[], object]) -> int:
     """FLOPs of the matrix products of one run, attention's among them; a multiply and an add are two."""
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_CPU_KERNELS) as counter:
         run()
     return counter.get_total_flops()
 
@@ -102,8 +102,13 @@ def _attention_backward_flops(
     return 2 * _attention_flops(query, key)
 
 
-# PyTorch's counter knows the attention kernels of a GPU only.
-_CPU_ATTENTION = {
+def _linear_flops(hidden: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    return 2 * math.prod(hidden) * weight[0]
+
+
+# PyTorch's counter knows the attention kernels of a GPU and plain matrix products only.
+_CPU_KERNELS = {
+    torch.ops.mkldnn._linear_pointwise: _linear_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }

@@ -10,6 +10,7 @@ from fixtures import Fixture, assert_close_to_norm, load_fixture, load_student, 
 from torch import Tensor
 
 from tercet.config import ObjectivesConfig, OptimConfig
+from tercet.model import linear
 from tercet.model.published import published_teacher, published_to_state
 from tercet.objectives.contrast import cross_modal, gather_candidates, intra_modal, same_image, similarity
 from tercet.objectives.matching import negative_weights
@@ -72,6 +73,14 @@ def test_losses_and_gradients_equal_the_published_step(fixture: Fixture) -> None
         assert gradient is not None, name
         # 1e-6 is what the reference's own fp32 run differs from its fp64 run by, where a gradient is truly 0.
         assert_close_to_norm(gradient, gradients[name], 1e-4, 1e-6, name)
+
+
+def test_the_products_of_large_models_equal_the_published_ones_too(
+    fixture: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrices of the fixtures are small; here they are multiplied by the library that large ones go to."""
+    monkeypatch.setattr(linear, "LEAST_WORK", 1)
+    test_losses_and_gradients_equal_the_published_step(fixture)
 
 
 def test_teacher_and_queue_after_the_forward_pass(fixture: Fixture) -> None:

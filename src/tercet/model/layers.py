@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tercet.model.dropout import drop
+from tercet.model.linear import Linear, linear
 
 
 @dataclass
@@ -119,8 +120,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.output = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.output = Linear(width, width)
         self.tap: AttentionTap | None = None
 
     def forward(
@@ -149,8 +150,8 @@ class SelfAttention(nn.Module):
         else:
             width = hidden.shape[-1]
             weight, bias = self.qkv.weight, self.qkv.bias
-            query = F.linear(queries, weight[:width], bias[:width])
-            key, value = F.linear(hidden, weight[width:], bias[width:]).chunk(2, dim=-1)
+            query = linear(queries, weight[:width], bias[:width])
+            key, value = linear(hidden, weight[width:], bias[width:]).chunk(2, dim=-1)
         query, key, value = (split_heads(part, self.heads) for part in (query, key, value))
         if cache is not None:
             key, value = cache.extend(layer, key, value)
@@ -248,9 +249,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(image_width, 2 * width)
-        self.output = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key_value = Linear(image_width, 2 * width)
+        self.output = Linear(width, width)
         self.tap: AttentionTap | None = None
 
     def remember(self, image_embeds: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,12 +273,12 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, hidden_width)
-        self.down = nn.Linear(hidden_width, width)
+        self.up = Linear(width, hidden_width)
+        self.down = Linear(hidden_width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[batch, tokens, width]` to the same."""
-        return self.down(F.gelu(self.up(hidden)))
+        return self.down(self.up.gelu(hidden))
 
 
 class VisionBlock(nn.Module):
@@ -332,9 +333,24 @@ class TextLayer(nn.Module):
         Returns:
             `[batch, slots or tokens, width]`.
         """
+        return self.read_image(self.read_text(hidden, mask, rows, cache, layer), memory, layer)
+
+    def read_text(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        rows: Tensor | None = None,
+        cache: TokenCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """The first part of the layer, which no image enters: `[batch, tokens, width]` to
+        `[batch, slots or tokens, width]`; see `forward`."""
         queries = None if rows is None else take_rows(hidden, rows)
         residual = hidden if queries is None else queries
-        hidden = self.attention_norm(residual + self._drop(self.attention(hidden, mask, queries, cache, layer)))
+        return self.attention_norm(residual + self._drop(self.attention(hidden, mask, queries, cache, layer)))
+
+    def read_image(self, hidden: Tensor, memory: ImageMemory | None, layer: int) -> Tensor:
+        """The rest of the layer: `[pairs, slots, width]` to the same; see `forward`."""
         if memory is not None:
             hidden = self.cross_norm(hidden + self._drop(self.cross_attention(hidden, memory, layer)))
         return self.mlp_norm(hidden + self._drop(self.mlp(hidden)))

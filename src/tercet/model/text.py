@@ -119,11 +119,30 @@ class FusionEncoder(nn.Module):
         hidden = self.lower(text_embeds, attention_mask, memory)
         return self.last(hidden, attention_mask, memory, rows)
 
-    def lower(self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory) -> Tensor:
-        """All layers but the last: `[pairs, tokens, width]` to the same."""
+    def lower(
+        self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory, texts: Tensor | None = None
+    ) -> Tensor:
+        """All layers but the last.
+
+        Args:
+            text_embeds: `[pairs, tokens, width]`.
+            attention_mask: `[pairs, tokens]`.
+            memory: the images.
+            texts: the text of each pair `[pairs]`, an index into `text_embeds` and `attention_mask`, which then hold
+                each text once; what the first layer does before it looks at an image is done once a text.
+
+        Returns:
+            `[pairs, tokens, width]`.
+        """
         mask = key_mask(attention_mask)
-        hidden = text_embeds
-        for index, layer in enumerate(self._fusion_layers()[:-1]):
+        first, *others = self._fusion_layers()
+        if not others:
+            return text_embeds if texts is None else text_embeds.index_select(0, texts)
+        hidden = first.read_text(text_embeds, mask)
+        if texts is not None:
+            hidden, mask = hidden.index_select(0, texts), mask.index_select(0, texts)
+        hidden = first.read_image(hidden, memory, 0)
+        for index, layer in enumerate(others[:-1], start=1):
             hidden = layer(hidden, mask, memory, index)
         return hidden
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from tercet.config import VisionConfig
 from tercet.errors import TercetError
 from tercet.model.layers import VisionBlock
+from tercet.model.linear import Linear
 
 # Statistics of CLIP's training images, which the published models are normalised with.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -27,7 +28,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.patch_size = config.patch_size
         width = config.width
-        self.patch_embed = nn.Linear(3 * config.patch_size**2, width)
+        self.patch_embed = Linear(3 * config.patch_size**2, width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.position_embed = nn.Parameter(torch.zeros(1, 1 + config.grid**2, width))
         mlp_width = int(width * config.mlp_ratio)

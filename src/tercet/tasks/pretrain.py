@@ -11,7 +11,7 @@ from tercet.config import ObjectivesConfig
 from tercet.data.loader import Batch
 from tercet.model.layers import ImageMemory, JoinedMemory
 from tercet.model.tercet import Tercet
-from tercet.model.text import class_rows
+from tercet.model.text import FusionEncoder, class_rows
 from tercet.objectives.contrast import (
     Candidates,
     cross_modal,
@@ -294,7 +294,7 @@ class Pretraining(Task):
         if not passes.parts:
             return {}
         fusion = self.student.fusion
-        hidden = fusion.lower(passes.text_embeds, passes.attention_mask, passes.memory(0))
+        hidden = passes.lower(fusion)
         losses: dict[str, Tensor] = {}
         pairs = 0
         if negatives is not None:
@@ -313,36 +313,50 @@ class Pretraining(Task):
 
 
 class FusionPasses:
-    """Pairs of several passes, collected to go through the fusion encoder as one batch."""
+    """Pairs of several passes, collected to go through the fusion encoder as one batch.
+
+    Attributes:
+        texts: the texts that pairs consist of, `[texts, tokens, width]` each; every text once.
+        masks: their attention masks, `[texts, tokens]` each.
+        indices: for the pairs of each pass the indices of their texts, `[pairs]` each.
+        parts: the memory of each pass and the number of pairs that read it.
+    """
 
     def __init__(self) -> None:
         self.texts: list[Tensor] = []
         self.masks: list[Tensor] = []
+        self.indices: list[Tensor] = []
         self.parts: list[tuple[ImageMemory, int]] = []
 
     def add(self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory) -> None:
         """Add `[pairs, tokens, width]` texts that read `memory`."""
-        self.texts.append(text_embeds)
-        self.masks.append(attention_mask)
-        self.parts.append((memory, text_embeds.shape[0]))
+        self._add_pairs(self._add_texts(text_embeds, attention_mask), memory)
 
     def add_matching(self, features: Features, memory: ImageMemory, negatives: Negatives) -> None:
         """Add each image with its own and its negative text, side by side, then each text with its negative image."""
-        texts, masks = features.text_embeds, features.attention_mask
-        paired_texts = torch.stack([texts, texts[negatives.texts]], dim=1).flatten(0, 1)
-        paired_masks = torch.stack([masks, masks[negatives.texts]], dim=1).flatten(0, 1)
-        self.add(paired_texts, paired_masks, memory)
-        self.add(texts, masks, memory.select(negatives.images))
+        texts = self._add_texts(features.text_embeds, features.attention_mask)
+        self._add_pairs(torch.stack([texts, texts[negatives.texts]], dim=1).flatten(), memory)
+        self._add_pairs(texts, memory.select(negatives.images))
 
-    @property
-    def text_embeds(self) -> Tensor:
-        """All texts, `[pairs, tokens, width]`."""
-        return torch.cat(self.texts)
+    def _add_texts(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """Their indices."""
+        before = sum(text.shape[0] for text in self.texts)
+        self.texts.append(text_embeds)
+        self.masks.append(attention_mask)
+        return torch.arange(before, before + text_embeds.shape[0], device=text_embeds.device)
+
+    def _add_pairs(self, texts: Tensor, memory: ImageMemory) -> None:
+        self.indices.append(texts)
+        self.parts.append((memory, texts.shape[0]))
+
+    def lower(self, fusion: FusionEncoder) -> Tensor:
+        """All pairs through the lower fusion layers, `[pairs, tokens, width]`."""
+        return fusion.lower(torch.cat(self.texts), torch.cat(self.masks), self.memory(0), torch.cat(self.indices))
 
     @property
     def attention_mask(self) -> Tensor:
-        """All masks, `[pairs, tokens]`."""
-        return torch.cat(self.masks)
+        """The masks of all pairs, `[pairs, tokens]`."""
+        return torch.cat(self.masks)[torch.cat(self.indices)]
 
     def memory(self, first: int, last: int | None = None) -> ImageMemory:
         """The memories of the passes from `first` up to `last`."""

@@ -150,7 +150,7 @@ def count_flops(model: ModelConfig, objectives: ObjectivesConfig, shape: Shape) 
         _encode_text(teacher, model.text, shape)
         projected = _projects(model, shape.tokens, shape.slots)
         _remember(teacher, model, shape, projected)
-        _fuse_lower(teacher, model, shape, shape.batch, projected[0])
+        _fuse_lower(teacher, model, shape, shape.batch, shape.batch, projected[0])
         _fuse_last(teacher, model, shape, shape.batch, shape.slots, projected[1])
         _vocabulary(teacher, model.text, shape)
     _contrast(student, teacher, model, objectives, shape)
@@ -219,9 +219,13 @@ def _encode_text(tally: Tally, text: TextConfig, shape: Shape) -> None:
 
 def _layer(tally: Tally, batch: int, rows: int, tokens: int, width: int, mlp_width: int) -> None:
     """Self-attention of `rows` queries to `tokens` keys, and the MLP on the rows."""
+    _attend(tally, batch, rows, tokens, width)
+    tally.add(4 * batch * rows * width * mlp_width)
+
+
+def _attend(tally: Tally, batch: int, rows: int, tokens: int, width: int) -> None:
     tally.add(2 * batch * (2 * rows + 2 * tokens) * width * width)
     tally.add(4 * batch * rows * tokens * width)
-    tally.add(4 * batch * rows * width * mlp_width)
 
 
 def _cross(tally: Tally, model: ModelConfig, pairs: int, rows: int, projected: bool) -> None:
@@ -253,10 +257,12 @@ def _remember(tally: Tally, model: ModelConfig, shape: Shape, projected: tuple[b
     tally.add(layers * 2 * shape.batch * image_tokens * model.vision.width * 2 * model.text.width)
 
 
-def _fuse_lower(tally: Tally, model: ModelConfig, shape: Shape, pairs: int, projected: bool) -> None:
+def _fuse_lower(tally: Tally, model: ModelConfig, shape: Shape, texts: int, pairs: int, projected: bool) -> None:
+    """Layers below the last one; `texts` that make up the `pairs` attend to themselves once in the first of them."""
     text = model.text
-    for _ in range(text.depth - text.fusion_layer - 1):
-        _layer(tally, pairs, shape.tokens, shape.tokens, text.width, text.mlp_width)
+    for index in range(text.depth - text.fusion_layer - 1):
+        _attend(tally, pairs if index else texts, shape.tokens, shape.tokens, text.width)
+        tally.add(4 * pairs * shape.tokens * text.width * text.mlp_width)
         _cross(tally, model, pairs, shape.tokens, projected)
 
 
@@ -273,10 +279,10 @@ def _vocabulary(tally: Tally, text: TextConfig, shape: Shape) -> None:
 def _fuse_student(tally: Tally, model: ModelConfig, shape: Shape, needs: Needs) -> None:
     if not (needs.matches or needs.masks):
         return
-    passes = 3 * needs.matches + needs.masks
+    texts, passes = needs.matches + needs.masks, 3 * needs.matches + needs.masks
     projected = _projects(model, shape.tokens * passes, 3 * needs.matches + shape.slots * needs.masks)
     _remember(tally, model, shape, projected)
-    _fuse_lower(tally, model, shape, shape.batch * passes, projected[0])
+    _fuse_lower(tally, model, shape, shape.batch * texts, shape.batch * passes, projected[0])
     if needs.matches:
         _fuse_last(tally, model, shape, 3 * shape.batch, 1, projected[1])
         tally.add(2 * 3 * shape.batch * model.text.width * 2)
