@@ -46,6 +46,7 @@ COMMANDS = {
         "Turn weights of others (TCL, ALBEF, BERT, DeiT, ViT) into a model folder, or a model into a TCL checkpoint.",
     ),
     "export": Command("exporting", "Write a model as ONNX graphs and torch.export programs, checked against it."),
+    "push": Command("exporting", "Upload a model to the Hugging Face Hub, with its card."),
     "tokenizer": Command("preparation", "Train a word-piece tokenizer on captions."),
     "recipes": Command("preparation", "List the recipes that come with the package."),
     "report": Command("reporting", "Write a run's report.html anew."),

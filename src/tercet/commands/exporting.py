@@ -1,4 +1,4 @@
-"""Commands for programs without Tercet: `export`."""
+"""Commands that give a model to others: `export` and `push`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,23 @@ class ExportArguments:
     """random inputs that every graph is tried on; 0: none"""
 
 
+@dataclass(frozen=True)
+class PushArguments:
+    """Upload a model to the Hugging Face Hub, with its card; the repository is made where there is none.
+
+    Log in first with `hf auth login`, or set HF_TOKEN.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """model folder or run folder"""
+    to: Annotated[str, tyro.conf.arg(metavar="ORGANISATION/NAME")]
+    """repository on the hub"""
+    private: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """make a new repository private"""
+    message: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """commit message"""
+
+
 def export(arguments: list[str]) -> None:
     """Write a model as ONNX graphs and torch.export programs, checked against it."""
     options = parse(ExportArguments, "export", arguments)
@@ -41,3 +58,14 @@ def export(arguments: list[str]) -> None:
     print(f"{', '.join(report.files)} are in {report.folder}.")
     for kind, difference in report.differences.items():
         print(f"{kind}: {difference:.1e} from the model at most, over {report.checks} random inputs.")
+
+
+def push(arguments: list[str]) -> None:
+    """Upload a model to the Hugging Face Hub, with its card."""
+    options = parse(PushArguments, "push", arguments)
+
+    from tercet import load
+
+    # A path, so that a folder that is not there is not looked for on the hub.
+    model = load(Path(options.model))
+    print(model.push_to_hub(options.to, private=options.private or None, message=options.message))

@@ -54,7 +54,7 @@ def save_model(model: Tercet, folder: str | Path, tokenizer: Tokenizer | None = 
         model: on any device, of any floating type; written as float32.
         folder: a new folder, an empty one, or a model folder.
         tokenizer: default the model's own.
-        card: text of README.md; default `model_card` of the model.
+        card: text of README.md; default the one that the model was loaded with, or else its `model_card`.
 
     Raises:
         TercetError: `folder` holds other files, the tokenizer does not fit the model, or the disk is full.
@@ -81,7 +81,7 @@ def save_model(model: Tercet, folder: str | Path, tokenizer: Tokenizer | None = 
             tokenizer.save(partial)
         if model.answers is not None:
             (partial / ANSWERS).write_text(json.dumps(model.answers, ensure_ascii=False) + "\n", "utf-8")
-        (partial / CARD).write_text(card or model_card(model), "utf-8")
+        (partial / CARD).write_text(card or model.card or model_card(model), "utf-8")
     return folder
 
 
@@ -108,6 +108,8 @@ def load_model(
     model.load_state_dict(_read_weights(folder / WEIGHTS, model, device), assign=True)
     model.tokenizer = _read_tokenizer(folder, model.config)
     model.answers = _read_answers(folder / ANSWERS)
+    if (folder / CARD).is_file():
+        model.card = (folder / CARD).read_text("utf-8", errors="replace")
     return model.to(device).eval()
 
 

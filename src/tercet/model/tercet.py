@@ -37,6 +37,7 @@ class Tercet(nn.Module):
         config: the sizes.
         tokenizer: reads texts for this model; None while it is trained from captions, or where it was made without.
         answers: what it chooses answers to questions from; None where it writes them freely.
+        card: README.md of the folder that it was loaded from, which `save` and `push_to_hub` take along.
         answer_decoder: writes answers to questions; None without the head `answer`.
         entailment_head: three classes of a fused pair; None without the head `entailment`.
         second_fusion: layers that read the second of two images; None without the heads `nlvr` and `assignment`.
@@ -46,6 +47,7 @@ class Tercet(nn.Module):
 
     tokenizer: Tokenizer | None = None
     answers: list[str] | None = None
+    card: str | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

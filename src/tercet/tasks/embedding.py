@@ -116,6 +116,19 @@ def caption_recall(text_feats: Tensor, image_of_text: Tensor) -> float:
     return 100.0 * torch.cat(found).double().mean().item() if found else float("nan")
 
 
+def shared_space(image_feats: Tensor, text_feats: Tensor, image_of_text: Tensor) -> dict[str, float]:
+    """How images and texts lie in the shared space; arguments as of `alignment`.
+
+    Returns:
+        `alignment`, `image_uniformity`, `text_uniformity` (of two points at least) and `modality_gap`.
+    """
+    space = {"alignment": alignment(image_feats, text_feats, image_of_text)}
+    for name, feats in (("image_uniformity", image_feats), ("text_uniformity", text_feats)):
+        if feats.shape[0] > 1:
+            space[name] = uniformity(feats)
+    return space | {"modality_gap": modality_gap(image_feats, text_feats)}
+
+
 def embedding_quality(
     image_feats: Tensor, text_feats: Tensor, image_of_text: Tensor, captions: Sequence[str]
 ) -> dict[str, dict[str, float]]:
@@ -135,10 +148,4 @@ def embedding_quality(
     recall = caption_recall(text_feats, image_of_text)
     if not math.isnan(recall):
         near["caption_r1"] = recall
-    space = {
-        "alignment": alignment(image_feats, text_feats, image_of_text),
-        "image_uniformity": uniformity(image_feats),
-        "text_uniformity": uniformity(text_feats),
-        "modality_gap": modality_gap(image_feats, text_feats),
-    }
-    return {"space": space, "neighbourhood": near}
+    return {"space": shared_space(image_feats, text_feats, image_of_text), "neighbourhood": near}

@@ -15,6 +15,7 @@ from tercet.data.sources import Source
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
+from tercet.tasks.embedding import shared_space
 from tercet.tasks.rerank import EncodedTexts, candidate_pairs, score_image
 
 RANKS = (1, 5, 10)
@@ -179,6 +180,8 @@ class RetrievalResult:
         image_of_text: row of each caption's image in the scores, `[texts]`.
         images: the images, in the order of the scores.
         captions: the captions, in the order of the scores.
+        similarities: cosines of the dual encoder `[images, texts]`.
+        space: alignment and uniformity of the shared space; see `tercet.tasks.embedding`.
     """
 
     dual: dict[str, float]
@@ -187,6 +190,8 @@ class RetrievalResult:
     image_of_text: Tensor
     images: EncodedImages
     captions: list[str]
+    similarities: Tensor
+    space: dict[str, float]
 
     def metrics(self) -> dict[str, dict[str, float]]:
         """`{"dual": {...}, "reranked": {...}}`, the second only where there is one."""
@@ -251,7 +256,8 @@ def evaluate_source(
             reranked = recall(scores, image_of_text)
     finally:
         model.train(training)
-    return RetrievalResult(dual, reranked, scores, image_of_text, images, captions)
+    space = shared_space(images.image_feats, texts.text_feats, image_of_text)
+    return RetrievalResult(dual, reranked, scores, image_of_text, images, captions, similarities, space)
 
 
 def evaluate(model: Tercet, source: Source, config: Config) -> dict[str, dict[str, float]]:
