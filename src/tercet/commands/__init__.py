@@ -49,5 +49,5 @@ COMMANDS = {
     "push": Command("exporting", "Upload a model to the Hugging Face Hub, with its card."),
     "tokenizer": Command("preparation", "Train a word-piece tokenizer on captions."),
     "recipes": Command("preparation", "List the recipes that come with the package."),
-    "report": Command("reporting", "Write a run's report.html anew."),
+    "report": Command("reporting", "Write a run's report.html anew, or compare several runs on one page."),
 }

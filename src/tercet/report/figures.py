@@ -7,7 +7,8 @@ import binascii
 import io
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ THUMBNAIL = re.compile(r"data:image/(?:jpeg|png|webp);base64,[A-Za-z0-9+/]+={0,2
 RAW_POINTS = 400  # points of a raw curve that are kept; more than a panel has pixels
 INK, GRID, ACCENT = "#010101", "#020202", "#030303"  # stand-ins, exchanged for the page's colours in the SVG
 PAGE_COLOURS = {INK: "var(--soft)", GRID: "var(--line)", ACCENT: "var(--accent)"}
+RUN_COLOURS = [f"#0{number}0{number}0{number}" for number in range(4, 10)]  # of runs beside one another
+PAGE_COLOURS |= {stand_in: f"var(--run-{number})" for number, stand_in in enumerate(RUN_COLOURS, 1)}
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))  # beyond the colours, and for eyes that do not tell them apart
 
 
 def smooth(values: np.ndarray, share: float = 0.025) -> np.ndarray:
@@ -50,12 +54,7 @@ def curve_svg(steps: np.ndarray, values: np.ndarray, name: str, *, smoothed: boo
         smoothed: draw the raw curve thin and its moving average over it.
         markers: mark every point.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8.5, "path.simplify": True}):
-        figure = Figure(figsize=(3.5, 1.75))
-        axes = figure.add_axes((0.13, 0.15, 0.82, 0.79))
+    with _panel(name) as (axes, svg):
         coarse_steps, coarse = _thin(steps, values)
         if smoothed and len(values) > 3:
             axes.plot(coarse_steps, coarse, color=ACCENT, linewidth=0.8, alpha=0.35)
@@ -64,10 +63,44 @@ def curve_svg(steps: np.ndarray, values: np.ndarray, name: str, *, smoothed: boo
         else:
             dot = "o" if markers or len(values) < 4 else None
             axes.plot(coarse_steps, coarse, color=ACCENT, linewidth=1.7, marker=dot, markersize=3.5)
+    return svg()
+
+
+def curves_svg(curves: Sequence[tuple[int, np.ndarray, np.ndarray]], name: str, *, smoothed: bool = True) -> str:
+    """A panel of the same curve of several runs, as `curve_svg`.
+
+    Args:
+        curves: for each run that has it its number, steps and values; the number gives colour and dashes.
+        name: what is drawn.
+        smoothed: draw moving averages alone.
+    """
+    with _panel(name) as (axes, svg):
+        for number, steps, values in curves:
+            shown = smooth(values) if smoothed and len(values) > 3 else values
+            axes.plot(
+                *_thin(steps, shown),
+                color=RUN_COLOURS[number % len(RUN_COLOURS)],
+                linestyle=DASHES[number % len(DASHES)],
+                linewidth=1.5,
+                marker="o" if len(values) < 4 else None,
+                markersize=3.5,
+            )
+    return svg()
+
+
+@contextmanager
+def _panel(name: str) -> Iterator[tuple[Axes, Callable[[], str]]]:
+    """Axes to draw on, and what gives the SVG after the block."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    stream = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8.5, "path.simplify": True}):
+        figure = Figure(figsize=(3.5, 1.75))
+        axes = figure.add_axes((0.13, 0.15, 0.82, 0.79))
+        yield axes, lambda: _inline(stream.getvalue(), name)
         _style(axes)
-        stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True)
-    return _inline(stream.getvalue(), name)
 
 
 def gallery_figure(entries: Sequence[Mapping[str, Any]], path: str | Path, *, rows: int = 8, columns: int = 6) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from tercet.files import write_atomic
-from tercet.report.figures import THUMBNAIL, curve_svg, rank_words
+from tercet.report.figures import curve_svg
+from tercet.report.pictures import gallery, heatmaps, similarity
 from tercet.report.record import Line, RunRecord, finite, read_run
 from tercet.report.style import STYLE
+from tercet.report.words import clock, count, minutes, number, percent, plural, text
 from tercet.version import __version__
 
 LOSSES = {
@@ -30,11 +33,17 @@ MEASURES = {
     "grad_norm": "Gradient norm",
     "pairs_per_second": "Pairs per second",
 }
+OVER_TIME = {
+    ("dual", "r_mean"): "Mean recall, dual encoder",
+    ("reranked", "r_mean"): "Mean recall, re-ranked",
+    ("space", "alignment"): "Alignment (0 is best, 2 chance)",
+    ("space", "image_uniformity"): "Uniformity of images (lower is more spread)",
+    ("space", "text_uniformity"): "Uniformity of texts (lower is more spread)",
+}
 UNSMOOTHED = ("lr", "temperature", "alpha")
 KNOWN_KEYS = {*LOSSES, *MEASURES, "kind", "step", "epoch", "time", "skipped"}
 CUTOFFS = (1, 5, 10)
 RECALL_GROUPS = {"dual", "reranked"}
-MAX_QUERIES = 30
 MAX_EVENTS = 200
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the page can ask nothing of any network
 
@@ -48,19 +57,26 @@ def write_report(run_folder: str | Path) -> Path:
         TercetError: there is no such run folder, or it cannot be written.
     """
     record = read_run(run_folder)
-    title = str(record.config.get("name") or record.folder.resolve().name)
+    title = record.title
     sections = (
         _header(record, title),
         _missing(record),
         _recall(record),
         _measures(record),
-        _gallery(record),
+        gallery(record),
+        similarity(record),
+        heatmaps(record),
         _panels(record, "Losses", {**LOSSES, **_further_losses(record)}),
         _panels(record, "Training", MEASURES),
         _events(record),
         _config(record),
     )
-    page = (
+    return write_atomic(record.folder / "report.html", html_page(title, sections))
+
+
+def html_page(title: str, sections: Iterable[str]) -> str:
+    """A whole page of sections; empty ones are left out."""
+    return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -70,21 +86,20 @@ def write_report(run_folder: str | Path) -> Path:
         + f"\n<footer>Tercet {escape(__version__)} · written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC</footer>\n"
         "</main>\n</body>\n</html>\n"
     )
-    return write_atomic(record.folder / "report.html", page)
 
 
 def _header(record: RunRecord, title: str) -> str:
     facts = record.facts
     rows = [
-        ("Recipe", _text(facts.get("recipe"))),
-        ("Task", _text(record.config.get("task"))),
+        ("Recipe", text(facts.get("recipe"))),
+        ("Task", text(record.config.get("task"))),
         ("Data", _data(record)),
-        ("Pairs", _count(facts.get("pairs"))),
-        ("Steps", _count(record.train[-1]["step"]) if record.train else None),
-        ("Epochs", _number(record.train[-1].get("epoch")) if record.train else None),
-        ("Minutes", _minutes(record.seconds)),
-        ("Parameters", _count(facts.get("parameters"))),
-        ("Machine", _text(facts.get("machine"))),
+        ("Pairs", count(facts.get("pairs"))),
+        ("Steps", count(record.train[-1]["step"]) if record.train else None),
+        ("Epochs", number(record.train[-1].get("epoch")) if record.train else None),
+        ("Minutes", minutes(record.seconds)),
+        ("Parameters", count(facts.get("parameters"))),
+        ("Machine", text(facts.get("machine"))),
     ]
     cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in rows if value is not None)
     return f"<header><p class=kicker>Tercet run</p><h1>{escape(title)}</h1><dl class=facts>{cells}</dl></header>"
@@ -115,14 +130,14 @@ def _measures(record: RunRecord) -> str:
 
 def _measure_table(name: str, line: Line, group: str, numbers: Line) -> str:
     rows = "".join(
-        f"<tr><th scope=row>{escape(key.replace('_', ' '))}</th><td>{_number(value)}</td></tr>"
+        f"<tr><th scope=row>{escape(key.replace('_', ' '))}</th><td>{number(value)}</td></tr>"
         for key, value in numbers.items()
         if finite(value)
     )
     sizes = line.get("size")
     counted = sizes.items() if isinstance(sizes, dict) else ()
-    size = ", ".join(f"{_count(count)} {escape(str(what))}" for what, count in counted if finite(count))
-    step = f" after step {_count(line['step'])}" if finite(line.get("step")) else ""
+    size = ", ".join(f"{count(number_of)} {escape(str(what))}" for what, number_of in counted if finite(number_of))
+    step = f" after step {count(line['step'])}" if finite(line.get("step")) else ""
     return (
         f"<div><h3>{escape(name).capitalize()} data{step}: {escape(group)} <small>{size}</small></h3>"
         f"<table class=recall><tbody>{rows}</tbody></table></div>"
@@ -147,7 +162,7 @@ def _recall_table(name: str, line: Line) -> str:
     ]
     if isinstance(images, int) and isinstance(texts, int) and images > 0 and texts > 0:
         columns.append(("Chance", chance_recall(images, texts)))
-        size = f"{_plural(images, 'image')}, {_plural(texts, 'caption')}; percent"
+        size = f"{plural(images, 'image')}, {plural(texts, 'caption')}; percent"
     else:
         size = "percent; chance unknown, as the evaluation does not tell its number of images"
     rows = ""
@@ -157,7 +172,7 @@ def _recall_table(name: str, line: Line) -> str:
             rows += f"<tr><th scope=row>R@{k}</th>{_recall_cells(columns, f'{side}_r{k}')}</tr>"
     rows += f"<tr class=mean><th scope=row>Mean</th>{_recall_cells(columns, 'r_mean')}</tr>"
     head = "".join(f"<th scope=col>{label}</th>" for label, _ in columns)
-    step = f" after step {_count(line['step'])}" if finite(line.get("step")) else ""
+    step = f" after step {count(line['step'])}" if finite(line.get("step")) else ""
     return (
         f"<div><h3>{escape(name).capitalize()} data{step} <small>{size}</small></h3>"
         f"<table class=recall><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
@@ -165,7 +180,7 @@ def _recall_table(name: str, line: Line) -> str:
 
 
 def _recall_cells(columns: list[tuple[str, Line]], key: str) -> str:
-    return "".join(f"<td>{_percent(values.get(key))}</td>" for _, values in columns)
+    return "".join(f"<td>{percent(values.get(key))}</td>" for _, values in columns)
 
 
 def chance_recall(images: int, texts: int) -> dict[str, float]:
@@ -182,21 +197,13 @@ def chance_recall(images: int, texts: int) -> dict[str, float]:
 
 
 def _recall_curves(record: RunRecord) -> str:
-    """Mean recall over the steps, for data that was evaluated more than once."""
+    """Recall and the shape of the shared space over the steps, for data that was evaluated more than once."""
     panels = []
     for data in dict.fromkeys(str(line.get("data", "evaluation")) for line in record.evaluations):
-        for key, label in (("dual", "dual encoder"), ("reranked", "re-ranked")):
-            points = [
-                (line["step"], line[key]["r_mean"])
-                for line in record.evaluations
-                if str(line.get("data", "evaluation")) == data
-                and finite(line.get("step"))
-                and isinstance(line.get(key), dict)
-                and finite(line[key].get("r_mean"))
-            ]
-            if len(points) > 1:
-                steps, values = np.array(sorted(points), np.float64).T
-                name = f"Mean recall, {label}, {data}"
+        for (group, key), label in OVER_TIME.items():
+            steps, values = record.evaluation_series(data, group, key)
+            if len(values) > 1:
+                name = f"{label}, {data}"
                 panels.append(_panel(name, "", curve_svg(steps, values, name, smoothed=False, markers=True), values))
     return f"<div class=panels>{''.join(panels)}</div>" if panels else ""
 
@@ -222,60 +229,17 @@ def _panels(record: RunRecord, title: str, names: dict[str, str]) -> str:
 
 def _panel(name: str, key: str, svg: str, values: np.ndarray) -> str:
     code = f" <code>{escape(key)}</code>" if key else ""
-    change = (
-        f"{_number(values[0])} → <b>{_number(values[-1])}</b>" if len(values) > 1 else f"<b>{_number(values[0])}</b>"
-    )
+    change = f"{number(values[0])} → <b>{number(values[-1])}</b>" if len(values) > 1 else f"<b>{number(values[0])}</b>"
     caption = f"<span>{escape(name)}{code}</span><span class=last>{change}</span>"
     return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
-
-
-def _gallery(record: RunRecord) -> str:
-    if not record.gallery:
-        return ""
-    ranks = [entry["rank"] if _is_rank(entry.get("rank")) else math.inf for entry in record.gallery]
-    order = sorted(range(len(ranks)), key=lambda i: -ranks[i])
-    shown = order[:MAX_QUERIES]
-    first = sum(rank == 1 for rank in ranks)
-    left_out = f"; the {MAX_QUERIES} worst are shown" if len(order) > len(shown) else ""
-    note = f"failures first; {first:,} of {_plural(len(ranks), 'query', 'queries')} found first{left_out}"
-    cards = "".join(_card(record.gallery[i]) for i in shown)
-    return (
-        f"<section><h2>Searches <small>{note}</small></h2>"
-        "<p class=legend>A query, and the images found for it, best first, each with its score. "
-        "The right image has a thick frame and a tick.</p>"
-        f"<div class=gallery>{cards}</div></section>"
-    )
-
-
-def _card(entry: Line) -> str:
-    rank = entry.get("rank")
-    state = "hit" if rank == 1 else "miss"
-    results = "".join(_result(result) for result in entry["results"] if isinstance(result, dict))
-    return (
-        f"<article class={state}><h3>{_text(entry.get('query')) or 'no query'}</h3>"
-        f"<p class=rank>{rank_words(rank)}</p><ol>{results}</ol></article>"
-    )
-
-
-def _result(result: Line) -> str:
-    right = bool(result.get("right"))
-    key = _text(result.get("key")) or ""
-    thumbnail = result.get("thumbnail")
-    if isinstance(thumbnail, str) and THUMBNAIL.fullmatch(thumbnail):
-        picture = f'<img src="{thumbnail}" alt="{key}" loading="lazy">'
-    else:
-        picture = "<span class=blank>no picture</span>"
-    tick = '<span class=tick title="the right image">✓</span>' if right else ""
-    score = f"{result['score']:.3f}" if finite(result.get("score")) else "–"
-    return f'<li{" class=right" if right else ""} title="{key}">{picture}{tick}<span class=score>{score}</span></li>'
 
 
 def _events(record: RunRecord) -> str:
     if not record.events and not record.skipped:
         return ""
     rows = "".join(
-        f"<tr><td>{_count(line.get('step')) or '–'}</td><td>{_clock(line.get('time'))}</td>"
-        f"<td class=message>{_text(line.get('message')) or ''}</td></tr>"
+        f"<tr><td>{count(line.get('step')) or '–'}</td><td>{clock(line.get('time'))}</td>"
+        f"<td class=message>{text(line.get('message')) or ''}</td></tr>"
         for line in record.events[-MAX_EVENTS:]
     )
     table = (
@@ -284,7 +248,7 @@ def _events(record: RunRecord) -> str:
         if rows
         else ""
     )
-    skipped = f"<p>{_plural(record.skipped, 'broken sample')} skipped while training.</p>" if record.skipped else ""
+    skipped = f"<p>{plural(record.skipped, 'broken sample')} skipped while training.</p>" if record.skipped else ""
     earlier = len(record.events) - MAX_EVENTS
     note = (
         f" <small>the last {MAX_EVENTS}; {earlier:,} earlier ones are in metrics.jsonl</small>" if earlier > 0 else ""
@@ -305,55 +269,3 @@ def _data(record: RunRecord) -> str | None:
     data = record.config.get("data")
     sources = data.get("train") if isinstance(data, dict) else None
     return escape(", ".join(map(str, sources))) if isinstance(sources, list) and sources else None
-
-
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _text(value: object) -> str | None:
-    return None if value is None or value == "" else escape(str(value))
-
-
-def _count(value: object) -> str | None:
-    if isinstance(value, int | float) and finite(value):
-        return f"{int(value):,}"
-    return None if value is None else escape(str(value))
-
-
-def _number(value: object) -> str | None:
-    """Four significant digits at most."""
-    if not isinstance(value, int | float) or not finite(float(value)):
-        return None
-    size = abs(value)
-    if size != 0 and (size < 1e-3 or size >= 1e6):
-        return f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e+")
-    if size >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
-
-
-def _minutes(seconds: float | None) -> str | None:
-    if seconds is None:
-        return None
-    return f"{seconds / 60:,.1f}" if seconds < 6000 else f"{seconds / 60:,.0f}"
-
-
-def _percent(value: object) -> str:
-    if not isinstance(value, int | float) or not finite(value):
-        return "–"
-    bar = f'<i style="width:{min(max(float(value), 0), 100):.1f}%"></i>'
-    return f"{value:.1f}{bar}" if value >= 1 or value == 0 else f"{value:.2f}{bar}"
-
-
-def _plural(count: int, one: str, many: str | None = None) -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
-
-
-def _clock(time: object) -> str:
-    if not isinstance(time, int | float) or not finite(time):
-        return "–"
-    try:
-        return f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S}"
-    except (OverflowError, OSError, ValueError):
-        return "–"

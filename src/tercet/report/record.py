@@ -26,6 +26,8 @@ class RunRecord:
         train: the training lines of metrics.jsonl in order of step; steps done again after a resume appear once.
         evaluations: the evaluation lines.
         events: the event lines.
+        similarity: captions, thumbnails and cosines of some pairs; empty where there are none.
+        heatmaps: captions with their maps.
         facts: run.json, as far as there is one: recipe, pairs, parameters, machine.
         missing: sentences that say what the folder lacks.
     """
@@ -37,6 +39,8 @@ class RunRecord:
     evaluations: list[Line] = field(default_factory=list)
     events: list[Line] = field(default_factory=list)
     gallery: list[Line] = field(default_factory=list)
+    similarity: dict[str, Any] = field(default_factory=dict)
+    heatmaps: list[Line] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
 
@@ -47,6 +51,24 @@ class RunRecord:
         ]
         table = np.array(points, np.float64).reshape(-1, 2)
         return table[:, 0], table[:, 1]
+
+    def evaluation_series(self, data: str, group: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values, both float64 [evaluations], of `group.key` on `data`, such as `dual.r_mean`."""
+        points = [
+            (line["step"], line[group][key])
+            for line in self.evaluations
+            if str(line.get("data", "evaluation")) == data
+            and finite(line.get("step"))
+            and isinstance(line.get(group), dict)
+            and finite(line[group].get(key))
+        ]
+        table = np.array(sorted(points), np.float64).reshape(-1, 2)
+        return table[:, 0], table[:, 1]
+
+    @property
+    def title(self) -> str:
+        """The name that the config gives the run, or else its folder's."""
+        return str(self.config.get("name") or self.folder.resolve().name)
 
     @property
     def skipped(self) -> int:
@@ -88,6 +110,7 @@ def read_run(folder: str | Path) -> RunRecord:
     _read_config(record)
     _read_metrics(record)
     _read_gallery(record)
+    _read_pictures(record)
     facts = _read_json(record, "run.json", required=False)
     record.facts = facts if isinstance(facts, dict) else {}
     if "parameters" not in record.facts:
@@ -166,6 +189,14 @@ def _read_gallery(record: RunRecord) -> None:
     record.gallery = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("results"), list)]
     if not record.gallery:
         record.missing.append("gallery.json holds no queries.")
+
+
+def _read_pictures(record: RunRecord) -> None:
+    """The matrix and the heatmaps, which runs of earlier versions and of other tasks do not have."""
+    matrix = _read_json(record, "similarity.json", required=False)
+    record.similarity = matrix if isinstance(matrix, dict) else {}
+    maps = _read_json(record, "heatmaps.json", required=False)
+    record.heatmaps = [entry for entry in maps if isinstance(entry, dict)] if isinstance(maps, list) else []
 
 
 def _read_json(record: RunRecord, name: str, *, required: bool) -> Any:

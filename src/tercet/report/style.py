@@ -4,10 +4,12 @@ from __future__ import annotations
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fbfaf7; --card: #ffffff; --ink: #1c2329; --soft: #5b6670; --line: #e3e1da;
-  --accent: #0b6aa8; --right: #12805c; --on-right: #ffffff; --warn: #fdf3d8; --warn-line: #d9a514; }
+  --accent: #0b6aa8; --right: #12805c; --on-right: #ffffff; --warn: #fdf3d8; --warn-line: #d9a514;
+  --run-1: #0b6aa8; --run-2: #c2500a; --run-3: #12805c; --run-4: #8f3ea3; --run-5: #7d6500; --run-6: #b3263a; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #14181b; --card: #1c2226; --ink: #e8e6e1; --soft: #a0abb3; --line: #323a40; --accent: #6cb8ea;
-    --right: #52c99b; --on-right: #0d1a14; --warn: #332b14; --warn-line: #b98d1c; } }
+    --right: #52c99b; --on-right: #0d1a14; --warn: #332b14; --warn-line: #b98d1c;
+    --run-1: #6cb8ea; --run-2: #f0924c; --run-3: #52c99b; --run-4: #cf92e3; --run-5: #d6bb48; --run-6: #f08a98; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -67,6 +69,22 @@ article img, .blank { display: block; width: 100%; aspect-ratio: 1; object-fit: 
   border-radius: 50%; background: var(--right); color: var(--on-right); font-size: .85rem; font-weight: 700; }
 .score { font-size: .72rem; color: var(--soft); font-variant-numeric: tabular-nums; }
 .right .score { font-weight: 700; color: var(--ink); }
+.matrix { font-size: .72rem; }
+.matrix th, .matrix td { padding: .15rem .3rem; border: 0; text-align: center; vertical-align: middle; }
+.matrix th[scope=row] { font-weight: 400; text-align: left; min-width: 14rem; max-width: 24rem; }
+.matrix img { width: 2.6rem; max-width: none; aspect-ratio: 1; object-fit: cover; border-radius: 3px; display: block; }
+.matrix td { background: color-mix(in srgb, var(--accent) var(--share, 0%), var(--card)); min-width: 2.6rem; }
+.matrix .strong { color: var(--paper); }
+.matrix .own { outline: 2px solid var(--ink); outline-offset: -2px; }
+.matrix .best { text-decoration: underline; font-weight: 700; }
+.maps { display: grid; gap: 1rem; }
+.maps ol { grid-template-columns: repeat(auto-fill, 92px); }
+.maps .score { overflow-wrap: anywhere; display: block; line-height: 1.2; margin-top: .2rem; }
+.runs th[scope=col] { min-width: 8rem; }
+.key { display: inline-block; width: 1.6rem; height: .35rem; border-radius: 2px; vertical-align: middle;
+  margin-right: .4rem; }
+.runs .top { font-weight: 700; }
+.runs code { font-size: .85rem; overflow-wrap: anywhere; }
 details { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .7rem 1rem; }
 summary { cursor: pointer; font-weight: 600; }
 pre { overflow-x: auto; font-size: .82rem; line-height: 1.45; }
