@@ -22,6 +22,7 @@ from tercet.model.tercet import Tercet
 from tercet.tasks.boxes import peak
 from tercet.tasks.classify import TEMPLATES, class_feats, zero_shot
 from tercet.tasks.encoding import BATCH, encode_sentences, evaluating, tokenise
+from tercet.tasks.explaining import Explanation, join_pieces
 from tercet.tasks.heatmaps import Mode, average_words, contrast_heatmaps, enlarge, matching_heatmaps, to_grid
 from tercet.tasks.rerank import match_image, pad_texts
 
@@ -216,6 +217,38 @@ def ground(
     pairs = _Pairs(images, texts)
     for pixels, said in pairs:
         found += _ground_some(model, pixels, said, mode, layer)
+    return found[0] if pairs.single else found
+
+
+def explain(
+    model: Tercet, images: ImageInputs, texts: TextInputs, layer: int | None = None
+) -> Explanation | list[Explanation]:
+    """Where in the image each word of a text is seen, and whether they belong together.
+
+    The heatmaps are those of `ground` in mode `itm`, pieces of a word joined; `Explanation.overlay` lays one over the
+    image, and `tercet.report.explain.draw_explanation` draws all of them.
+
+    Args:
+        model: with its tokenizer.
+        images: one, or as many as texts.
+        texts: one, or as many as images; one of either goes with all of the other.
+        layer: which fusion layer, counted in the whole text stack; default two thirds up, as published.
+
+    Returns:
+        One `Explanation` for one image and one text, else a list.
+
+    Raises:
+        TercetError: an image or text cannot be read, their numbers do not fit, or there is no such layer.
+    """
+    found: list[Explanation] = []
+    pairs = _Pairs(images, texts)
+    for pixels, said in pairs:
+        groundings = _ground_some(model, pixels, said, "itm", layer)
+        for index, (grounding, text) in enumerate(zip(groundings, said, strict=True)):
+            own = pixels[index if len(pixels) > 1 else 0]
+            chance = match(model, own, text)
+            assert isinstance(chance, float)
+            found.append(Explanation(text, chance, grounding.heatmap, join_pieces(grounding.words), own))
     return found[0] if pairs.single else found
 
 

@@ -97,6 +97,15 @@ def test_run_folder_gives_its_model(model: Tercet, tmp_path: Path) -> None:
     assert load_model(tmp_path / "run").config == model.config
 
 
+def test_what_trained_it_is_noted(model: Tercet, tmp_path: Path) -> None:
+    assert load_model(model.save(tmp_path / "unknown")).matches
+    for objectives, matches in ((["cma", "itm"], True), (["cma"], False)):
+        noted = Tercet(model.config)
+        noted.objectives = objectives
+        loaded = load_model(noted.save(tmp_path / "noted"))
+        assert loaded.objectives == objectives and loaded.matches is matches
+
+
 def test_replaces_a_model_folder(model: Tercet, folder: Path) -> None:
     changed = load_model(folder)
     with torch.no_grad():

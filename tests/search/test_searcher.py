@@ -111,6 +111,13 @@ def test_images_that_are_gone_keep_their_place(model: Tercet, pictures: Path, tm
     assert [Path(hit.uri).name for hit in hits if hit.match is None] == ["a.png"]
 
 
+def test_without_a_trained_matching_head_nothing_is_ranked_anew(index: Index) -> None:
+    dual = make_model()
+    dual.objectives = ["cma"]
+    hits = Searcher(index, dual).search(Query(text=TEXTS[0], k=5, rerank=20))
+    assert [hit.match for hit in hits] == [None] * 5 and [hit.dual_rank for hit in hits] == [1, 2, 3, 4, 5]
+
+
 def test_mistakes(searcher: Searcher, index: Index) -> None:
     for query, message in (
         (Query(), "nothing to look for"),

@@ -37,6 +37,7 @@ COMMANDS = {
     "match": Command("prediction", "Tell how well texts fit an image."),
     "classify": Command("prediction", "Choose the label that fits an image best."),
     "ask": Command("prediction", "Answer a question about an image."),
+    "explain": Command("prediction", "Draw where in an image each word of a text is seen."),
     "index": Command("searching", "Embed images into an index that can be searched, or bring one up to date."),
     "search": Command("searching", "Find images of an index by words, by an image, or both."),
     "serve": Command("serving", "Serve an index over HTTP, with a page to search it."),

@@ -1,9 +1,11 @@
-"""Commands that read one image: `match`, `classify` and `ask`."""
+"""Commands that read one image: `match`, `classify`, `ask` and `explain`."""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -63,6 +65,22 @@ class AskArguments:
     """print the answer as one JSON object"""
 
 
+@dataclass(frozen=True)
+class ExplainArguments:
+    """Draw where in an image each word of a text is seen: gradient-weighted cross-attention of the fusion encoder."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """model folder, run folder, or hub id"""
+    image: ImageArgument
+    """path or URL of an image"""
+    text: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")]
+    """the text, in quotes"""
+    to: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    """the PNG to write"""
+    layer: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """which layer of the fusion encoder, counted from 0 in the whole text stack; default two thirds up, as published"""
+
+
 def match(arguments: list[str]) -> None:
     """Tell how well texts fit an image."""
     options = parse(MatchArguments, "match", arguments)
@@ -103,6 +121,19 @@ def ask(arguments: list[str]) -> None:
         return
     rows = [(found.text, found.score), *found.others]
     print_table(["answer", "score"], [[text, f"{100 * score:.1f} %"] for text, score in rows])
+
+
+def explain(arguments: list[str]) -> None:
+    """Draw where in an image each word of a text is seen."""
+    options = parse(ExplainArguments, "explain", arguments)
+    from tercet.report.explain import draw_explanation
+
+    model = load_chosen(options.model)
+    if not model.matches:
+        print("this model's matching head was not trained (itm was off): the heatmaps mean nothing", file=sys.stderr)
+    found = model.explain(options.image, options.text, options.layer)
+    assert not isinstance(found, list)
+    print(draw_explanation(found, options.to))
 
 
 def _numbers(values: Tensor | float) -> list[float]:

@@ -94,7 +94,12 @@ def search(arguments: list[str]) -> None:
     query = Query(text, options.image, options.like, options.without, options.where, options.k, options.rerank)
     check_query(query)
     opened = Index.open(options.index)
-    hits = Searcher(opened, load_chosen(options.model or opened.model)).search(query)
+    model = load_chosen(options.model or opened.model)
+    if text and not model.matches and options.rerank != 0:
+        print(
+            "this model's matching head was not trained (itm was off): the order is the dual encoder's", file=sys.stderr
+        )
+    hits = Searcher(opened, model).search(query)
     if options.json:
         print(json.dumps([dataclasses.asdict(hit) for hit in hits], ensure_ascii=False))
     else:

@@ -2,7 +2,8 @@
 
 ```
 folder/
-  config.json        library, library_version, format_version, model (the dump of ModelConfig)
+  config.json        library, library_version, format_version, model (the dump of ModelConfig), and as far as it is
+                     known objectives (what trained the encoders)
   model.safetensors  every parameter under its name in Tercet, float32
   tokenizer.json     absent from a model converted without one; such a model embeds images alone
   answers.json       the answers to questions that the model chooses from, where it has such a list
@@ -70,6 +71,8 @@ def save_model(model: Tercet, folder: str | Path, tokenizer: Tokenizer | None = 
         "format_version": FORMAT_VERSION,
         "model": model.config.model_dump(mode="json"),
     }
+    if model.objectives is not None:
+        config["objectives"] = model.objectives
     weights = {name: value.detach().float().cpu().contiguous() for name, value in model.state_dict().items()}
     with atomic_folder(folder) as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
@@ -110,6 +113,7 @@ def load_model(
     model.answers = _read_answers(folder / ANSWERS)
     if (folder / CARD).is_file():
         model.card = (folder / CARD).read_text("utf-8", errors="replace")
+    model.objectives = _read_objectives(folder / CONFIG)
     return model.to(device).eval()
 
 
@@ -358,6 +362,12 @@ def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     tokenizer = Tokenizer.load(folder / TOKENIZER)
     _check_tokenizer(tokenizer, config, str(folder / TOKENIZER))
     return tokenizer
+
+
+def _read_objectives(path: Path) -> list[str] | None:
+    """What trained the model; None where its folder does not tell, being older, converted, or made by hand."""
+    objectives = json.loads(path.read_text("utf-8")).get("objectives")
+    return [str(name) for name in objectives] if isinstance(objectives, list) else None
 
 
 def _read_answers(path: Path) -> list[str] | None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tercet.model.nlvr import SecondFusion
     from tercet.predict import Grounding
     from tercet.tasks.answering import Answer
+    from tercet.tasks.explaining import Explanation
     from tercet.tasks.heatmaps import Mode
 
 
@@ -38,6 +39,7 @@ class Tercet(nn.Module):
         tokenizer: reads texts for this model; None while it is trained from captions, or where it was made without.
         answers: what it chooses answers to questions from; None where it writes them freely.
         card: README.md of the folder that it was loaded from, which `save` and `push_to_hub` take along.
+        objectives: what trained its encoders, such as cma and itm; None where that is not known.
         answer_decoder: writes answers to questions; None without the head `answer`.
         entailment_head: three classes of a fused pair; None without the head `entailment`.
         second_fusion: layers that read the second of two images; None without the heads `nlvr` and `assignment`.
@@ -48,6 +50,7 @@ class Tercet(nn.Module):
     tokenizer: Tokenizer | None = None
     answers: list[str] | None = None
     card: str | None = None
+    objectives: list[str] | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -136,6 +139,11 @@ class Tercet(nn.Module):
                     f"this model has no head for {head}; fine-tune it first: tercet train {task} --init MODEL"
                 )
 
+    @property
+    def matches(self) -> bool:
+        """Whether its matching head was trained, as far as is known."""
+        return self.objectives is None or "itm" in self.objectives
+
     def task_parts(self) -> list[nn.Module]:
         """The parts that belong to downstream tasks."""
         names = [name for head in self.config.heads for name in parts_of_head(head)]
@@ -195,6 +203,14 @@ class Tercet(nn.Module):
         from tercet.predict import ground
 
         return ground(self, images, texts, mode, layer)
+
+    def explain(
+        self, images: ImageInputs, texts: TextInputs, layer: int | None = None
+    ) -> Explanation | list[Explanation]:
+        """Where in images each word of texts is seen; see `tercet.predict.explain`."""
+        from tercet.predict import explain
+
+        return explain(self, images, texts, layer)
 
     def save(self, folder: str | Path, tokenizer: Tokenizer | None = None, card: str | None = None) -> Path:
         """Write this model as a folder; see `tercet.model.folder.save_model`."""

@@ -39,7 +39,8 @@ class Query:
         without: what the image does not show.
         where: a filter over the columns of the index; see `tercet.search.filters`.
         k: how many images.
-        rerank: how many candidates the fusion encoder ranks anew, when there is a text; default `RERANK` or k, 0: none.
+        rerank: how many candidates the fusion encoder ranks anew, when there is a text and the model's matching head
+            was trained; default `RERANK` or k, 0: none.
     """
 
     text: str | None = None
@@ -105,7 +106,7 @@ class Searcher:
         """
         check_query(query)
         rerank = max(RERANK, query.k) if query.rerank is None else query.rerank
-        rerank = rerank if query.text is not None else 0
+        rerank = rerank if query.text is not None and self.model.matches else 0
         with evaluating(self.model):
             texts = [text for text in (query.text, query.without) if text is not None]
             encoded = encode_sentences(self.model, texts, _DATA) if texts else None

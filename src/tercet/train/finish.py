@@ -44,6 +44,8 @@ def save(session: Session, wait: bool = False) -> None:
 def save_student(session: Session, name: str) -> None:
     """Write the model as a folder of the run, with a card that tells what was measured so far."""
     student = session.task.student
+    if session.config.task in ("pretrain", "retrieval"):
+        student.objectives = list(session.config.objectives.enabled)
     card = run_card(student, session.config, session.folder)
     save_model(student, session.folder / name, session.tokenizer, card)
 

@@ -1,0 +1,55 @@
+"""The picture of an explanation, for images of any shape and texts of any length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tercet.cli import main
+from tercet.errors import TercetError
+from tercet.report.explain import draw_explanation
+from tercet.tasks.explaining import Explanation, WordHeat
+from tiny_model import SCENES, TEXTS, make_model
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (20, 640), (640, 20), (1, 1)])
+@pytest.mark.parametrize("words", [1, 14])
+def test_any_shape(shape: tuple[int, int], words: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    heats = [WordHeat("$word" * (1 + index), torch.rand(4, 4), (index + 1) / words) for index in range(words)]
+    explanation = Explanation("costs $5 _and_ ^more " * words, 0.5, torch.rand(4, 4), heats, pixels)
+    path = draw_explanation(explanation, tmp_path / "e.png")
+    width, height = Image.open(path).size
+    assert 400 < width < 1600 and 50 < height < 30_000
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_model().save(tmp_path / "model")
+    (tmp_path / "a.png").write_bytes(SCENES.image(0))
+    words = ["explain", str(folder), str(tmp_path / "a.png"), TEXTS[0]]
+    assert main([*words, "--to", str(tmp_path / "e.png")]) == 0
+    told = capsys.readouterr()
+    assert told.out.strip() == str(tmp_path / "e.png") and "not trained" not in told.err
+    assert Image.open(tmp_path / "e.png").width > 400
+    assert main([*words, "--to", str(tmp_path / "e.jpg")]) == 2
+    assert "a name that ends in .png" in capsys.readouterr().err
+
+    dual = make_model()
+    dual.objectives = ["cma"]
+    dual.save(folder)
+    assert main([*words, "--to", str(tmp_path / "e.png")]) == 0
+    assert "matching head was not trained" in capsys.readouterr().err
+
+
+def test_not_a_picture(tmp_path: Path) -> None:
+    empty = Explanation("a", 0.5, torch.zeros(2, 2), [], np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(TercetError, match=r"ends in \.png"):
+        draw_explanation(empty, tmp_path / "e")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TercetError, match="cannot write"):
+        draw_explanation(empty, tmp_path / "file" / "e.png")
