@@ -26,8 +26,8 @@ GAP, HEAD = 0.16, 0.44  # between panels, and above each for its word and bar
 def draw_explanation(explanation: Explanation, path: str | Path) -> Path:
     """Write a PNG: the image, the heat of the whole text, then a panel for each word.
 
-    Each panel's colours end at its own maximum; those of weak words are thin.  The bar under a word is that maximum beside
-    the greatest of all.
+    Each panel's colours end at its own maximum; those of weak words are thin.  The bar under a word is that maximum as
+    a share of the greatest of all.
 
     Raises:
         TercetError: `path` is no name of a PNG file, or the file cannot be written.
