@@ -127,4 +127,11 @@ def _print_report(report: IndexReport, count: int, path: str) -> None:
         f"{report.removed:,} removed",
         f"{len(report.broken):,} left out",
     ]
+    if report.build is not None:
+        build = report.build
+        captions = "" if build.caption_recall is None else f", {build.caption_recall:.3f} by captions"
+        print(
+            f"approximate index {build.kind}: {build.probes} of {build.cells} cells a search, "
+            f"recall@10 {build.recall:.3f} by images{captions}, built in {build.seconds:.0f} s"
+        )
     print(f"{path}: {count:,} images ({', '.join(words)}) in {report.seconds:.1f} s")

@@ -12,14 +12,17 @@ from typing import Literal
 import numpy as np
 import torch
 
+from tercet.config import DataConfig
 from tercet.data.listing import ListedImage, find_images, lies_under
-from tercet.data.rows import Problems
+from tercet.data.rows import Problems, is_empty
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
 from tercet.search.index import Index, model_digest
 from tercet.search.known import KnownImages
+from tercet.search.nearest import QUERIES, Build, build_if_large, sample_captions
 from tercet.search.preparing import Prepared, prepare_some
 from tercet.search.writing import COMMIT_IMAGES, COMMIT_SECONDS, TableWriter, lock_index
+from tercet.tasks.encoding import encode_sentences
 
 READ_AHEAD = 4  # batches that are being read while one is embedded
 BATCH = 32
@@ -54,6 +57,7 @@ class IndexReport:
         removed: rows of images that lie no more where they were named.
         broken: images that could not be read.
         seconds: from the start.
+        build: of the approximate index, where it was built.
     """
 
     added: int = 0
@@ -62,6 +66,7 @@ class IndexReport:
     removed: int = 0
     broken: Problems = field(default_factory=Problems)
     seconds: float = 0.0
+    build: Build | None = None
 
 
 # Called with the number of images done, and of those to be done.
@@ -114,6 +119,7 @@ def build_index(
         writer.delete(gone)
         report.removed = len(gone)
         writer.compact()
+        report.build = build_if_large(index, lambda: _caption_feats(index, model))
     report.seconds = time.monotonic() - started
     return index, report
 
@@ -178,6 +184,15 @@ def embed_prepared(model: Tercet, prepared: Sequence[Prepared | str]) -> Embedde
     pixels = torch.from_numpy(np.stack([one.pixels for one in sound])).permute(0, 3, 1, 2).contiguous()
     feats = model.project_image(model.encode_image(pixels.to(device))[:, 0])
     return Embedded(sound, feats.float().cpu().numpy(), broken)
+
+
+def _caption_feats(index: Index, model: Tercet) -> np.ndarray:
+    """`text_feats` of captions of the index, to measure the approximate index with, float32 `[captions, embed_dim]`."""
+    captions = sample_captions(index, QUERIES) if model.tokenizer is not None else []
+    texts = [caption for caption in captions if not is_empty(caption, DataConfig().max_words)]
+    if not texts:
+        return np.zeros((0, index.embed_dim), np.float32)
+    return encode_sentences(model, texts, DataConfig()).text_feats.numpy()
 
 
 def _open_or_create(path: str, model: Tercet, model_name: str) -> Index:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from tercet.data.listing import read_image
 from tercet.data.storage import is_url
 from tercet.errors import TercetError
 from tercet.search.filters import checked_filter
+from tercet.search.nearest import EXACT_BELOW, Build, approximate_query, exact_query, last_build, probes_for
 from tercet.search.table import ENTRY_COLUMNS, IMAGES, Made, connect, image_schema, lance_errors, read_made
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 HEX = frozenset("0123456789abcdef")
 ID_LENGTH = 16
+BUILD_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,10 @@ class Index:
         self.path = path
         self.database = database
         self.table = table
-        made = read_made(table.schema, path)
-        self.model, self.model_digest, self.created = made.model, made.model_digest, made.created
+        self.made = read_made(table.schema, path)
+        self.model, self.model_digest, self.created = self.made.model, self.made.model_digest, self.made.created
+        self._build: Build | None = None
+        self._build_read = float("-inf")
         self.embed_dim: int = table.schema.field("embedding").type.list_size
 
     @classmethod
@@ -182,30 +187,47 @@ class Index:
             query = self.table.search().where(f"id IN ({listed})").select(list(columns)).limit(len(known))
             return query.to_arrow().to_pylist()
 
-    def nearest(self, feats: Tensor | np.ndarray, count: int, where: str | None = None) -> list[Neighbour]:
+    def nearest(
+        self, feats: Tensor | np.ndarray, count: int, where: str | None = None, exact: bool = False
+    ) -> list[Neighbour]:
         """The images whose embeddings are nearest to `feats` `[embed_dim]`, the nearest first.
+
+        Every vector is compared where there are few, or few that the filter leaves; else the approximate index answers.
 
         Args:
             feats: of any length; only its direction counts.
             count: how many at most.
             where: a filter; see `tercet.search.filters`.
+            exact: compare every vector, however many there are.
 
         Raises:
             TercetError: the filter cannot be read, or the table cannot.
         """
         vector = np.asarray(feats, np.float32)
-        query: Any = self.table.search(vector, vector_column_name="embedding")
-        query = (
-            query.distance_type("cosine")
-            .bypass_vector_index()
-            .limit(count)
-            .select([*ENTRY_COLUMNS, "sha256", "_distance"])
-        )
-        if where is not None:
-            query = query.where(checked_filter(where), prefilter=True)
+        sql = None if where is None else checked_filter(where)
         with lance_errors(f"cannot search {self.path}" if where is None else f"cannot search by the filter {where!r}"):
+            build = None if exact else self.build
+            if build is None or self.table.count_rows(sql) < EXACT_BELOW:
+                query = exact_query(self.table, vector)
+            else:
+                query = approximate_query(self.table, vector, probes_for(build, count), build.refine)
+            query = query.limit(count).select([*ENTRY_COLUMNS, "sha256", "_distance"])
+            if sql is not None:
+                query = query.where(sql, prefilter=True)
             found: list[dict[str, Any]] = query.to_arrow().to_pylist()
         return [Neighbour(_entry(row), 1.0 - row["_distance"], row["sha256"]) for row in found]
+
+    @property
+    def build(self) -> Build | None:
+        """The approximate index as it is, None while every vector is compared; looked up once a minute."""
+        if time.monotonic() - self._build_read > BUILD_SECONDS:
+            self.refresh_build()
+        return self._build
+
+    def refresh_build(self) -> None:
+        """Look up the approximate index again."""
+        self._build = last_build(self.database)
+        self._build_read = time.monotonic()
 
     def _row(self, image_id: str, columns: Sequence[str]) -> dict[str, Any]:
         rows = self.rows([image_id], columns)
