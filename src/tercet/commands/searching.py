@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -18,6 +20,7 @@ from tercet.errors import TercetError
 
 if TYPE_CHECKING:
     from tercet.search.building import IndexReport
+    from tercet.search.index import Index
     from tercet.search.searcher import Hit
 
 SHOWN_PROBLEMS = 20
@@ -33,6 +36,8 @@ class IndexArguments:
     """folder of the index, or a URI such as s3://bucket/index"""
     model: ModelFlag = None
     """model folder, run folder, or hub id; default: the model that made the index, or else runs/demo/model"""
+    engine: Literal["local", "ray"] = "local"
+    """ray: embed on the cluster that RAY_ADDRESS names, or else on one of this machine's cores"""
     json: JsonFlag = False
     """print what was done as one JSON object"""
 
@@ -61,6 +66,8 @@ class SearchArguments:
     """default: the model that made the index"""
     json: JsonFlag = False
     """print the images as one JSON list"""
+    html: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """write the images as a page to this file"""
 
 
 def index(arguments: list[str]) -> None:
@@ -76,7 +83,12 @@ def index(arguments: list[str]) -> None:
         name = Index.open(options.to).model if Index.exists(options.to) else DEMO_MODEL
     model = load_chosen(name)
     with progress_bar("embedding", "images") as progress:
-        made, report = build_index(options.images, model, lasting_name(name), options.to, progress)
+        embed = None
+        if options.engine == "ray":
+            from tercet.search.cluster import embed_on_cluster
+
+            embed = functools.partial(embed_on_cluster, model)
+        made, report = build_index(options.images, model, lasting_name(name), options.to, progress, embed)
     if options.json:
         counts = dataclasses.asdict(report) | {"broken": list(report.broken), "images": made.count}
         print(json.dumps(counts))
@@ -100,7 +112,9 @@ def search(arguments: list[str]) -> None:
             "this model's matching head was not trained (itm was off): the order is the dual encoder's", file=sys.stderr
         )
     hits = Searcher(opened, model).search(query)
-    if options.json:
+    if options.html is not None:
+        print(_write_page(options, opened, hits))
+    elif options.json:
         print(json.dumps([dataclasses.asdict(hit) for hit in hits], ensure_ascii=False))
     else:
         _print_hits(hits)
@@ -115,6 +129,29 @@ def _print_hits(hits: list[Hit]) -> None:
         match = "" if hit.match is None else f"{100 * hit.match:.1f} %"
         rows.append([str(rank), match, f"{hit.cosine:.3f}", str(hit.dual_rank), hit.id, hit.uri, hit.caption or ""])
     print_table(["", "match", "cosine", "dual", "id", "image", "caption"], rows)
+
+
+def _write_page(options: SearchArguments, index: Index, hits: list[Hit]) -> Path:
+    from tercet.data.inputs import to_pixels
+    from tercet.report.search_page import FoundImage, write_search_page
+    from tercet.search.preparing import make_thumbnail
+
+    thumbnails = index.thumbnails([hit.id for hit in hits] + ([options.like] if options.like else []))
+    asked = {
+        "words": " ".join(options.text),
+        "image": options.image,
+        "like": options.like,
+        "without": options.without,
+        "filter": options.where,
+        "index": options.index,
+    }
+    image = make_thumbnail(to_pixels(options.image)) if options.image else thumbnails.get(options.like or "")
+    found = [
+        FoundImage(hit.id, hit.uri, hit.caption, hit.cosine, hit.match, hit.dual_rank, thumbnails.get(hit.id, b""))
+        for hit in hits
+    ]
+    assert options.html is not None
+    return write_search_page(found, {name: value for name, value in asked.items() if value}, options.html, image)
 
 
 def _print_report(report: IndexReport, count: int, path: str) -> None:

@@ -1,0 +1,96 @@
+"""`tercet index` and `tercet search` as they are typed."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tercet.cli import main
+from tiny_model import TEXTS
+
+
+@pytest.fixture
+def index(model_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    path = str(tmp_path / "index")
+    assert main(["index", str(pictures), "--model", str(model_folder), "--to", path]) == 0
+    assert re.search(r"4 images \(4 new, 0 changed, 0 unchanged, 0 removed, 0 left out\)", capsys.readouterr().out)
+    return path
+
+
+def test_index_again(index: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (pictures / "broken.png").write_bytes(b"")
+    assert main(["index", str(pictures), "--to", index, "--json"]) == 0  # the model is the one that made it
+    told = json.loads(capsys.readouterr().out)
+    assert (told["images"], told["added"], told["unchanged"]) == (4, 0, 4)
+    assert len(told["broken"]) == 1 and "broken.png" in told["broken"][0]
+    assert main(["index", str(pictures), "--to", index]) == 0
+    assert "left out: " in capsys.readouterr().err
+
+
+def test_search(index: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", index, *TEXTS[0].split(), "-k", "3", "--json"]) == 0
+    hits = json.loads(capsys.readouterr().out)
+    assert len(hits) == 3 and all(0 < hit["match"] < 1 for hit in hits)
+    assert main(["search", index, TEXTS[0]]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0].split() == ["match", "cosine", "dual", "id", "image", "caption"] and "%" in shown
+    assert main(["search", index, "--like", hits[0]["id"], "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 3
+    words = ["--image", str(pictures / "a.png"), "--without", TEXTS[1], "--where", "width > 64", "--rerank", "0"]
+    assert main(["search", index, *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == 3 and all(hit["match"] is None and hit["width"] > 64 for hit in found)
+    assert main(["search", index, "a heart", "--where", "width > 9999"]) == 0
+    assert capsys.readouterr().out == "no image found\n"
+
+
+def test_a_gallery(index: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (pictures / "c.txt").write_text("<script>alert(1)</script>")
+    page = tmp_path / "found.html"
+    assert main(["search", index, "<b>heart</b>", "--image", str(pictures / "a.png"), "--html", str(page)]) == 0
+    assert capsys.readouterr().out.strip() == str(page)
+    text = page.read_text()
+    assert text.count("<figure") == 4 and text.count("data:image/jpeg") == 5
+    assert "<b>heart" not in text and "<script" not in text and "http" not in re.sub(r"base64,[^\"]*", "", text)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "nothing to look for"),
+        (["a", "heart", "-k", "0"], "0 images asked for"),
+        (["a heart", "--where", "nothing"], "knows no 'nothing'"),
+        (["--like", "x"], "no image 'x'"),
+        (["--image", "nowhere.png"], "no file nowhere.png"),
+    ],
+)
+def test_mistakes(index: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", index, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_index(tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", str(tmp_path / "none"), "a heart"]) == 2
+    assert "no index at" in capsys.readouterr().err
+    assert main(["index", "--model", str(model_folder), "--to", str(tmp_path / "i")]) == 2
+    assert main(["index", str(tmp_path / "none"), "--model", str(model_folder), "--to", str(tmp_path / "i")]) == 2
+    assert "no file" in capsys.readouterr().err and not (tmp_path / "i" / "images.lance").exists()
+
+
+def test_without_the_extra(
+    index: str, pictures: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["index", str(pictures), "--model", str(model_folder), "--to", index]
+    monkeypatch.setitem(sys.modules, "ray", None)
+    (pictures / "new.png").write_bytes((pictures / "a.png").read_bytes())
+    assert main([*words, "--engine", "ray"]) == 2
+    assert "pip install 'tercet[ray]'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "lancedb", None)
+    assert main(["search", index, "a heart"]) == 2
+    assert "pip install 'tercet[search]'" in capsys.readouterr().err
+    assert main(words) == 2
+    assert "pip install 'tercet[search]'" in capsys.readouterr().err
