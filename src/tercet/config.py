@@ -212,6 +212,12 @@ class DataConfig(Section):
     )
     tokenizer_size: int = Field(default=8192, ge=64, description="word pieces of a tokenizer trained on the captions")
     workers: int = Field(default=2, ge=0, description="processes that read and augment")
+    cache_folder: str | None = Field(
+        default=None, description="folder for copies of remote shards; default: shards in TERCET_CACHE"
+    )
+    cache_gigabytes: float = Field(
+        default=100.0, gt=0, description="room for those copies; the least recently used give way"
+    )
     references: str | None = Field(
         default=None, description="grounding: the official refs (JSON, or refs(unc).p) that hold the boxes of ref_ids"
     )

@@ -201,14 +201,6 @@ def test_compressed_and_missing_shards(tmp_path: Path, tar: MakeTar) -> None:
         opened(tmp_path / "a-{0..1}.tar")
 
 
-def test_a_shard_that_shrinks_after_it_was_opened(tmp_path: Path, tar: MakeTar) -> None:
-    path = tar(tmp_path / "a.tar", {"k.jpg": b"x" * 2000, "k.txt": b"y"})
-    source = opened(path)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(OSError, match="shorter than when it was opened"):
-        source.image(0)
-
-
 def test_walk_rejects_a_damaged_extended_header(tmp_path: Path, tar: MakeTar) -> None:
     path = tar(tmp_path / "a.tar", {"é" * 120 + ".jpg": b"x"}, tarfile.PAX_FORMAT)
     data = bytearray(path.read_bytes())
@@ -218,13 +210,3 @@ def test_walk_rejects_a_damaged_extended_header(tmp_path: Path, tar: MakeTar) ->
     with pytest.raises(CutShortError, match="damaged extended header"):
         list(walk(handle))
     os.close(handle)
-
-
-def test_remote_shards_are_copied(tmp_path: Path, tar: MakeTar, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERCET_CACHE", str(tmp_path / "cache"))
-    path = tar(tmp_path / "a.tar", {"k.jpg": b"image", "k.txt": b"y"})
-    source = opened(f"file://{path}")
-    assert source.image(0) == b"image"
-    assert list((tmp_path / "cache" / "downloads").iterdir())
-    with pytest.raises(TercetError, match=r"cannot fetch file:///nowhere/a\.tar"):
-        opened("file:///nowhere/a.tar")

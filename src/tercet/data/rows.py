@@ -39,6 +39,11 @@ class Problems(Sequence[str]):
         self._messages += list(other)[: MESSAGES_KEPT - len(self._messages)]
         self._total += len(other)
 
+    def extend_counted(self, messages: Sequence[str], total: int) -> None:
+        """Count `total` refused rows, of which `messages` tell the first."""
+        self._messages += messages[: MESSAGES_KEPT - len(self._messages)]
+        self._total += total
+
     def __len__(self) -> int:
         return self._total
 
@@ -75,7 +80,15 @@ class SplitFilter:
     def accepts(self, split: object) -> bool:
         """Whether a row with this `split` value (None: the row has none) is taken."""
         name = "" if split is None else str(split)
-        self.seen[name] += 1
+        self.count(name, 1)
+        return self.wants(name)
+
+    def count(self, name: str, rows: int) -> None:
+        """Count rows of a split, '' for none."""
+        self.seen[name] += rows
+
+    def wants(self, name: str) -> bool:
+        """Whether rows of a split, '' for none, are taken."""
         return self.wanted is None or _canonical(name) in self.wanted
 
     def check(self, file: str) -> None:
@@ -141,9 +154,9 @@ class PairCollector:
         for text in texts:
             self._captions.add(text.encode("utf-8", "replace"))
         self._counts.append(len(texts))
-        identity = _digest(encode(key))
+        identity = digest(encode(key))
         self._identities.append(identity)
-        self._given_ids.append(identity if image_id is None else _digest(repr(image_id).encode("utf-8", "replace")))
+        self._given_ids.append(identity if image_id is None else digest_of_id(image_id))
         return True
 
     def _checked(self, where: str, captions: object) -> list[str]:
@@ -212,9 +225,14 @@ def _canonical(split: str) -> str:
     return SPLIT_ALIASES.get(split, split)
 
 
-def _digest(data: bytes) -> int:
+def digest(data: bytes) -> int:
     """64 bits that stand for `data`; among 100 million rows two differ wrongly with a chance of 0.03 %."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def digest_of_id(image_id: object) -> int:
+    """64 bits that stand for an `image_id`, whatever JSON made of it."""
+    return digest(repr(image_id).encode("utf-8", "replace"))
 
 
 def _short(value: object) -> str:

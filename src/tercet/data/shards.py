@@ -1,7 +1,8 @@
 """WebDataset tar shards: KEY.jpg with KEY.json and/or KEY.txt.
 
-A shard is walked once, header by header, to note where each image lies; images are then read by position.  The walk is
-our own because it must tell a shard that was cut short from a whole one, and name the place.
+A shard is walked once, header by header, to note where each image lies (`shard_index`); images are then read by
+position (`shard_source`).  The walk is our own because it must tell a shard that was cut short from a whole one, and
+name the place.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import posixpath
+import zlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,8 +18,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tercet.config import DataConfig
-from tercet.data.rows import PairCollector, Pairs, Problems, SplitFilter, require_pairs
-from tercet.data.storage import RangeImages, local_copy, missing, read_range
+from tercet.data.rows import PairCollector, Problems, digest_of_id
+from tercet.data.shard_index import ShardContent
+from tercet.data.storage import read_range
 from tercet.errors import TercetError
 
 BLOCK = 512
@@ -47,71 +50,54 @@ class CutShortError(Exception):
     """The tar ends, or stops being one, before its end mark; the message says where."""
 
 
-def read_shards(
-    files: list[str], suffix: str | None, data: DataConfig, problems: Problems
-) -> tuple[Pairs, RangeImages]:
-    """The pairs that tar shards hold.  A shard cut short gives the samples before the cut, and one problem.
+def read_shard(location: str, handle: int, data: DataConfig) -> ShardContent:
+    """What an open shard holds.  One that was cut short gives the samples before the cut, and one problem.
 
     Raises:
-        TercetError: a shard is missing, unreadable or compressed, or no shard gives a pair.
+        TercetError: it cannot be read, or is compressed.
     """
-    chosen = SplitFilter(suffix)
+    problems = Problems()
     collector = PairCollector(problems, data.max_words)
-    file_index, offsets, sizes = array("i"), array("q"), array("q")
-    paths = [local_copy(file) for file in files]
-    for number, path in enumerate(paths):
-        for offset, size in _shard_pairs(path, data, chosen, collector):
-            file_index.append(number)
-            offsets.append(offset)
-            sizes.append(size)
-    shown = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    chosen.check(shown)
-    require_pairs(collector, shown, "KEY.jpg, .jpeg, .png or .webp with KEY.json or KEY.txt")
-    pairs = collector.finish()
-    rows = pairs.rows
-    images = RangeImages(
-        paths,
-        np.array(file_index, np.int32)[rows],
-        np.array(offsets, np.int64)[rows],
-        np.array(sizes, np.int64)[rows],
-    )
-    return pairs, images
-
-
-def _shard_pairs(
-    path: str, data: DataConfig, chosen: SplitFilter, collector: PairCollector
-) -> Iterator[tuple[int, int]]:
-    """Offset and size of the image of each accepted sample, in the order of the shard."""
+    places, marks = array("q"), array("I")
+    image_ids, splits, split_names = array("Q"), array("i"), {"": 0}
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    except FileNotFoundError as error:
-        raise TercetError(missing(path)) from error
-    except OSError as error:
-        raise TercetError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        samples, cut = shard_samples(handle, path, collector.problems)
-        accepted = 0
+        samples, cut = shard_samples(handle, location, problems)
         last = next(reversed(samples), None)
         for key, sample in samples.items():
             image = next((sample.parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample.parts), None)
             if cut and key == last and (image is None or len(sample.parts) == 1):
                 continue  # the cut took its other half, as the message about the cut tells
-            where = f"{path}#{key}"
+            where = f"{location}#{key}"
             if image is None:
-                collector.problems.add(f"{where}: no image; there are {', '.join(f'.{part}' for part in sample.parts)}")
+                problems.add(f"{where}: no image; there are {', '.join(f'.{part}' for part in sample.parts)}")
                 continue
-            record = _record(handle, where, sample, data, collector.problems)
-            if record is None or not chosen.accepts(record.get("split")):
+            record = _record(handle, where, sample, data, problems)
+            if record is None or not collector.add(where, key, record.get("caption")):
                 continue
-            if collector.add(where, where, record.get("caption"), record.get("image_id")):
-                accepted += 1
-                yield image
-        if cut:
-            collector.problems.add(f"{path}: {cut}; the {accepted} samples before that are used, what followed is lost")
+            places.extend(image)
+            marks.append(zlib.crc32(read_range(handle, image[0] - BLOCK, BLOCK)))
+            image_id, split = record.get("image_id"), record.get("split")
+            image_ids.append(0 if image_id is None else digest_of_id(image_id))
+            splits.append(split_names.setdefault("" if split is None else str(split), len(split_names)))
     except OSError as error:
-        raise TercetError(f"cannot read {path}: {error.strerror}") from error
-    finally:
-        os.close(handle)
+        raise TercetError(f"cannot read {location}: {error.strerror}") from error
+    if cut:
+        problems.add(f"{location}: {cut}; the {len(collector)} samples before that are used, what followed is lost")
+    pairs = collector.finish()
+    offsets, sizes = np.array(places, np.int64).reshape(-1, 2).T
+    return ShardContent(
+        keys=pairs.keys,
+        captions=pairs.captions,
+        offsets=offsets,
+        sizes=sizes,
+        marks=np.array(marks, np.uint32),
+        counts=np.diff(pairs.first_caption).astype(np.int32),
+        image_ids=np.array(image_ids, np.uint64),
+        splits=np.array(splits, np.int32),
+        split_names=list(split_names),
+        problems=[message.removeprefix(location) for message in problems],
+        problem_count=len(problems),
+    )
 
 
 def shard_samples(handle: int, path: str, problems: Problems) -> tuple[dict[str, Sample], str | None]:

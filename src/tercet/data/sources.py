@@ -19,12 +19,11 @@ import numpy as np
 from tercet.config import DataConfig
 from tercet.data.annotations import ANNOTATION_SUFFIXES, read_pairs
 from tercet.data.rows import Pairs, Problems
-from tercet.data.shards import read_shards
+from tercet.data.shard_source import SEQUENTIAL_BLOCK, open_shards
 from tercet.data.storage import is_file, is_url, missing
 from tercet.errors import TercetError
 
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow", ".feather"})
-SEQUENTIAL_BLOCK = 1024
 HELD_OUT_SCENES = 500
 BRACES = re.compile(r"\{([^{}]*)\}")
 MOST_FILES = 1_000_000
@@ -193,9 +192,7 @@ def _open(spec: str, data: DataConfig, split: str) -> Iterator[Source]:
     files, suffix = find_files(spec)
     shards = [file for file in files if _extension(file) == ".tar"]
     if shards:
-        problems = Problems()
-        pairs, images = read_shards(shards, suffix, data, problems)
-        yield PairSource(pairs, images, problems, SEQUENTIAL_BLOCK)
+        yield open_shards(shards, suffix, data)
     for file in files:
         if file not in shards:
             yield _open_file(file, suffix, data)

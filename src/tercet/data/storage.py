@@ -31,6 +31,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("TERCET_CACHE", default))
 
 
+def writable(folder: Path) -> bool:
+    """Whether files may be put into a folder.  One that is marked read-only is left alone, by root as well."""
+    try:
+        return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
+    except OSError:
+        return False
+
+
 def read_bytes(location: str) -> bytes:
     """The whole content of a file or URL.
 
@@ -42,13 +50,13 @@ def read_bytes(location: str) -> bytes:
             with fsspec.open(location, "rb") as stream:
                 return stream.read()  # pyright: ignore[reportAttributeAccessIssue]
         except Exception as error:  # each protocol has exceptions of its own, with no common base
-            raise TercetError(f"cannot read {location}: {_reason(error)}") from error
+            raise TercetError(f"cannot read {location}: {reason_of(error)}") from error
     try:
         return Path(location).read_bytes()
     except FileNotFoundError as error:
         raise TercetError(missing(location)) from error
     except (OSError, ValueError) as error:
-        raise TercetError(f"cannot read {location}: {_reason(error)}") from error
+        raise TercetError(f"cannot read {location}: {reason_of(error)}") from error
 
 
 def read_image(location: str) -> bytes:
@@ -108,7 +116,7 @@ def local_copy(location: str) -> str:
     try:
         return str(fsspec.open_local(f"filecache::{location}", filecache={"cache_storage": storage}))
     except Exception as error:  # each protocol has exceptions of its own, with no common base
-        raise TercetError(f"cannot fetch {location}: {_reason(error)}") from error
+        raise TercetError(f"cannot fetch {location}: {reason_of(error)}") from error
 
 
 def missing(location: str) -> str:
@@ -219,6 +227,7 @@ def read_range(handle: int, offset: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """What an error says, in one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split())
