@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from tercet.errors import TercetError
 
@@ -38,6 +39,63 @@ def write_atomic(path: str | Path, data: bytes | str) -> Path:
             f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
         ) from error
     return path
+
+
+@contextlib.contextmanager
+def atomic_stream(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        TercetError: the disk is full, or the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+        temporary = None
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise TercetError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_writer(folder: str | Path, prefix: str) -> Iterator[None]:
+    """Be the only process that writes files of that prefix into a folder; what killed ones left unfinished is removed.
+
+    Raises:
+        TercetError: another process does, or the folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / f".{prefix}lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise TercetError(f"cannot write into {folder}: {error.strerror or error}; choose another folder") from error
+    try:
+        if os.name != "nt":  # Windows has no such locks
+            import fcntl
+
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise TercetError(f"another process is writing into {folder}; wait for it, or stop it") from error
+        for left in folder.glob(f".{prefix}*.*.*"):
+            left.unlink()
+        yield
+    finally:
+        os.close(lock)
 
 
 @contextlib.contextmanager

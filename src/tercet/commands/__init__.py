@@ -49,6 +49,11 @@ COMMANDS = {
     "export": Command("exporting", "Write a model as ONNX graphs and torch.export programs, checked against it."),
     "push": Command("exporting", "Upload a model to the Hugging Face Hub, with its card."),
     "tokenizer": Command("preparation", "Train a word-piece tokenizer on captions."),
+    "data pack": Command("collection", "Write pairs as WebDataset shards, resumable, images resized if asked."),
+    "data inspect": Command(
+        "collection", "Show counts, broken images, sizes, duplicates and a contact sheet of pairs."
+    ),
+    "data filter": Command("collection", "Keep the pairs that a model finds to belong together."),
     "recipes": Command("preparation", "List the recipes that come with the package."),
     "report": Command("reporting", "Write a run's report.html anew, or compare several runs on one page."),
 }

@@ -44,6 +44,8 @@ class EncodedImage:
     """An image file whose header is read and whose pixels are not yet.
 
     Attributes:
+        data: the file's bytes.
+        format: as Pillow names it, such as JPEG.
         height, width: of the upright image, in pixels.
 
     Raises:
@@ -51,7 +53,7 @@ class EncodedImage:
     """
 
     def __init__(self, data: bytes, name: str, pixel_limit: int = PIXEL_LIMIT) -> None:
-        self._data = data
+        self.data = data
         self._name = name
         if not data:
             raise BrokenImage(name, "the image file is empty")
@@ -67,6 +69,7 @@ class EncodedImage:
                 self._image.load()  # which turns it upright, and changes its size and its tag
                 width, height = self._image.size
             self._orientation = _orientation(self._image)
+        self.format = self._image.format or ""
         self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
 
     def pixels(self, reduction: int = 1) -> Pixels:
@@ -79,8 +82,8 @@ class EncodedImage:
         Raises:
             BrokenImage: cut short or damaged.
         """
-        with _told_as_broken(self._name, self._data):
-            pixels = _decode_jpeg(self._data, self._image, reduction)
+        with _told_as_broken(self._name, self.data):
+            pixels = _decode_jpeg(self.data, self._image, reduction)
             if pixels is None:
                 if reduction > 1:
                     width, height = self._image.size

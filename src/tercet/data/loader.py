@@ -222,9 +222,16 @@ class TrainLoader:
 
 
 def image_batches(
-    source: Source, data: DataConfig, image_size: int, batch_size: int, limit: int | None = None
+    source: Source,
+    data: DataConfig,
+    image_size: int,
+    batch_size: int,
+    limit: int | None = None,
+    first_batch: int = 0,
 ) -> Iterator[ImageBatch]:
     """The images of a source in order, or the first `limit` of them, by `data.workers` processes.
+
+    Batches before `first_batch` are passed over.
 
     Raises:
         TercetError: a worker process died.
@@ -233,7 +240,7 @@ def image_batches(
     plan = ImagePlan(source, data, image_size, batch_size, count)
     pool: WorkerPool[ImageBatch] = WorkerPool(plan, data.workers)
     try:
-        yield from pool.run(list(range(-(-count // batch_size))))
+        yield from pool.run(list(range(first_batch, -(-count // batch_size))))
     finally:
         pool.close()
 

@@ -20,7 +20,7 @@ from tercet.config import DataConfig
 from tercet.data.annotations import ANNOTATION_SUFFIXES, read_pairs
 from tercet.data.rows import Pairs, Problems
 from tercet.data.shard_source import SEQUENTIAL_BLOCK, open_shards
-from tercet.data.storage import is_file, is_url, missing
+from tercet.data.storage import FileImages, is_file, is_url, missing
 from tercet.errors import TercetError
 
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow", ".feather"})
@@ -158,6 +158,24 @@ def image_ids(source: Source) -> np.ndarray:
     """int64 [images]: equal for images that count as the same; each its own where a source tells none."""
     ids = getattr(source, "image_ids", None)
     return np.arange(source.image_count) if ids is None else np.asarray(ids, np.int64)
+
+
+def image_location(source: Source, index: int) -> str:
+    """Where image `index` lies, in a way that holds in any working folder: an absolute path or URL, or its key.
+
+    An annotation file that names it so, and lies anywhere, finds it; those in shards go by `SHARD.tar#KEY`.
+    """
+    if isinstance(source, JoinedSource):
+        source, index = source.find(index)
+    images = getattr(source, "images", None)
+    if isinstance(images, FileImages):
+        location = images.location(index)
+        return location if is_url(location) else os.path.abspath(location)  # noqa: PTH100 - links stay as they are
+    key = source.key(index)
+    file, mark, member = key.partition("#")
+    if not mark or is_url(file) or not Path(file).exists():
+        return key
+    return f"{Path(file).absolute()}#{member}"
 
 
 def block_size(source: Source) -> int:

@@ -1,0 +1,98 @@
+"""How well `tercet data filter` finds wrong captions: drawn scenes with a share of their captions exchanged, as JSON.
+
+python benchmarks/filtering.py runs/demo/model           # 1,000 held-out scenes, 40 % wrong
+python benchmarks/filtering.py runs/demo/model --quick   # 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from tercet import load
+from tercet.config import Config
+from tercet.data.rows import Problems
+from tercet.data.scenes import SceneSource
+from tercet.data.sources import JoinedSource, Source
+from tercet.tasks.filtering import FilterReport, Score, filter_pairs
+
+
+class Exchanged:
+    """A source whose captions at some places have gone round by one."""
+
+    def __init__(self, source: Source, places: np.ndarray) -> None:
+        self.source = source
+        self.problems = Problems()
+        self.image_count = source.image_count
+        self.caption_counts = np.ones(source.image_count, np.int64)
+        self._owner = np.arange(source.image_count)
+        self._owner[places] = np.roll(places, 1)
+
+    def image(self, index: int) -> bytes:
+        """The image."""
+        return self.source.image(index)
+
+    def captions(self, index: int) -> list[str]:
+        """One caption, its own or another's."""
+        return self.source.captions(int(self._owner[index]))[:1]
+
+    def key(self, index: int) -> str:
+        """The image's name."""
+        return self.source.key(index)
+
+
+def area_under_curve(scores: np.ndarray, right: np.ndarray) -> float:
+    """The chance that a right pair has a higher score than a wrong one; a tie counts half."""
+    order = np.argsort(scores, kind="stable")
+    _, group, counts = np.unique(scores[order], return_inverse=True, return_counts=True)
+    ranks = np.empty(len(scores))
+    ranks[order] = (np.cumsum(counts) - (counts - 1) / 2)[group]
+    positives = right.sum()
+    return float((ranks[right].sum() - positives * (positives + 1) / 2) / (positives * (len(right) - positives)))
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, object]:
+    """Exchange, score, compare."""
+    count = 100 if arguments.quick else 500
+    scenes = JoinedSource([SceneSource(count, split, distinct=True) for split in ("validation", "test")])
+    rng = np.random.default_rng(0)
+    wrong = rng.permutation(scenes.image_count)[: round(arguments.wrong * scenes.image_count)]
+    right = np.ones(scenes.image_count, bool)
+    right[wrong] = False
+    model = load(arguments.model)
+    config = Config.model_validate({"data": {"workers": 0}})
+    result: dict[str, object] = {"name": "filtering", "pairs": len(right), "wrong_share": arguments.wrong}
+    kinds: tuple[Score, ...] = ("match", "similarity")
+    with tempfile.TemporaryDirectory() as folder:
+        for by in kinds:
+            to = Path(folder) / "kept.jsonl"
+            steps = filter_pairs(
+                model, Exchanged(scenes, wrong), config, to, {"model": "x"}, by, share=1 - arguments.wrong
+            )
+            report = next(step for step in steps if isinstance(step, FilterReport))
+            kept = report.scores >= report.threshold
+            result[by] = {
+                "auc": round(area_under_curve(report.scores, right), 4),
+                "threshold": round(report.threshold, 4),
+                "kept": int(kept.sum()),
+                "precision": round(float(right[kept].mean()), 4),
+                "recall": round(float(kept[right].mean()), 4),
+            }
+    return result
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", help="model folder, such as runs/demo/model")
+    parser.add_argument("--quick", action="store_true", help="200 scenes")
+    parser.add_argument("--wrong", type=float, default=0.4, help="share of the captions that are exchanged")
+    print(json.dumps(measure(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()
