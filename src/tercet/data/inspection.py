@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from tercet.data.augment import Pixels
-from tercet.data.images import EncodedImage
+from tercet.data.images import EncodedImage, reduction_of
 from tercet.data.loader import describe, encoded_picture
 from tercet.data.rows import digest
 from tercet.data.sources import Source
@@ -22,10 +22,11 @@ from tercet.errors import TercetError
 CHUNK = 256
 MESSAGES_KEPT = 1000
 PIECE = 9  # pixels of the side of a fingerprint's thumbnail
-NEAR_BITS = 3  # of the 64 across, and as many of the 64 down
+NEAR_BITS = 3  # of the 64 across: so many may differ in any picture that is found
+NEAR_BITS_TOGETHER = 10  # of the 128 across and down, in a picture that is called alike
 FLAT_BITS = 12  # a picture with fewer edges than this says too little of itself to be called like another
 LARGEST_GROUP = 200  # of images that share a part of their fingerprint; more is a background, not a picture
-REDUCTION = 8
+ENOUGH = 4 * PIECE  # pixels of the shorter side that a picture is decoded to
 
 
 @dataclass
@@ -76,7 +77,8 @@ class Measurer:
             try:
                 encoded = encoded_picture(self.source, index, self.pixel_limit)
                 if isinstance(encoded, EncodedImage):
-                    pixels, data = encoded.pixels(REDUCTION), encoded.data
+                    reduction = reduction_of(min(encoded.height, encoded.width), ENOUGH)
+                    pixels, data = encoded.pixels(reduction), encoded.data
                     found.sizes[place] = encoded.height, encoded.width
                 else:
                     pixels, data = encoded, encoded.tobytes()
@@ -194,10 +196,10 @@ def groups_of_equal(values: np.ndarray, names: np.ndarray) -> list[list[int]]:
 
 
 def alike(fingerprints: np.ndarray, names: np.ndarray) -> list[list[int]]:
-    """Groups of names whose fingerprints differ in no more than `NEAR_BITS` bits each way.
+    """Groups of names whose fingerprints differ in no more than `NEAR_BITS_TOGETHER` bits.
 
     Two numbers of 64 bits that differ in three of them are equal in one of four quarters at least, so only those that
-    share a quarter are compared.
+    share a quarter of the bits across are compared: whatever differs in `NEAR_BITS` of these is found, most with more.
     """
     parents = np.arange(len(names))
 
@@ -213,8 +215,8 @@ def alike(fingerprints: np.ndarray, names: np.ndarray) -> list[list[int]]:
             if len(group) > LARGEST_GROUP:
                 continue
             own = fingerprints[group]
-            distance = np.bitwise_count(own[:, None] ^ own[None])
-            for one, other in np.argwhere((distance <= NEAR_BITS).all(axis=2)).tolist():
+            distance = np.bitwise_count(own[:, None] ^ own[None]).sum(axis=2)
+            for one, other in np.argwhere(distance <= NEAR_BITS_TOGETHER).tolist():
                 if one < other:
                     parents[root(group[other])] = root(group[one])
     roots = np.array([root(place) for place in range(len(names))], np.int64)

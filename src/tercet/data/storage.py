@@ -70,7 +70,7 @@ def read_image(location: str) -> bytes:
             with fsspec.open(location, "rb") as stream:
                 data = stream.read(LARGEST_IMAGE + 1)  # pyright: ignore[reportAttributeAccessIssue]
         except Exception as error:  # each protocol has exceptions of its own, with no common base
-            raise TercetError(f"cannot read {location}: {_reason(error)}") from error
+            raise TercetError(f"cannot read {location}: {reason_of(error)}") from error
     elif "\0" in location:
         raise OSError("not a file name: it holds a null character")
     else:
