@@ -21,6 +21,8 @@ from tercet.train.parallel import keep_memory
 # which the published method's share of the rate was measured against, and a large square one.
 BASE_SHAPE = (2056, 768, 3072)
 SQUARE_SHAPE = (2048, 2048, 2048)
+# What a GPU is measured by: as many tokens as 256 images have, and a square that fills it.
+GPU_SHAPES = ((65792, 768, 3072), (8192, 8192, 8192))
 
 
 @dataclass
@@ -29,39 +31,54 @@ class MatrixRate:
 
     Attributes:
         clock: seconds from any start.
+        device: where they are multiplied.
+        dtype: of the matrices.
         shapes: rows, inner and outer width of each product.
         samples: FLOP/s of each shape, one an occasion.
     """
 
     clock: Callable[[], float] = time.perf_counter
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
     shapes: tuple[tuple[int, int, int], ...] = (BASE_SHAPE, SQUARE_SHAPE)
     samples: dict[tuple[int, int, int], list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._operands = {
-            (rows, inner, outer): (torch.randn(rows, inner), torch.randn(inner, outer), torch.empty(rows, outer))
+            (rows, inner, outer): (self._draw(rows, inner), self._draw(inner, outer), self._draw(rows, outer))
             for rows, inner, outer in self.shapes
         }
         for left, right, product in self._operands.values():
             torch.mm(left, right, out=product)
+
+    def _draw(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+    def now(self) -> float:
+        """The clock, once the device has done what it was given."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return self.clock()
 
     def sample(self, repeats: int = 3) -> None:
         """Time each shape `repeats` times and keep all of them."""
         for shape, (left, right, product) in self._operands.items():
             rows, inner, outer = shape
             for _ in range(repeats):
-                started = self.clock()
+                started = self.now()
                 torch.mm(left, right, out=product)
-                rate = 2 * rows * inner * outer / (self.clock() - started)
+                rate = 2 * rows * inner * outer / (self.now() - started)
                 self.samples.setdefault(shape, []).append(rate)
 
-    def median(self, shape: tuple[int, int, int] = BASE_SHAPE) -> float:
-        """FLOP/s of a shape."""
-        return statistics.median(self.samples[shape])
+    def median(self) -> float:
+        """FLOP/s of the first shape."""
+        return statistics.median(self.samples[self.shapes[0]])
 
     def summary(self) -> dict[str, float]:
         """GFLOP/s by shape."""
-        return {"x".join(map(str, shape)): round(self.median(shape) / 1e9, 1) for shape in self.samples}
+        return {
+            "x".join(map(str, shape)): round(statistics.median(rates) / 1e9, 1) for shape, rates in self.samples.items()
+        }
 
 
 def take_turns(runs: Mapping[str, Callable[[], object]], rounds: int, rate: MatrixRate) -> dict[str, list[float]]:
@@ -76,9 +93,9 @@ def take_turns(runs: Mapping[str, Callable[[], object]], rounds: int, rate: Matr
     for _ in range(rounds):
         for name, run in runs.items():
             rate.sample()
-            started = rate.clock()
+            started = rate.now()
             run()
-            seconds[name].append(rate.clock() - started)
+            seconds[name].append(rate.now() - started)
     rate.sample()
     return seconds
 
@@ -126,6 +143,7 @@ def describe_machine(arguments: argparse.Namespace) -> dict[str, object]:
         "system": platform.system(),
         "keeps_memory": not arguments.return_memory and keep_memory(),
         "clock": "processor" if arguments.processor_time else "wall",
+        "card": torch.cuda.get_device_name() if getattr(arguments, "device", "cpu") == "cuda" else None,
     }
 
 
@@ -158,6 +176,8 @@ def prepare(arguments: argparse.Namespace) -> MatrixRate:
     if not arguments.return_memory:
         keep_memory()
     torch.manual_seed(0)
+    if getattr(arguments, "device", "cpu") == "cuda":
+        return MatrixRate(time.perf_counter, "cuda", torch.bfloat16, GPU_SHAPES)
     return MatrixRate(time.process_time if arguments.processor_time else time.perf_counter)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from machine import add_options, count_flops, describe_machine, prepare, spread, take_turns
 from plain import PlainModel, plain_scores
-from tercet.config import ModelConfig
+from tercet.config import ModelConfig, merge
 from tercet.model.tercet import Tercet
 from tercet.tasks.rerank import score_image
 
@@ -51,7 +51,7 @@ def draw_inputs(model: Tercet, count: int) -> tuple[Tensor, Tensor, Tensor]:
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
     """Build, compare, count and time."""
     rate = prepare(arguments)
-    sizes = QUICK_MODEL if arguments.quick else {"vision": {"image_size": 384}}
+    sizes = merge(QUICK_MODEL if arguments.quick else {}, {"vision": {"image_size": arguments.image_size}})
     model = Tercet(ModelConfig.model_validate(sizes)).eval()
     plain = PlainModel.of(model).eval()
     count = arguments.captions
@@ -97,6 +97,7 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_options(parser)
+    parser.add_argument("--image-size", type=int, default=384, help="side of the image in pixels")
     parser.add_argument("--captions", type=int, default=128, help="candidates of the image")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each kind")
     print(json.dumps(measure(parser.parse_args())))

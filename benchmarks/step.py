@@ -2,6 +2,7 @@
 
     python benchmarks/step.py            # base size, 256 px, batch 4, all five objectives: some minutes
     python benchmarks/step.py --quick    # a small model, under a minute
+    python benchmarks/step.py --device cuda --compile --batch 256 --steps 20    # bf16, on a GPU
 
 `effective` is the published method's FLOPs a pair over what the machine's matrix rate would do in our time a pair:
 utilisation by useful work, above which only less work or more speed can bring it.
@@ -22,8 +23,12 @@ from plain import PlainModel
 from plain_step import PlainBatch, PlainPretraining, plain_optimizer, sum_of_losses
 from tercet.config import Config, ModelConfig, ObjectivesConfig, TrainConfig
 from tercet.data.loader import Batch
+from tercet.model.recompute import recompute_layers
 from tercet.model.tercet import Tercet
 from tercet.tasks.pretrain import Pretraining
+from tercet.train.compilation import compile_encoders, compiled_models
+from tercet.train.cost import count_flops as cost_flops
+from tercet.train.cost import expected_shape
 from tercet.train.loop import take_step
 from tercet.train.optim import build_optimizer
 from tercet.train.parallel import place
@@ -31,6 +36,8 @@ from tercet.train.session import Session
 
 # Counted on the published code: base size, 256 px, queue 65536, captions of 8 to 14 word pieces.
 PUBLISHED_FLOPS_A_PAIR = 264.2e9
+# 30 epochs over the 5.1 million pairs of 4 million images.
+PAPER_PAIRS = 30 * 5.1e6
 QUICK_MODEL = {
     "vision": {"width": 384, "depth": 6, "heads": 6, "image_size": 224},
     "text": {"width": 384, "mlp_width": 1536, "depth": 6, "fusion_layer": 3, "heads": 6},
@@ -43,7 +50,11 @@ class OurStep:
     def __init__(self, config: Config, batch: Batch) -> None:
         self.batch = batch
         student = Tercet(config.model)
-        self.task = Pretraining(student, config.objectives).train()
+        placement = place(config.train)
+        self.task = Pretraining(student, config.objectives).to(placement.device).train()
+        recompute_layers(student, config.train.recompute)
+        if config.train.compile:
+            compile_encoders(compiled_models(self.task))
         assert self.task.queue is not None
         # A queue that earlier batches filled: empty slots would be left out of the contrast.
         self.task.queue.image_ids.copy_(torch.arange(self.task.queue.size) + 1_000_000)
@@ -55,7 +66,7 @@ class OurStep:
                 config=config,
                 task=self.task,
                 optimizer=optimizer,
-                placement=place(config.train),
+                placement=placement,
                 step=0,
                 steps_per_epoch=1000,
             ),
@@ -72,8 +83,10 @@ class PlainStep:
     """The published computation of the same step on the same weights; normalising the pixels is left to its loader."""
 
     def __init__(self, config: Config, batch: Batch, student: Tercet) -> None:
+        self.placement = place(config.train)
+        batch = batch.to(self.placement.device)
         model = PlainModel.of(student)
-        self.task = PlainPretraining(model, config.model.text, config.objectives).train()
+        self.task = PlainPretraining(model, config.model.text, config.objectives).to(self.placement.device).train()
         self.optimizer = plain_optimizer(model, config.optim)
         self.alpha = config.objectives.alpha
         assert batch.second_views is not None
@@ -87,7 +100,10 @@ class PlainStep:
     def __call__(self) -> None:
         """One step."""
         self.optimizer.zero_grad(set_to_none=True)
-        sum_of_losses(self.task(self.batch, self.alpha)).backward()
+        # What the plain step makes anew it makes on the device that is the default.
+        with self.placement.device, self.placement.autocast():
+            loss = sum_of_losses(self.task(self.batch, self.alpha))
+        loss.backward()
         self.optimizer.step()
 
 
@@ -115,21 +131,43 @@ def draw_batch(model: ModelConfig, pairs: int, tokens: int) -> Batch:
     )
 
 
+def step_config(arguments: argparse.Namespace) -> Config:
+    """The run whose step is timed."""
+    return Config(
+        model=ModelConfig.model_validate(QUICK_MODEL if arguments.quick else {}),
+        objectives=ObjectivesConfig(alpha_ramp=0),
+        train=TrainConfig(
+            device=arguments.device,
+            precision="bf16" if arguments.device == "cuda" else "fp32",
+            batch_size=arguments.batch,
+            compile=arguments.compile,
+            recompute=arguments.recompute,
+        ),
+    )
+
+
+def count_each(runs: dict[str, OurStep | PlainStep], config: Config, arguments: argparse.Namespace) -> dict[str, float]:
+    """FLOPs a pair; by arithmetic for compiled layers, which PyTorch's counter does not see into."""
+    flops: dict[str, float] = {name: count_flops(step) for name, step in runs.items() if not arguments.compile}
+    if arguments.compile:
+        shape = expected_shape(arguments.batch, arguments.caption_tokens, config.objectives.mask_probability)
+        flops["ours"] = cost_flops(config.model, config.objectives, shape).total
+        if "plain" in runs:
+            flops["plain"] = count_flops(runs["plain"])
+    return {name: value / arguments.batch for name, value in flops.items()}
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
     """Build, count and time."""
     rate = prepare(arguments)
-    model = ModelConfig.model_validate(QUICK_MODEL if arguments.quick else {})
-    config = Config(
-        model=model,
-        objectives=ObjectivesConfig(alpha_ramp=0),
-        train=TrainConfig(device="cpu", precision="fp32", batch_size=arguments.batch),
-    )
+    config = step_config(arguments)
+    model = config.model
     batch = draw_batch(model, arguments.batch, arguments.caption_tokens)
     ours = OurStep(config, batch)
     runs: dict[str, OurStep | PlainStep] = {"ours": ours}
     if arguments.plain:
         runs["plain"] = PlainStep(config, batch, ours.task.student)
-    flops = {name: count_flops(step) / arguments.batch for name, step in runs.items()}
+    flops = count_each(runs, config, arguments)
     # The pages that a step works in are mapped in the first few.
     for step in runs.values():
         for _ in range(arguments.warm_up):
@@ -140,21 +178,36 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     gemm = rate.median()
     return {
         "name": "step",
-        "ours": round(medians["ours"], 4),
-        "plain": round(medians["plain"], 4) if arguments.plain else None,
+        "ours": round(medians["ours"], 6),
+        "plain": round(medians["plain"], 6) if arguments.plain else None,
         "ratio": round(medians["plain"] / medians["ours"], 3) if arguments.plain else None,
         "unit": "seconds per pair",
         "size": "small" if arguments.quick else "base",
         "image_size": model.vision.image_size,
         "batch": arguments.batch,
         "caption_tokens": arguments.caption_tokens,
+        "compile": arguments.compile,
+        "recompute": arguments.recompute,
+        "precision": config.train.precision,
         "steps": arguments.steps,
         "spread": {name: spread([one / arguments.batch for one in times]) for name, times in seconds.items()},
         "gflop_per_pair": {name: round(value / 1e9, 2) for name, value in flops.items()},
         "gemm_gflops": rate.summary(),
         "utilisation": round(flops["ours"] / (medians["ours"] * gemm), 3),
         "effective": round(yardstick / (medians["ours"] * gemm), 3) if yardstick else None,
+        **(on_a_card(ours, medians["ours"]) if arguments.device == "cuda" else {}),
         "machine": describe_machine(arguments),
+    }
+
+
+def on_a_card(ours: OurStep, seconds: float) -> dict[str, object]:
+    """What a GPU is asked for besides: pairs a second, memory, and how long the paper's training would take on it."""
+    torch.cuda.reset_peak_memory_stats()
+    ours()
+    return {
+        "pairs_per_second": round(1 / seconds, 1),
+        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "hours_of_the_paper": round(PAPER_PAIRS * seconds / 3600, 1),
     }
 
 
@@ -162,6 +215,9 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_options(parser)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: bf16, the card's own rate")
+    parser.add_argument("--compile", action="store_true", help="ours compiled")
+    parser.add_argument("--recompute", action="store_true", help="ours with activation checkpointing")
     parser.add_argument("--batch", type=int, default=4, help="pairs a step")
     parser.add_argument("--caption-tokens", type=int, default=20, help="word pieces of every caption")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind")

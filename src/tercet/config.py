@@ -169,6 +169,9 @@ class ObjectivesConfig(Section):
     local_grid: int | None = Field(
         default=None, ge=1, description="side of the pooled patch grid of lmi; default the root of the grid"
     )
+    patch_drop: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the student's image patches left out at random, as in FLIP"
+    )
     temperature_min: float = Field(default=0.001, gt=0, description="lower clamp of the temperature")
     temperature_max: float = Field(default=0.5, gt=0, description="upper clamp of the temperature")
 
@@ -281,7 +284,10 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="auto takes bf16 where the device has it natively"
     )
-    compile: bool = Field(default=False, description="torch.compile the encoders")
+    compile: bool = Field(default=False, description="torch.compile the encoders' layers, once for all text lengths")
+    recompute: bool = Field(
+        default=False, description="activation checkpointing: layers computed again in the backward pass, less memory"
+    )
     log_every: int = Field(default=10, ge=1, description="steps between lines of metrics.jsonl")
     checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
@@ -298,6 +304,7 @@ class EvaluateConfig(Section):
         default=128, ge=0, description="candidates that the fusion encoder re-ranks; 0: dual encoder alone"
     )
     batch_size: int = Field(default=64, ge=1, description="images or texts a batch")
+    int8: bool = Field(default=False, description="encoders in int8, on a CPU: faster, a little less exact")
     limit: int | None = Field(default=None, ge=1, description="evaluate on the first so many images only")
     heatmap: Literal["itm", "itc"] = Field(
         default="itm", description="grounding: read the fusion encoder's cross-attention, or the image's own attention"

@@ -17,12 +17,12 @@ from tercet.tasks.pretrain import PairBatch, Pretraining
 from tercet.train.cost import (
     Shape,
     count_flops,
-    count_memory,
     count_parameters,
     expected_shape,
     teacher_parameters,
     trained_parameters,
 )
+from tercet.train.memory import count_activations, count_memory, largest_batch
 from tercet.train.plan import describe
 
 BATCH, TOKENS = 5, 11
@@ -37,6 +37,7 @@ CASES = [
     {"alpha": 0},
     {"imc": 0, "lmi": 0, "teacher": False, "queue_size": 0},
     {"local_grid": 3},
+    {"patch_drop": 0.5},
 ]
 
 
@@ -109,7 +110,7 @@ def test_activations_are_about_those_that_autograd_keeps(dropout: float) -> None
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         task(batch, objectives.alpha)
     held = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    assert count_memory(model, objectives, shape, half=False)["activations"] == pytest.approx(held, rel=0.25)
+    assert count_activations(model, objectives, shape, half=False).total == pytest.approx(held, rel=0.25)
 
 
 def test_memory_of_what_is_switched_off_is_not_counted() -> None:
@@ -118,8 +119,23 @@ def test_memory_of_what_is_switched_off_is_not_counted() -> None:
     lean, full = (count_memory(model, objectives, shape, False) for objectives in (alone, ObjectivesConfig()))
     assert lean["teacher"] == lean["queue"] == 0
     assert full["queue"] == 65536 * (2 * 64 * 4 + 8)
-    assert lean["activations"] < full["activations"]
-    assert count_memory(model, alone, shape, True)["activations"] < lean["activations"]
+    less, more = (count_activations(model, each, shape, False).total for each in (alone, ObjectivesConfig()))
+    assert less < more
+    assert count_activations(model, alone, shape, True).total < less
+    assert count_activations(model, alone, shape, False, recompute=True).total < less
+
+
+def test_the_largest_batch_fits_and_one_more_does_not() -> None:
+    model, objectives, card = model_config(), ObjectivesConfig(queue_size=40), 1e9
+
+    def held(batch: int) -> int:
+        return sum(count_memory(model, objectives, expected_shape(batch, 20, 0.15), False, cuda=True).values())
+
+    most = largest_batch(model, objectives, 20, half=False, card=card)
+    assert held(most) <= 0.92 * card < held(most + 1)
+    assert largest_batch(model, objectives, 20, False, recompute=True, card=card) > most
+    assert largest_batch(model, objectives, 20, False, card=1.0) == 0
+    assert "largest batch on a card of 80 GB, bf16: about" in describe(load_config("pretrain-4m"))
 
 
 def test_expected_shape() -> None:

@@ -1,4 +1,4 @@
-"""When an image memory is worth its keys and values; arithmetic alone, without torch."""
+"""How many image tokens there are, and when they are worth keys and values; arithmetic alone, without torch."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def pays_to_project(readers: int, image_tokens: int, width: int, image_width: in
     """
     projecting = image_tokens * image_width * width + readers * image_tokens * width
     return projecting <= readers * (width * image_width + heads * image_tokens * image_width)
+
+
+def kept_patches(patches: int, drop: float) -> int:
+    """How many of an image's patches are left when a share `drop` of them is taken away; one at least."""
+    return max(1, round(patches * (1 - drop)))

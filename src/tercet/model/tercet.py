@@ -72,10 +72,10 @@ class Tercet(nn.Module):
         for head in config.heads:
             self._make_parts(head)
 
-    def encode_image(self, images: Tensor) -> Tensor:
+    def encode_image(self, images: Tensor, drop: float = 0.0) -> Tensor:
         """`images` `[batch, 3, height, width]` (uint8, or normalised floats) to `image_embeds`
-        `[batch, 1 + patches, vision_width]`."""
-        return self.vision(images)
+        `[batch, 1 + patches, vision_width]`; `drop` is the share of patches left out at random while training."""
+        return self.vision(images, drop)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """`input_ids` and `attention_mask` `[batch, tokens]` to `text_embeds` `[batch, tokens, width]`."""

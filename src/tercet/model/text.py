@@ -11,6 +11,7 @@ from tercet.model.dropout import drop
 from tercet.model.layers import ImageMemory, TextLayer
 from tercet.model.memory import LeanMemory
 from tercet.model.projection import pays_to_project
+from tercet.model.recompute import LayerStack
 
 
 def key_mask(attention_mask: Tensor) -> Tensor:
@@ -27,7 +28,7 @@ def initialise_bert(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02)
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(LayerStack):
     """Embeddings and the lower layers of the stack."""
 
     def __init__(self, config: TextConfig) -> None:
@@ -68,11 +69,11 @@ class TextEncoder(nn.Module):
         hidden = drop(hidden, self.dropout, self.training)
         mask = key_mask(attention_mask)
         for layer in self.layers:
-            hidden = layer(hidden, mask)
+            hidden = self.run(layer, hidden, mask)
         return hidden
 
 
-class FusionEncoder(nn.Module):
+class FusionEncoder(LayerStack):
     """The upper layers of the stack, each with cross-attention from the text to an image memory."""
 
     def __init__(self, config: TextConfig, image_width: int) -> None:
@@ -138,12 +139,12 @@ class FusionEncoder(nn.Module):
         first, *others = self._fusion_layers()
         if not others:
             return text_embeds if texts is None else text_embeds.index_select(0, texts)
-        hidden = first.read_text(text_embeds, mask)
+        hidden = self.run(first.read_text, text_embeds, mask)
         if texts is not None:
             hidden, mask = hidden.index_select(0, texts), mask.index_select(0, texts)
-        hidden = first.read_image(hidden, memory, 0)
+        hidden = self.run(first.read_image, hidden, memory, 0)
         for index, layer in enumerate(others[:-1], start=1):
-            hidden = layer(hidden, mask, memory, index)
+            hidden = self.run(layer, hidden, mask, memory, index)
         return hidden
 
     def last(self, hidden: Tensor, attention_mask: Tensor, memory: ImageMemory, rows: Tensor | None) -> Tensor:

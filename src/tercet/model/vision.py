@@ -10,15 +10,17 @@ from torch.nn import functional as F
 
 from tercet.config import VisionConfig
 from tercet.errors import TercetError
-from tercet.model.layers import VisionBlock
+from tercet.model.layers import VisionBlock, take_rows
 from tercet.model.linear import Linear
+from tercet.model.projection import kept_patches
+from tercet.model.recompute import LayerStack
 
 # Statistics of CLIP's training images, which the published models are normalised with.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(LayerStack):
     """Patches and a class token through pre-norm blocks, with a final norm over all tokens (ViT, arXiv 2010.11929)."""
 
     image_mean: Tensor
@@ -46,14 +48,16 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, drop: float = 0.0) -> Tensor:
         """Encode images.
 
         Args:
             images: `[batch, 3, height, width]`, uint8 from 0 to 255 or float already normalised.
+            drop: share of the patches that each image loses at random, while training (FLIP, arXiv 2212.00794).
 
         Returns:
-            `image_embeds` `[batch, 1 + patches, width]`; row 0 is the class token, patches run row by row.
+            `image_embeds` `[batch, 1 + patches, width]`; row 0 is the class token, patches run row by row, those that
+            are left in their order.
 
         Raises:
             TercetError: height or width is not a multiple of the patch size.
@@ -65,11 +69,17 @@ class VisionTransformer(nn.Module):
                 f"an image of {width}x{height} pixels does not divide into patches of {self.patch_size}; "
                 f"resize it to multiples of {self.patch_size}"
             )
-        hidden = self.patch_embed(to_patches(self.normalise(images), self.patch_size))
-        hidden = torch.cat([self.class_token.expand(hidden.shape[0], -1, -1), hidden], dim=1)
-        hidden = hidden + resize_position_embed(self.position_embed, rows, columns)
+        patches = to_patches(self.normalise(images), self.patch_size)
+        positions = resize_position_embed(self.position_embed, rows, columns)
+        if drop > 0 and self.training:
+            left = draw_patches(patches, kept_patches(rows * columns, drop))
+            own = take_rows(positions[:, 1:].expand(patches.shape[0], -1, -1), left)
+            patches = take_rows(patches, left)
+            positions = torch.cat([positions[:, :1].expand(patches.shape[0], -1, -1), own], dim=1)
+        hidden = torch.cat([self.class_token.expand(patches.shape[0], -1, -1), self.patch_embed(patches)], dim=1)
+        hidden = hidden + positions
         for block in self.blocks:
-            hidden = block(hidden)
+            hidden = self.run(block, hidden)
         return self.norm(hidden)
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -84,6 +94,17 @@ def to_patches(images: Tensor, patch_size: int) -> Tensor:
     batch, channels, height, width = images.shape
     patches = images.view(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def draw_patches(patches: Tensor, count: int) -> Tensor:
+    """`count` patches of each image, all equally likely, in ascending order: indices `[batch, count]`.
+
+    Args:
+        patches: `[batch, patches, channels]`.
+        count: how many are drawn.
+    """
+    chances = torch.rand(patches.shape[:2], device=patches.device)
+    return chances.topk(count, dim=1).indices.sort(dim=1).values
 
 
 def resize_position_embed(position_embed: Tensor, rows: int, columns: int) -> Tensor:

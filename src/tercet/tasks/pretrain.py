@@ -188,7 +188,7 @@ class Pretraining(Task):
 
     def _student_features(self, batch: PairBatch) -> tuple[Features, Tensor | None]:
         """Features of the clean texts, and `text_embeds` of the masked ones, `[batch, tokens, width]`."""
-        image_embeds = self.student.encode_image(batch.images)
+        image_embeds = self.student.encode_image(batch.images, self.config.patch_drop)
         masked_ids = None if batch.masked is None else batch.masked.input_ids
         text_embeds, masked_embeds = encode_texts(self.student, batch.attention_mask, [batch.input_ids, masked_ids])
         assert text_embeds is not None

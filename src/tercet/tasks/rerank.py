@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ from tercet.model.tercet import Tercet
 
 # A pass reads all weights of the fusion encoder and starts its kernels, which takes as long as about so many tokens do.
 PASS_COST = 64
+# Text tokens in one pass.
+BATCH_TOKENS = 8192
 
 
 @dataclass
@@ -28,7 +30,7 @@ class EncodedTexts:
 
 
 def pad_texts(text_embeds: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Texts of several lengths to `[texts, longest, width]` and their `attention_mask` `[texts, longest]`."""
+    """Texts of several lengths, `[tokens, ...]` each, to `[texts, longest, ...]` and their mask `[texts, longest]`."""
     padded = torch.nn.utils.rnn.pad_sequence(text_embeds, batch_first=True)
     lengths = torch.tensor([text.shape[0] for text in text_embeds], device=padded.device)
     return padded, torch.arange(padded.shape[1], device=padded.device)[None, :] < lengths[:, None]
@@ -61,8 +63,18 @@ def group_by_length(lengths: Sequence[int], pass_cost: int = PASS_COST) -> list[
     return groups
 
 
+def chunks_by_length(lengths: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
+    """`group_by_length`, cut so that no pass has more than `batch_tokens` tokens, padding included."""
+    for group in group_by_length(lengths):
+        count = max(1, batch_tokens // max(lengths[index] for index in group))
+        for start in range(0, len(group), count):
+            yield group[start : start + count]
+
+
 @torch.no_grad()
-def match_image(model: Tercet, image_embeds: Tensor, text_embeds: list[Tensor], batch_tokens: int = 8192) -> Tensor:
+def match_image(
+    model: Tercet, image_embeds: Tensor, text_embeds: list[Tensor], batch_tokens: int = BATCH_TOKENS
+) -> Tensor:
     """`itm_logits` of one image against texts; class 1 is a match.
 
     Args:
@@ -76,16 +88,15 @@ def match_image(model: Tercet, image_embeds: Tensor, text_embeds: list[Tensor], 
     """
     memory = model.remember(image_embeds[None])
     logits = image_embeds.new_empty(len(text_embeds), 2, dtype=torch.float32)
-    for group in group_by_length([text.shape[0] for text in text_embeds]):
-        count = max(1, batch_tokens // max(text_embeds[index].shape[0] for index in group))
-        for start in range(0, len(group), count):
-            chunk = group[start : start + count]
-            padded, mask = pad_texts([text_embeds[index] for index in chunk])
-            logits[torch.tensor(chunk, device=logits.device)] = model.match_logits(padded, mask, memory)
+    for chunk in chunks_by_length([text.shape[0] for text in text_embeds], batch_tokens):
+        padded, mask = pad_texts([text_embeds[index] for index in chunk])
+        logits[torch.tensor(chunk, device=logits.device)] = model.match_logits(padded, mask, memory)
     return logits
 
 
-def score_image(model: Tercet, image_embeds: Tensor, text_embeds: list[Tensor], batch_tokens: int = 8192) -> Tensor:
+def score_image(
+    model: Tercet, image_embeds: Tensor, text_embeds: list[Tensor], batch_tokens: int = BATCH_TOKENS
+) -> Tensor:
     """What re-ranking goes by: the logit of a match of one image with each text, `[texts]`; see `match_image`."""
     return match_image(model, image_embeds, text_embeds, batch_tokens)[:, 1]
 

@@ -16,12 +16,14 @@ from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.tasks.embedding import shared_space
-from tercet.tasks.rerank import EncodedTexts, candidate_pairs, score_image
+from tercet.tasks.rerank import EncodedTexts, candidate_pairs, chunks_by_length, pad_texts, score_image
 
 RANKS = (1, 5, 10)
 # Below every logit of a candidate, yet small enough that fp32 keeps similarities apart to 1e-5 when they are added: the
 # dual encoder's order stays among the rest.
 UNRANKED = -100.0
+# Texts that wait for others of their length; so many are a few megabytes.
+TEXT_WINDOW = 4096
 
 
 @dataclass
@@ -73,19 +75,46 @@ def ranks(scores: Scores, image_of_text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def encode_texts(model: Tercet, batches: Iterable[TextBatch], device: torch.device) -> tuple[EncodedTexts, list[str]]:
-    """Features and tokens of all texts, kept on the host, and the texts themselves."""
+def encode_texts(
+    model: Tercet, batches: Iterable[TextBatch], device: torch.device, window: int = TEXT_WINDOW
+) -> tuple[EncodedTexts, list[str]]:
+    """Features and tokens of all texts, kept on the host, and the texts themselves.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        batches: the texts.
+        device: where the text encoder runs.
+        window: texts that are read before they are encoded, those of like length together.
+    """
     captions: list[str] = []
     feats: list[Tensor] = []
     embeds: list[Tensor] = []
+    waiting: list[Tensor] = []
     for batch in batches:
-        mask = batch.attention_mask.to(device)
-        text_embeds = model.encode_text(batch.input_ids.to(device), mask)
-        feats.append(model.project_text(text_embeds[:, 0]).cpu())
         captions += batch.captions
         lengths = batch.attention_mask.sum(dim=1).tolist()
-        embeds += [text[:length].cpu() for text, length in zip(text_embeds, lengths, strict=True)]
+        waiting += [ids[:length] for ids, length in zip(batch.input_ids, lengths, strict=True)]
+        if len(waiting) >= window:
+            _encode_by_length(model, waiting, device, feats, embeds)
+            waiting = []
+    _encode_by_length(model, waiting, device, feats, embeds)
     return EncodedTexts(torch.cat(feats), embeds), captions
+
+
+def _encode_by_length(
+    model: Tercet, texts: list[Tensor], device: torch.device, feats: list[Tensor], embeds: list[Tensor]
+) -> None:
+    """Encode `texts`, `[tokens]` each, and put their features and tokens behind those of others, in their order."""
+    own_feats = torch.empty(len(texts), model.config.embed_dim)
+    own_embeds: dict[int, Tensor] = {}
+    for chunk in chunks_by_length([len(text) for text in texts]):
+        input_ids, mask = pad_texts([texts[index] for index in chunk])
+        text_embeds = model.encode_text(input_ids.to(device), mask.to(device))
+        own_feats[torch.tensor(chunk)] = model.project_text(text_embeds[:, 0]).cpu()
+        for index, tokens in zip(chunk, text_embeds.cpu(), strict=True):
+            own_embeds[index] = tokens[: len(texts[index])].clone()
+    feats.append(own_feats)
+    embeds += [own_embeds[index] for index in range(len(texts))]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a training step costs, by arithmetic alone: parameters, FLOPs and memory.  Needs neither torch nor the model.
+"""What a training step costs, by arithmetic alone: parameters and FLOPs.  Needs neither torch nor the model.
 
 A multiply and an add count as two FLOPs; as usual only matrix products are counted.  The backward pass of a product
 costs one more for its input's gradient and one more for its weight's.  Counted is what a CPU does; a GPU projects
@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from tercet.config import ModelConfig, ObjectivesConfig, TextConfig, VisionConfig
-from tercet.model.projection import pays_to_project
+from tercet.model.projection import kept_patches, pays_to_project
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,10 @@ class Needs:
 
 
 class Tally:
-    """FLOPs of matrix products, forward and backward."""
+    """FLOPs of matrix products, forward and backward, of a model that sees `patches` of each image."""
 
-    def __init__(self) -> None:
+    def __init__(self, patches: int) -> None:
+        self.patches = patches
         self.forward = 0
         self.backward = 0
 
@@ -134,7 +135,8 @@ def trained_parameters(model: ModelConfig, objectives: ObjectivesConfig) -> int:
 def count_flops(model: ModelConfig, objectives: ObjectivesConfig, shape: Shape) -> Flops:
     """FLOPs of one training step over a batch."""
     needs = Needs.of(objectives)
-    student, teacher = Tally(), Tally()
+    patches = model.vision.grid**2
+    student, teacher = Tally(kept_patches(patches, objectives.patch_drop)), Tally(patches)
     _encode_image(student, model.vision, shape.batch)
     _encode_text(student, model.text, shape)
     if needs.masks:
@@ -148,7 +150,7 @@ def count_flops(model: ModelConfig, objectives: ObjectivesConfig, shape: Shape) 
         _project(teacher, model, shape, 0)
     if needs.teaches_words:
         _encode_text(teacher, model.text, shape)
-        projected = _projects(model, shape.tokens, shape.slots)
+        projected = _projects(model, teacher.patches, shape.tokens, shape.slots)
         _remember(teacher, model, shape, projected)
         _fuse_lower(teacher, model, shape, shape.batch, shape.batch, projected[0])
         _fuse_last(teacher, model, shape, shape.batch, shape.slots, projected[1])
@@ -157,55 +159,8 @@ def count_flops(model: ModelConfig, objectives: ObjectivesConfig, shape: Shape) 
     return Flops(student.forward, student.backward, teacher.forward)
 
 
-def count_memory(model: ModelConfig, objectives: ObjectivesConfig, shape: Shape, half: bool) -> dict[str, int]:
-    """Bytes that a training step holds, by what they are for; about, since allocators round and libraries differ.
-
-    Args:
-        model: the sizes.
-        objectives: what is enabled.
-        shape: one batch.
-        half: the encoders' activations are kept in bf16; everything else is fp32.
-    """
-    needs = Needs.of(objectives)
-    trained = trained_parameters(model, objectives)
-    return {
-        "weights": 4 * sum(count_parameters(model).values()),
-        "gradients": 4 * trained,
-        "AdamW moments": 8 * trained,
-        "teacher": 4 * teacher_parameters(model, objectives),
-        "queue": needs.queue * (2 * 4 * model.embed_dim + 8),
-        "activations": shape.batch * _activation_bytes(model, objectives, shape, half),
-    }
-
-
-def _activation_bytes(model: ModelConfig, objectives: ObjectivesConfig, shape: Shape, half: bool) -> int:
-    """Bytes a pair that the forward pass keeps for the backward one.
-
-    Of a token, a vision block keeps 8 widths (two norms with inputs and outputs, queries, keys, values, and what
-    attention gives) and the MLP's hidden layer twice; a text layer the same, and 4 more for the cross-attention.
-    """
-    needs, vision, text = Needs.of(objectives), model.vision, model.text
-    image_tokens, fusion = 1 + vision.grid**2, text.depth - text.fusion_layer
-    fuses = needs.matches or needs.masks
-    encoded = image_tokens * vision.depth * (8 * vision.width + 2 * _mlp_width(vision))
-    encoded += 2 * image_tokens * vision.width
-    readings, passes = 1 + needs.masks, 3 * needs.matches + needs.masks
-    layer = shape.tokens * (8 * text.width + 2 * text.mlp_width)
-    # Dropout keeps a mask of a byte an element, and the attention weights before and after it.
-    layer += (text.dropout > 0) * shape.tokens * (text.width // 2 + 2 * text.heads * shape.tokens)
-    cross = shape.tokens * 4 * text.width + (text.dropout > 0) * 2 * shape.tokens * text.heads * image_tokens
-    # The last layer runs for [CLS] or the hidden words alone.
-    encoded += readings * text.fusion_layer * layer + passes * (fusion - 1) * (layer + cross)
-    # Keys and values of the images, and once more for the negative images.
-    encoded += fuses * (1 + needs.matches) * fusion * image_tokens * 2 * text.width
-    logits = shape.masked / shape.batch * text.vocabulary_size * (4 if needs.teaches_words else 2) * needs.masks
-    candidates = shape.batch + needs.queue
-    compared = candidates * (6 * bool(objectives.cma) + 4 * bool(objectives.imc) + 2 * bool(needs.queue))
-    return round(encoded * (2 if half else 4) + 4 * (logits + compared))
-
-
 def _encode_image(tally: Tally, vision: VisionConfig, images: int) -> None:
-    patches, width = vision.grid**2, vision.width
+    patches, width = tally.patches, vision.width
     # The pixels need no gradient.
     tally.add(2 * images * patches * 3 * vision.patch_size**2 * width, gradients=1)
     for _ in range(vision.depth):
@@ -229,7 +184,7 @@ def _attend(tally: Tally, batch: int, rows: int, tokens: int, width: int) -> Non
 
 
 def _cross(tally: Tally, model: ModelConfig, pairs: int, rows: int, projected: bool) -> None:
-    width, image_width, image_tokens = model.text.width, model.vision.width, 1 + model.vision.grid**2
+    width, image_width, image_tokens = model.text.width, model.vision.width, 1 + tally.patches
     tally.add(4 * pairs * rows * width * width)
     if projected:
         tally.add(4 * pairs * rows * image_tokens * width)
@@ -242,10 +197,10 @@ def _project(tally: Tally, model: ModelConfig, shape: Shape, gradients: int) -> 
     tally.add(2 * shape.batch * (model.vision.width + model.text.width) * model.embed_dim, gradients)
 
 
-def _projects(model: ModelConfig, lower: int, last: int) -> tuple[bool, bool]:
+def _projects(model: ModelConfig, patches: int, lower: int, last: int) -> tuple[bool, bool]:
     """Whether lower layers and the last one keep keys and values, for the numbers of text tokens that read an image."""
     text, vision = model.text, model.vision
-    sizes = (1 + vision.grid**2, text.width, vision.width, text.heads)
+    sizes = (1 + patches, text.width, vision.width, text.heads)
     keeps = pays_to_project(lower, *sizes)
     return keeps, keeps and pays_to_project(last, *sizes)
 
@@ -253,7 +208,7 @@ def _projects(model: ModelConfig, lower: int, last: int) -> tuple[bool, bool]:
 def _remember(tally: Tally, model: ModelConfig, shape: Shape, projected: tuple[bool, bool]) -> None:
     lower, last = projected
     layers = (model.text.depth - model.text.fusion_layer - 1) * lower + last
-    image_tokens = 1 + model.vision.grid**2
+    image_tokens = 1 + tally.patches
     tally.add(layers * 2 * shape.batch * image_tokens * model.vision.width * 2 * model.text.width)
 
 
@@ -280,7 +235,7 @@ def _fuse_student(tally: Tally, model: ModelConfig, shape: Shape, needs: Needs) 
     if not (needs.matches or needs.masks):
         return
     texts, passes = needs.matches + needs.masks, 3 * needs.matches + needs.masks
-    projected = _projects(model, shape.tokens * passes, 3 * needs.matches + shape.slots * needs.masks)
+    projected = _projects(model, tally.patches, shape.tokens * passes, 3 * needs.matches + shape.slots * needs.masks)
     _remember(tally, model, shape, projected)
     _fuse_lower(tally, model, shape, shape.batch * texts, shape.batch * passes, projected[0])
     if needs.matches:

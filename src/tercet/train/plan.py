@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tercet.config import Config
 from tercet.config_io import dump_config
-from tercet.train.cost import Shape, count_flops, count_memory, count_parameters, expected_shape, trained_parameters
+from tercet.train.cost import Shape, count_flops, count_parameters, expected_shape, trained_parameters
+from tercet.train.memory import count_activations, count_memory, largest_batch
 
 COUNTED_TASKS = ("pretrain", "retrieval")
 
@@ -46,11 +47,16 @@ def _step_notes(config: Config, shape: Shape) -> list[str]:
         f"FLOPs a step on each device: {flops.total * batches / 1e12:,.3f} T "
         f"for {shape.batch * batches} pairs" + (f" in {batches} batches" if batches > 1 else ""),
     ]
+    tokens = shape.tokens
     for precision in ("fp32", "bf16") if train.precision == "auto" else (train.precision,):
-        memory = count_memory(model, objectives, shape, half=precision == "bf16")
+        half = precision == "bf16"
+        memory = count_memory(model, objectives, shape, half, train.device == "cuda", train.recompute)
         held = ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items() if size)
-        a_pair = _bytes(memory["activations"] // shape.batch)
-        notes.append(f"memory of a device, {precision}: about {_bytes(sum(memory.values()))} ({held}: {a_pair} a pair)")
+        kept = count_activations(model, objectives, shape, half, train.recompute)
+        a_pair = f"the forward pass keeps {_bytes(kept.total // shape.batch)} a pair"
+        notes.append(f"memory of a device, {precision}: about {_bytes(sum(memory.values()))} ({held}; {a_pair})")
+        most = largest_batch(model, objectives, tokens, half, train.recompute)
+        notes.append(f"largest batch on a card of 80 GB, {precision}: about {most:,} pairs")
     return notes
 
 

@@ -16,11 +16,13 @@ from tercet.data.texts import Tokenizer
 from tercet.errors import TercetError
 from tercet.files import write_atomic
 from tercet.model.folder import load_model, require_tokenizer
+from tercet.model.recompute import recompute_layers
 from tercet.model.tercet import Tercet
 from tercet.model.vision import resize_position_embed
 from tercet.tasks.build import build_loader, build_task, kind_of, open_data, words_of
 from tercet.tasks.task import Loader, StepBatch, Task, TaskData, within_positions
 from tercet.train.checkpoint import Checkpoints, Position, list_checkpoints
+from tercet.train.compilation import compile_encoders, compiled_models
 from tercet.train.optim import build_optimizer
 from tercet.train.parallel import Placement, place
 
@@ -105,6 +107,9 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
         messages += adopt(student, source, config)
     task = build_task(config, student).to(placement.device)
     task.train()
+    recompute_layers(student, config.train.recompute)
+    if config.train.compile:
+        compile_encoders(compiled_models(task))
     optimizer = build_optimizer(student, config.optim, published)
     loader = build_loader(config, source, tokenizer, student.config.vision.image_size)
     checkpoints = Checkpoints(folder / CHECKPOINTS, config.train.keep_checkpoints)
