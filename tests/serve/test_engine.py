@@ -63,6 +63,16 @@ def test_ask(model: Tercet, engine: Engine) -> None:
             assert results[index].score == pytest.approx(alone.score, abs=1e-5)
 
 
+def test_another_model_can_answer(model: Tercet) -> None:
+    plain = make_model()
+    engine = Engine(plain, answering=model)
+    assert engine.answers_questions
+    (found,) = engine.run(("ask", ("red", "blue")), [AskJob(IMAGES[0], "what colour is it?")])
+    alone = model.answer(IMAGES[0], "what colour is it?", ["red", "blue"])
+    assert isinstance(alone, Answer) and found.text == alone.text
+    assert "answer" not in plain.config.heads
+
+
 def test_embed(model: Tercet, engine: Engine) -> None:
     jobs = [EmbedJob(IMAGES[:2], []), EmbedJob([], TEXTS[:1]), EmbedJob(IMAGES[2:3], TEXTS[1:])]
     results = engine.run(("embed",), jobs)

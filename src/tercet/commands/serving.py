@@ -27,6 +27,8 @@ class ServeArguments:
     """folder or URI that `tercet index` wrote"""
     model: ModelFlag = None
     """model folder, run folder, or hub id; default: the one that made the index"""
+    ask_model: ModelFlag = None
+    """model that answers questions, fine-tuned by `tercet train vqa`; default: the one that searches"""
     host: str = "127.0.0.1"
     """address to listen at; 0.0.0.0 lets other machines connect"""
     port: int = 8000
@@ -78,10 +80,10 @@ def serve(arguments: list[str]) -> None:
         pixel_limit=int(options.megapixels * 1e6),
         request_seconds=options.seconds,
     )
-    _serve(options.index, options.model, settings)
+    _serve(options, settings)
 
 
-def _serve(index: str, model: str | None, settings: ServeSettings) -> None:
+def _serve(options: ServeArguments, settings: ServeSettings) -> None:
     """Open, load, listen, and serve until a signal asks to stop."""
     from tercet.commands.models import load_chosen
     from tercet.search.index import Index
@@ -89,10 +91,12 @@ def _serve(index: str, model: str | None, settings: ServeSettings) -> None:
     from tercet.serve.server import address, listen, run_server
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    opened = Index.open(index)
+    opened = Index.open(options.index)
     # Before the model is read, so that a port that is taken is told at once.
     with listen(settings) as sock:
-        app = create_app(load_chosen(model or opened.model, local_only=True), opened, settings)
+        model = load_chosen(options.model or opened.model, local_only=True)
+        answering = load_chosen(options.ask_model, local_only=True) if options.ask_model else None
+        app = create_app(model, opened, settings, answering)
         if not settings.local and settings.key is None:
             print(
                 f"anyone who can reach {settings.host} port {settings.port} can search and see these images; set "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import asynccontextmanager
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from tercet.search import searcher
     from tercet.search.index import Index
 
+log = logging.getLogger("tercet.serve")
+
 Result = TypeVar("Result")
 Identifier = Annotated[str, Path(min_length=1, max_length=schema.ID_LENGTH, description="id of an image of the index")]
 
@@ -60,9 +63,9 @@ def _faults(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": schema.ErrorResponse, "description": _MEANINGS[status]} for status in statuses}
 
 
-READ_FAULTS = _faults(401, 421, 500)
+READ_FAULTS = _faults(401, 421, 500, 503)
 POST_FAULTS = _faults(400, 401, 404, 408, 413, 415, 421, 422, 429, 500, 503)
-IMAGE_FAULTS = _faults(401, 404, 421, 422, 500)
+IMAGE_FAULTS = _faults(401, 404, 421, 422, 500, 503)
 
 
 class Service:
@@ -75,10 +78,9 @@ class Service:
         engine: the model.
     """
 
-    def __init__(self, model: Tercet, index: Index, settings: ServeSettings) -> None:
+    def __init__(self, model: Tercet, index: Index, settings: ServeSettings, answering: Tercet | None = None) -> None:
         self.index, self.settings, self.metrics = index, settings, Metrics()
-        self.engine = Engine(model, Searcher(index, model))
-        self._size = model.config.vision.image_size
+        self.engine = Engine(model, Searcher(index, model), answering)
         self._batcher = Batcher(self.engine.run, settings.batch, settings.window, self.metrics.observe_batch)
         self._decoders = anyio.CapacityLimiter(DECODERS)
         self._readers = anyio.CapacityLimiter(READERS)
@@ -96,9 +98,10 @@ class Service:
             raise Refusal(503, "the server is stopping; ask again when it is back", {"retry-after": "5"}) from None
         return await asyncio.wrap_future(future)
 
-    async def picture(self, picture: schema.Picture) -> Pixels:
-        """The image of a request, decoded beside the event loop."""
-        arguments = (picture, self.index, self._size, self.settings.pixel_limit)
+    async def picture(self, picture: schema.Picture, reader: Tercet | None = None) -> Pixels:
+        """The image of a request as `reader` sees it, by default the model; decoded beside the event loop."""
+        size = (reader or self.engine.model).config.vision.image_size
+        arguments = (picture, self.index, size, self.settings.pixel_limit)
         return await run_sync(read_picture, *arguments, limiter=self._decoders)
 
     async def read(self, call: Callable[..., Result], *arguments: Any) -> Result:
@@ -110,15 +113,16 @@ class Service:
         await run_sync(self._batcher.close, self.settings.request_seconds)
 
 
-def create_app(model: Tercet, index: Index, settings: ServeSettings) -> FastAPI:
+def create_app(model: Tercet, index: Index, settings: ServeSettings, answering: Tercet | None = None) -> FastAPI:
     """The application over a model and its index.
 
     Args:
         model: in evaluation mode, on the device that it is to run on, with its tokenizer.
         index: embedded by the same model.
         settings: the bounds.
+        answering: fine-tuned for questions, on its device; default `model`.
     """
-    service = Service(model, index, settings)
+    service = Service(model, index, settings, answering)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -136,7 +140,7 @@ def create_app(model: Tercet, index: Index, settings: ServeSettings) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
-    _add_errors(app)
+    _add_errors(app, index.path)
     _add_questions(app, service)
     _add_images(app, service)
     _add_health(app, service)
@@ -153,12 +157,16 @@ def create_app(model: Tercet, index: Index, settings: ServeSettings) -> FastAPI:
     return app
 
 
-def _add_errors(app: FastAPI) -> None:
+def _add_errors(app: FastAPI, index_path: str) -> None:
     async def refuse(_: Request, error: Exception) -> Response:
         assert isinstance(error, Refusal)
         return _error(error.status, error.message, error.headers)
 
     async def tell_mistake(_: Request, error: Exception) -> Response:
+        if index_path in str(error):
+            # No mistake of the client's, and where the index lies is none of its business.
+            log.error("%s", error)
+            return _error(503, "the index cannot be read at present; the server's log says why", {"retry-after": "5"})
         return _error(422, str(error))
 
     async def tell_invalid(_: Request, error: Exception) -> Response:
@@ -214,8 +222,9 @@ def _add_questions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/ask", responses=POST_FAULTS, operation_id="ask")
     async def ask(body: schema.AskRequest) -> schema.AskResponse:
         """Answer a question about an image."""
-        service.engine.model.require_heads(("answer",), "vqa")
-        job = AskJob(await service.picture(body.image), body.question)
+        answering = service.engine.answering
+        answering.require_heads(("answer",), "vqa")
+        job = AskJob(await service.picture(body.image, answering), body.question)
         answer = await service.infer(("ask", tuple(body.answers)), job)
         others = [schema.Scored(text=text, score=score) for text, score in answer.others]
         return schema.AskResponse(answer=answer.text, score=answer.score, others=others)
@@ -293,7 +302,8 @@ def _add_health(app: FastAPI, service: Service) -> None:
         """Whether the index can be read and the model takes requests."""
         if not service.ready:
             raise Refusal(503, "the model takes no requests; the server is stopping or must be started again")
-        await service.read(lambda: service.index.count)
+        # Counting would be answered from memory; looking an id up reads the table.
+        await service.read(service.index.rows, ["0" * 16], ["id"])
         return schema.State(status="ready")
 
     @app.get("/metrics", response_class=Response, include_in_schema=False)

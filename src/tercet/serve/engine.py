@@ -128,8 +128,15 @@ class Explained:
 class Engine:
     """Runs batches on a model.  Not for several threads at once: the batcher's one thread calls it."""
 
-    def __init__(self, model: Tercet, searcher: Searcher | None = None) -> None:
-        self.model, self.searcher = model, searcher
+    def __init__(self, model: Tercet, searcher: Searcher | None = None, answering: Tercet | None = None) -> None:
+        """Make ready.
+
+        Args:
+            model: searches, matches, classifies, embeds and explains.
+            searcher: over the index, with the same model; None where nothing is searched.
+            answering: answers questions; default `model`.
+        """
+        self.model, self.searcher, self.answering = model, searcher, answering or model
         self._size = model.config.vision.image_size
         self._classes: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = OrderedDict()
         self._answerer = self._make_answerer(None) if self.answers_questions else None
@@ -144,8 +151,8 @@ class Engine:
 
     @property
     def answers_questions(self) -> bool:
-        """Whether the model was fine-tuned for questions."""
-        return "answer" in self.model.config.heads
+        """Whether the model that answers was fine-tuned for questions."""
+        return "answer" in self.answering.config.heads
 
     def run(self, kind: Hashable, jobs: list) -> Sequence:
         """Results of `jobs` in order; `kind` is a name and what all its jobs share.
@@ -155,7 +162,7 @@ class Engine:
         """
         assert isinstance(kind, tuple)
         name, *shared = kind
-        with evaluating(self.model):
+        with evaluating(self.model), evaluating(self.answering):
             return self._runs[name](jobs, tuple(shared))
 
     def _match(self, jobs: list[MatchJob], _: tuple) -> list[list[Matched]]:
@@ -199,15 +206,14 @@ class Engine:
     def _ask(self, jobs: list[AskJob], shared: tuple) -> list[Answer]:
         answers: tuple[str, ...] = shared[0]
         answerer = self._make_answerer(answers) if answers or self._answerer is None else self._answerer
-        config = answerer.config
-        data = _DATA.model_copy(
-            update={"max_words": config.max_words, "max_tokens": self.model.config.text.max_positions}
-        )
-        input_ids, mask = tokenise(self.model, [job.question for job in jobs], data, clean_question)
-        return answerer.answer(to_batch([job.pixels for job in jobs], self._size), input_ids, mask)
+        sizes = self.answering.config
+        limits = {"max_words": answerer.config.max_words, "max_tokens": sizes.text.max_positions}
+        data = _DATA.model_copy(update=limits)
+        input_ids, mask = tokenise(self.answering, [job.question for job in jobs], data, clean_question)
+        return answerer.answer(to_batch([job.pixels for job in jobs], sizes.vision.image_size), input_ids, mask)
 
     def _make_answerer(self, answers: tuple[str, ...] | None) -> Answerer:
-        return Answerer(self.model, VqaConfig(), list(answers) if answers else self.model.answers)
+        return Answerer(self.answering, VqaConfig(), list(answers) if answers else self.answering.answers)
 
     def _embed(self, jobs: list[EmbedJob], _: tuple) -> list[tuple[list[list[float]], list[list[float]]]]:
         """`image_feats` and `text_feats` of each job."""

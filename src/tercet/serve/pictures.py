@@ -67,11 +67,10 @@ def require(index: Index, identifier: str) -> None:
 
     Raises:
         Refusal: no image of that id.
+        TercetError: the index cannot be read.
     """
-    try:
-        index.entry(identifier)
-    except TercetError as error:
-        raise Refusal(404, "the index holds no image of that id; ids come with the results of a search") from error
+    if not index.rows([identifier], ["id"]):
+        raise Refusal(404, "the index holds no image of that id; ids come with the results of a search")
 
 
 def shown(data: bytes) -> tuple[bytes, str]:

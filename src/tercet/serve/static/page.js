@@ -91,6 +91,7 @@ function fail(error, again) {
     };
     return;
   }
+  if (!part("grid").children.length) part("hint").textContent = "";
   part("notice-text").textContent = error.message;
   part("notice").hidden = false;
   part("again").onclick = () => {

@@ -34,7 +34,7 @@ export function setUp(about, searchLike) {
   new ResizeObserver(redraw).observe(part("frame"));
   if (!about.answers_questions) {
     part("ask").replaceChildren(
-      make("p", { className: "facts" }, "This model was not trained to answer questions; `tercet train vqa --init MODEL` makes one that was."),
+      make("p", { className: "facts" }, "The model of this server was not trained to answer questions. Start it with --ask_model to add one that was."),
     );
   }
 }
