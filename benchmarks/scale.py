@@ -193,10 +193,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     opened = sorted(runs, key=lambda run: run["open_seconds"])[1]
     return {
         "name": "scale",
-        "pairs_per_second": {f"{workers} workers": round(rate, 1) for workers, rate in rates.items()},
+        "pairs_per_second": {
+            f"{workers} worker{'s' * (workers > 1)}": round(rate, 1) for workers, rate in rates.items()
+        },
         "opening": opened,
         "index_bytes_a_pair": round(index_bytes / ENTRIES, 1),
-        "order_ms_a_step_of_256": {f"{size:,} pairs": order_cost(size) for size in (100_000, 1_000_000, 100_000_000)},
+        "order_ms_a_step_of_256": {
+            f"{size:,} pairs": order_cost(size) for size in (1_000_000, 10_000_000, 100_000_000)
+        },
         "sequential_share": sequential_share(500_000 if arguments.quick else 2_000_000),
         "machine": {"processor": processor_name(), "cores": os.cpu_count()},
     }

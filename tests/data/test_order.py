@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tercet.data.order import WINDOW_BLOCKS, PairOrder, hash_each, mix, permute, shuffled
+from tercet.data.shard_source import BLOCKS_REMEMBERED
 from tercet.errors import TercetError
 
 sizes = st.integers(1, 1100) | st.integers(1100, 9000)
@@ -79,6 +80,44 @@ def test_a_window_reads_few_blocks() -> None:
     # Yet a batch mixes blocks from all over the set.
     assert len(np.unique(order[:64] // block)) > WINDOW_BLOCKS // 2
     assert np.ptp(order[:64]) > size / 2
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 9000), keys, st.integers(2, 200), st.integers(1, 7))
+def test_every_block_is_begun_once_an_epoch(size: int, key: int, block: int, batch: int) -> None:
+    """What makes reading tar shards nearly sequential: a block is read ahead once, and found there until it is done."""
+    order = shuffled(np.arange(size), size, key, block)
+    open_blocks: dict[int, None] = {}
+    begun: list[int] = []
+    for number in (order // block).tolist():
+        if number not in open_blocks:
+            begun.append(number)
+        open_blocks.pop(number, None)
+        open_blocks[number] = None
+        if len(open_blocks) > BLOCKS_REMEMBERED:
+            del open_blocks[next(iter(open_blocks))]
+    assert sorted(begun) == list(range(-(-size // block)))
+    # Of any stretch of a window, whoever reads it, samples come from two windows of blocks at most.
+    window = block * WINDOW_BLOCKS
+    for start in range(0, size, window):
+        assert len(np.unique(order[start : start + window] // block)) <= WINDOW_BLOCKS + 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 400), st.integers(5, 64), st.integers(2, 30), st.integers(0, 5), st.integers(1, 6), st.data())
+def test_an_epoch_goes_on_from_any_step_by_that_number_alone(
+    images: int, batch_size: int, block: int, epoch: int, workers: int, data: st.DataObject
+) -> None:
+    caption_counts = np.ones(images, np.int64)
+    whole = PairOrder(caption_counts, batch_size, 5, "each", drop_last=False, block_size=block)
+    step = data.draw(st.integers(0, whole.steps_per_epoch - 1))
+    before = np.concatenate([np.zeros(0, np.int64), *(whole.step_indices(epoch, s).images for s in range(step))])
+    # Another process begins there, and hands the steps to its workers in turn, each with an order of its own.
+    orders = [
+        PairOrder(caption_counts, batch_size, 5, "each", drop_last=False, block_size=block) for _ in range(workers)
+    ]
+    after = [orders[s % workers].step_indices(epoch, s).images for s in range(step, whole.steps_per_epoch)]
+    assert sorted(np.concatenate([before, *after]).tolist()) == list(range(images))
 
 
 @given(counts, st.integers(1, 40), st.integers(1, 5), st.integers(0, 3), st.sampled_from([1, 4]))

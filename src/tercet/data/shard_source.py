@@ -23,7 +23,7 @@ from tercet.errors import TercetError
 
 SEQUENTIAL_BLOCK = 1024  # neighbouring samples that a training reads about the same time, and the disk in one go
 OPEN_SHARDS = 32
-OPEN_INDEXES = 256
+OPEN_INDEXES = 64
 BLOCKS_REMEMBERED = 64
 FETCH_AHEAD = 256 << 20  # bytes of a block that the system is asked to read at once
 ASK_AT_ONCE = 16

@@ -310,7 +310,12 @@ def _matches(pattern: str) -> list[str]:
     folder = Path(pattern)
     if os.path.isdir(pattern):  # noqa: PTH112 - Path.is_dir raises on a name that is too long
         for extensions in ({".tar"}, TABLE_SUFFIXES):
-            inside = sorted(str(file) for file in folder.iterdir() if _extension(file.name) in extensions)
+            # img2dataset writes 00000.parquet about the images of a folder 00000: that table holds none itself.
+            inside = sorted(
+                str(file)
+                for file in folder.iterdir()
+                if _extension(file.name) in extensions and not file.with_suffix("").is_dir()
+            )
             if inside:
                 return inside
         return [pattern]
