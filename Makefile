@@ -8,7 +8,7 @@ PIP_FLAGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test lint format types bench clean
+.PHONY: help demo test lint format types bench docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -34,8 +34,11 @@ format: $(VENV)/.installed-dev  ## rewrite the sources in the project's style
 bench: $(VENV)/.installed-dev  ## time a training step of the base model on this machine
 	@$(BIN)/python benchmarks/step.py
 
+docs: $(VENV)/.installed-docs  ## build the documentation into site/, strictly
+	@$(BIN)/python -m mkdocs build --quiet --strict
+
 clean:  ## remove the environment and everything that was built; runs/ stays
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -55,3 +58,8 @@ $(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) with the tools of development (once; this takes a few minutes)"
 	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) with what the documentation needs (once)"
+	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
+	@touch $@

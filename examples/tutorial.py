@@ -1,0 +1,109 @@
+"""From a folder of pictures to a model that finds them by words and answers questions about them.
+
+    python examples/tutorial.py                          # draws its own pictures; a few minutes on two CPU cores
+    python examples/tutorial.py --pictures my_folder/    # each picture with a .txt of its name that holds its caption
+    python examples/tutorial.py --pictures my_folder/ --questions questions.json
+
+questions.json is a list of {"image": "a.jpg", "question": "what is it?", "answer": "a boat"}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import tercet
+from tercet.config_io import load_config
+from tercet.data.scenes import SceneSource
+from tercet.report.page import write_report
+from tercet.train.loop import train
+
+HELD_OUT = 8  # one picture of so many is kept from training
+
+
+def draw_pictures(folder: Path, count: int) -> Path:
+    """Step 0, without pictures of your own: drawn scenes with captions."""
+    source = SceneSource(count, "train")
+    folder.mkdir(parents=True)
+    for index in range(count):
+        (folder / f"{index:05}.png").write_bytes(source.image(index))
+        (folder / f"{index:05}.txt").write_text("\n".join(source.captions(index)) + "\n", "utf-8")
+    return folder
+
+
+def split(folder: Path, work: Path) -> tuple[Path, Path]:
+    """Step 1: keep some pictures from training, so that the model can be measured on what it never saw."""
+    parts = work / "train", work / "held_out"
+    for part in parts:
+        part.mkdir(parents=True)
+    captions = sorted(folder.rglob("*.txt"))
+    for index, caption in enumerate(captions):
+        part = parts[index % HELD_OUT == 0]
+        for file in caption.parent.glob(f"{caption.stem}.*"):
+            shutil.copy(file, part / file.name)
+    return parts
+
+
+def train_search(pictures: Path, held_out: Path, work: Path, steps: int | None) -> Path:
+    """Step 2: train the encoders and the matching head on pictures and captions."""
+    keys = {
+        "data.train": [str(pictures)],
+        "data.test": [str(held_out)],
+        "train.epochs": 30,
+        "train.max_steps": steps,
+        "output": str(work / "search"),
+    }
+    run = train(load_config("demo", {**keys, "data.validation": []}))
+    print(f"Look at {write_report(run)}.")
+    return run
+
+
+def search(model: tercet.Tercet, folder: Path, query: str, count: int = 5) -> list[tuple[float, str]]:
+    """Step 3: compare all pictures with the words, then let the fusion encoder look at the best again."""
+    files = sorted(file for file in folder.iterdir() if file.suffix != ".txt")
+    cosines = model.embed_images(files) @ model.embed_texts(query)
+    best = [files[index] for index in cosines.topk(min(4 * count, len(files))).indices.tolist()]
+    chances = model.match(best, [query])
+    assert not isinstance(chances, float)
+    return sorted(zip(chances[:, 0].tolist(), map(str, best), strict=True), reverse=True)[:count]
+
+
+def train_answers(run: Path, questions: str, work: Path, steps: int | None) -> tercet.Tercet:
+    """Step 4: fine-tune on questions."""
+    keys = {"data.train": [questions], "data.validation": [], "data.test": [], "init": str(run / "model")}
+    answering = train(load_config("demo-vqa", {**keys, "train.max_steps": steps, "output": str(work / "answers")}))
+    return tercet.load(answering)
+
+
+def main() -> None:
+    """All steps, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=Path, help="folder of pictures with captions; default: drawn scenes")
+    parser.add_argument("--questions", type=Path, help="JSON list of questions; default: about drawn scenes")
+    parser.add_argument("--work", type=Path, default=Path("runs/tutorial"), help="a new folder for everything made")
+    parser.add_argument("--scenes", type=int, default=1000, help="how many pictures are drawn")
+    parser.add_argument("--steps", type=int, help="stop each training after so many steps")
+    parser.add_argument("--query", default="a large red circle", help="what is searched for")
+    parser.add_argument("--question", default="what colour is the circle", help="what is asked")
+    arguments = parser.parse_args()
+
+    work: Path = arguments.work
+    pictures = arguments.pictures or draw_pictures(work / "pictures", arguments.scenes)
+    training, held_out = split(pictures, work)
+    run = train_search(training, held_out, work, arguments.steps)
+
+    model = tercet.load(run)
+    found = search(model, held_out, arguments.query)
+    for chance, file in found:
+        print(f"{chance:.3f}  {file}")
+
+    answering = train_answers(run, str(arguments.questions or "scenes"), work, arguments.steps)
+    answer = answering.answer(found[0][1], arguments.question)
+    assert not isinstance(answer, list)
+    print(json.dumps({"picture": found[0][1], "question": arguments.question, "answer": answer.text}))
+
+
+if __name__ == "__main__":
+    main()

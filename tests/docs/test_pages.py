@@ -1,0 +1,163 @@
+"""Every command of the documentation is one that exists: parsed here, and those marked as runnable run."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from tercet.cli import main
+from tercet.commands import COMMANDS
+from tercet.config_io import dump_config, load_config, recipe_names
+from tercet.data.scenes import SceneSource
+from tiny_model import SCENES, make_model
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+BLOCK = re.compile(
+    r"(?:<!-- run(?:: (?P<extra>\w+))? -->\n(?P<marked>))?```(?P<language>\w+)\n(?P<body>.*?)```", re.DOTALL
+)
+# Packages of extras that runnable blocks need.
+EXTRAS = {"search": "lancedb", "export": "onnxruntime"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code on a page."""
+
+    page: str
+    number: int
+    language: str
+    body: str
+    runs: bool
+    extra: str | None
+
+    def __str__(self) -> str:
+        return f"{self.page}#{self.number}"
+
+    def commands(self) -> Iterator[list[str]]:
+        """The words of each `tercet` command, with variables of the block put in and without what sets a variable."""
+        variables: dict[str, str] = {}
+        for line in self.body.replace("\\\n", " ").splitlines():
+            assignment = re.fullmatch(r"(\w+)=(\"?)(.*)\2", line.strip())
+            if assignment and not line.startswith("OMP_"):
+                variables[assignment[1]] = assignment[3]
+            for name, value in sorted(variables.items(), key=lambda item: -len(item[0])):
+                line = line.replace(f"${name}", value)
+            # A variable of an earlier block stays out.
+            words = [word for word in shlex.split(line, comments=True) if not word.startswith("$")]
+            while words and (re.fullmatch(r"[A-Z_]+=\S*", words[0]) or words[0] in ("nice", "-n", "10")):
+                words = words[1:]
+            if words[:1] == ["torchrun"] and "tercet" in words:
+                words = words[words.index("tercet") :]
+            if words[:1] == ["tercet"]:
+                yield words[1:]
+
+
+def blocks() -> list[Block]:
+    """All blocks of all pages, in order."""
+    return [
+        Block(page.name, number, match["language"], match["body"], match["marked"] is not None, match["extra"])
+        for page in PAGES
+        for number, match in enumerate(BLOCK.finditer(page.read_text("utf-8")), 1)
+    ]
+
+
+SHELL = [block for block in blocks() if block.language == "sh" and list(block.commands())]
+
+
+class ParsedError(Exception):
+    """The arguments were understood."""
+
+
+@pytest.mark.parametrize("block", SHELL, ids=str)
+def test_commands_are_understood(block: Block, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("extends: retrieval-coco\n")
+    for words in block.commands():
+        name = next((name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS), None)
+        assert name is not None, f"{block}: no command {words[0]!r}"
+        if name == "train" and "--resume" not in words:
+            assert words[1] in recipe_names() or words[1].endswith(".yaml"), f"{block}: no recipe {words[1]}"
+            assert main([*words, "--dry-run"] if "--dry-run" not in words else words) == 0, f"{block}: {words}"
+            continue
+        _parse_alone(name, words[len(name.split()) :], monkeypatch, str(block))
+
+
+def _parse_alone(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Let a command parse its arguments and stop there."""
+    module = import_module(f"tercet.commands.{COMMANDS[name].module}")
+    parse = module.parse
+
+    def parse_and_stop(*given: object) -> None:
+        parse(*given)
+        raise ParsedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "parse", parse_and_stop)
+        with pytest.raises(ParsedError):
+            COMMANDS[name].load(name)(arguments)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the pages speak of: a demo run, pictures with captions, a photo."""
+    folder = tmp_path_factory.mktemp("pages")
+    source = SceneSource(24, "train")
+    for index in range(24):
+        part = folder / ("held_out" if index % 4 == 0 else "my_folder")
+        part.mkdir(exist_ok=True)
+        (part / f"{index}.png").write_bytes(source.image(index))
+        (part / f"{index}.txt").write_text("\n".join(source.captions(index)))
+    (folder / "photo.jpg").write_bytes(SCENES.image(0))
+    run = folder / "runs" / "demo"
+    run.mkdir(parents=True)
+    make_model().save(run / "model")
+    (run / "config.yaml").write_text(dump_config(load_config("demo")))
+    (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    return folder
+
+
+@pytest.mark.parametrize(
+    "block", sorted((block for block in SHELL if block.runs), key=lambda block: block.page != "start.md"), ids=str
+)
+def test_marked_commands_run(
+    block: Block, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if block.extra:
+        pytest.importorskip(EXTRAS[block.extra])
+    monkeypatch.chdir(workplace)
+    for words in block.commands():
+        short = ["--train.max_steps", "2", "--data.workers", "0"] if words[0] == "train" else []
+        assert main([*words, *short]) == 0, f"{block}: {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("block", [block for block in blocks() if block.language == "python"], ids=str)
+def test_python_is_valid(block: Block) -> None:
+    ast.parse(block.body)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+            if "://" not in target and not target.startswith("reference/"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config as load_site
+
+    build(load_site(str(REPOSITORY / "mkdocs.yml"), site_dir=str(tmp_path / "site"), strict=True))
+    built = (tmp_path / "site" / "reference" / "config.html").read_text("utf-8")
+    assert "objectives.queue_size" in built and "features kept from earlier batches" in built
+    assert "tercet convert" in (tmp_path / "site" / "reference" / "cli.html").read_text("utf-8")
+    pages = [page.read_text("utf-8") for page in (tmp_path / "site").rglob("*.html")]
+    assert not [page for page in pages if re.search(r'<(?:script|link|img)[^>]+(?:src|href)="https?://', page)]
