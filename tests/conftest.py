@@ -6,8 +6,13 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+# A busy machine is no failure.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "tests"))  # for `tiny_model`, which tests of several folders read

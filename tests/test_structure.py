@@ -18,7 +18,7 @@ ALLOWED = {
     "errors": set(),
     "version": set(),
     "files": {"errors"},
-    "ranks": set(),
+    "ranks": {"errors"},
     "config": set(),
     "config_io": {"config", "errors"},
     "arguments": {"config", "config_io", "errors"},

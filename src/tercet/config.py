@@ -165,6 +165,9 @@ class ObjectivesConfig(Section):
     alpha: float = Field(default=0.4, ge=0, le=1, description="weight of the teacher's soft targets in cma and mlm")
     alpha_ramp: float = Field(default=1.0, ge=0, description="epochs over which alpha rises from 0")
     queue_size: int = Field(default=65536, ge=0, description="features kept from earlier batches as further negatives")
+    gather_negatives: bool = Field(
+        default=False, description="several ranks: itm and lmi find negatives among the pairs of all of them"
+    )
     mask_probability: float = Field(default=0.15, ge=0, le=1, description="share of word pieces that mlm hides")
     local_grid: int | None = Field(
         default=None, ge=1, description="side of the pooled patch grid of lmi; default the root of the grid"
@@ -278,11 +281,14 @@ class TrainConfig(Section):
 
     epochs: int = Field(default=30, ge=1, description="passes over the data")
     max_steps: int | None = Field(default=None, ge=1, description="stop after this many steps, whatever epochs says")
-    batch_size: int = Field(default=64, ge=1, description="pairs a step on each device")
+    batch_size: int = Field(default=64, ge=1, description="pairs a step, over all ranks together")
     seed: int = Field(default=0, ge=0, description="every random choice follows from this and the step")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes CUDA where there is one")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="auto takes bf16 where the device has it natively"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp", description="several ranks: each holds the whole model, or a part of every layer"
     )
     compile: bool = Field(default=False, description="torch.compile the encoders' layers, once for all text lengths")
     recompute: bool = Field(

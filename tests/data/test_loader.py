@@ -113,7 +113,7 @@ def test_an_epoch_left_early_does_not_disturb_the_next(source: Source) -> None:
 
 def test_ranks_share_a_batch(source: Source) -> None:
     whole = next(loader_of(source, batch_size=6).batches(0))
-    parts = [next(loader_of(source, batch_size=3, rank=rank, world=2).batches(0)) for rank in (0, 1)]
+    parts = [next(loader_of(source, batch_size=6, rank=rank, world=2).batches(0)) for rank in (0, 1)]
     assert whole.keys == parts[0].keys + parts[1].keys
     assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
 

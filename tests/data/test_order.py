@@ -23,7 +23,7 @@ choices = st.sampled_from(["random", "each"])
 def epoch_pairs(
     caption_counts: list[int], batch_size: int, world: int, choice: Literal["random", "each"], epoch: int = 0, **options
 ) -> list[list[tuple[int, int]]]:
-    """The (image, caption) pairs of each step, those of rank 0 first."""
+    """The (image, caption) pairs of each step, those of rank 0 first; `batch_size` of them over all ranks."""
     steps: list[list[tuple[int, int]]] = []
     orders = [
         PairOrder(np.array(caption_counts), batch_size, 7, choice, rank=rank, world=world, **options)
@@ -124,7 +124,7 @@ def test_an_epoch_goes_on_from_any_step_by_that_number_alone(
 def test_every_pair_once_over_all_ranks(
     caption_counts: list[int], batch_size: int, world: int, epoch: int, block: int
 ) -> None:
-    steps = epoch_pairs(caption_counts, batch_size, world, "each", epoch, drop_last=False, block_size=block)
+    steps = epoch_pairs(caption_counts, batch_size * world, world, "each", epoch, drop_last=False, block_size=block)
     seen = sorted(pair for step in steps for pair in step)
     assert seen == [(image, caption) for image, count in enumerate(caption_counts) for caption in range(count)]
 
@@ -133,26 +133,54 @@ def test_every_pair_once_over_all_ranks(
 def test_random_choice_gives_every_image_once_with_a_caption_of_its_own(
     caption_counts: list[int], batch_size: int, world: int, epoch: int
 ) -> None:
-    steps = epoch_pairs(caption_counts, batch_size, world, "random", epoch, drop_last=False)
+    steps = epoch_pairs(caption_counts, batch_size * world, world, "random", epoch, drop_last=False)
     seen = [pair for step in steps for pair in step]
     assert sorted(image for image, _ in seen) == list(range(len(caption_counts)))
     assert all(0 <= caption < caption_counts[image] for image, caption in seen)
 
 
-@given(counts, st.sampled_from([12, 24]), st.sampled_from([1, 2, 3, 4, 6]), choices, st.booleans())
+@given(counts, st.integers(12, 24), st.integers(1, 12), choices, st.booleans())
 def test_the_global_batch_is_the_same_for_any_number_of_ranks(
     caption_counts: list[int], global_batch: int, world: int, choice: Literal["random", "each"], drop_last: bool
 ) -> None:
     alone = epoch_pairs(caption_counts, global_batch, 1, choice, drop_last=drop_last)
-    together = epoch_pairs(caption_counts, global_batch // world, world, choice, drop_last=drop_last)
+    together = epoch_pairs(caption_counts, global_batch, world, choice, drop_last=drop_last)
     assert alone == together
+
+
+@given(counts, st.integers(8, 40), st.integers(1, 8), st.integers(1, 8), choices, st.data())
+def test_a_run_that_goes_on_with_other_ranks_sees_exactly_the_pairs_still_due(
+    caption_counts: list[int],
+    global_batch: int,
+    before: int,
+    after: int,
+    choice: Literal["random", "each"],
+    data: st.DataObject,
+) -> None:
+    first = epoch_pairs(caption_counts, global_batch, before, choice, epoch=2, drop_last=False)
+    later = epoch_pairs(caption_counts, global_batch, after, choice, epoch=2, drop_last=False)
+    stopped = data.draw(st.integers(0, len(first)))
+    seen = [pair for step in first[:stopped] + later[stopped:] for pair in step]
+    whole = [pair for step in epoch_pairs(caption_counts, global_batch, 1, choice, 2, drop_last=False) for pair in step]
+    assert seen == whole
+    assert len({image for image, _ in seen}) == len(caption_counts)
+    assert len(set(seen)) == len(seen)
+
+
+@given(counts, st.integers(12, 60), st.integers(1, 12))
+def test_shares_of_a_batch_differ_by_one_pair_at_most(caption_counts: list[int], batch_size: int, world: int) -> None:
+    sizes = np.array(caption_counts)
+    orders = [PairOrder(sizes, batch_size, 7, "each", rank=rank, world=world) for rank in range(world)]
+    for step in range(orders[0].steps_per_epoch):
+        shares = [len(order.step_indices(0, step)) for order in orders]
+        assert max(shares) - min(shares) <= 1
 
 
 @given(counts, st.integers(1, 40), st.integers(1, 4), choices)
 def test_dropping_the_last_batch_leaves_full_batches(
     caption_counts: list[int], batch_size: int, world: int, choice: Literal["random", "each"]
 ) -> None:
-    steps = epoch_pairs(caption_counts, batch_size, world, choice, drop_last=True)
+    steps = epoch_pairs(caption_counts, batch_size * world, world, choice, drop_last=True)
     slots = len(caption_counts) if choice == "random" else sum(caption_counts)
     if slots < batch_size * world:
         assert [len(step) for step in steps] == [slots]

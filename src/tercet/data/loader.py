@@ -153,7 +153,7 @@ class TrainLoader:
         tokenizer: turns captions to ids.
         data: augmentation, caption lengths, number of workers.
         image_size: side of the views in pixels.
-        batch_size: pairs a step on each rank.
+        batch_size: pairs a step, over all ranks together.
         seed: every random choice follows from it, the epoch and the pair.
         compat: 'published' for the published code's augmentation.
         rank, world: this process among those that train together.

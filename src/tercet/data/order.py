@@ -50,8 +50,8 @@ class PairOrder:
 
     Args:
         caption_counts: integers [images], at least 1 each.
-        batch_size: pairs a step on each rank.  The global batch, batch_size * world pairs, depends on that product
-            alone: two ranks with 32 pairs see together what one rank with 64 sees.
+        batch_size: pairs a step, over all ranks together; each takes an even share, so that any number of ranks sees
+            together what one rank sees alone.
         seed: any non-negative integer.
         choice: 'random': each image once an epoch, with one of its captions; 'each': every pair once an epoch.
         rank, world: this process among all that train together.
@@ -77,8 +77,11 @@ class PairOrder:
     ) -> None:
         if not len(caption_counts):
             raise TercetError("there are no images to order; name a source that holds some")
-        if not 0 <= rank < world or batch_size < 1:
-            raise TercetError(f"rank {rank} of {world} with batches of {batch_size} is no part of a batch")
+        if not 0 <= rank < world or batch_size < world:
+            raise TercetError(
+                f"rank {rank} of {world} has no part of a batch of {batch_size}; raise train.batch_size or start fewer "
+                "processes"
+            )
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
@@ -87,7 +90,7 @@ class PairOrder:
         self._ends = np.cumsum(self._counts) if choice == "each" else None
         self.slot_count = len(self._counts) if self._ends is None else int(self._ends[-1])
         self._block_size = block_size
-        whole, rest = divmod(self.slot_count, batch_size * world)
+        whole, rest = divmod(self.slot_count, batch_size)
         self.steps_per_epoch = whole if whole and (drop_last or not rest) else whole + 1
 
     def step_indices(self, epoch: int, step: int) -> Pairs:
@@ -100,8 +103,8 @@ class PairOrder:
         """
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step {step} of an epoch of {self.steps_per_epoch} steps")
-        start = step * self.batch_size * self.world
-        size = min(self.batch_size * self.world, self.slot_count - start)
+        start = step * self.batch_size
+        size = min(self.batch_size, self.slot_count - start)
         own = np.arange(start + size * self.rank // self.world, start + size * (self.rank + 1) // self.world)
         slots = shuffled(own, self.slot_count, mix(self.seed, epoch), self._block_size)
         if self._ends is None:

@@ -184,7 +184,7 @@ class SampleLoader:
         tokenizer: turns texts to ids.
         data: augmentation, text lengths, number of workers; whether samples of an image come together.
         image_size: side of the views in pixels.
-        batch_size: samples a step on each rank; with `data.share_images` images, or pairs of images.
+        batch_size: samples a step, over all ranks together; with `data.share_images` images, or pairs of images.
         seed: every random choice follows from it, the epoch and the sample.
         compat: 'published' for the published code's augmentation; it mirrors pictures whatever the text says.
         rank, world: this process among those that train together.

@@ -10,7 +10,7 @@ def answer_loss(
     logits: Tensor,
     labels: Tensor,
     weights: Tensor,
-    questions: int,
+    questions: float,
     teacher_logits: Tensor | None = None,
     alpha: float = 0.0,
 ) -> Tensor:
@@ -22,7 +22,7 @@ def answer_loss(
         logits: `[guesses, vocabulary]`, one row for every word piece of every answer.
         labels: `[guesses]`, the word pieces.
         weights: `[guesses]`, the weight of the answer that each belongs to.
-        questions: number of questions that the answers belong to.
+        questions: number of questions that the answers belong to; with several ranks the mean number on a rank.
         teacher_logits: `[guesses, vocabulary]`, without gradient; None without a teacher.
         alpha: share of the teacher's guesses in the targets.
 
@@ -34,4 +34,4 @@ def answer_loss(
     if teacher_logits is not None and alpha > 0:
         soft = -(log_probabilities * teacher_logits.float().softmax(dim=-1)).sum(dim=-1)
         loss = torch.lerp(loss, soft, alpha)
-    return (weights * loss).sum() / max(1, questions)
+    return (weights * loss).sum() / (questions or 1)

@@ -72,10 +72,13 @@ def draw_assignment(image_feats: Tensor, same: Tensor) -> Assignment:
     )
 
 
-def assignment_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of `[batch, 3]` logits, `[]`: the mean over the texts that have another image; 0 without any."""
+def assignment_loss(logits: Tensor, labels: Tensor, count: float | None = None) -> Tensor:
+    """Cross-entropy of `[batch, 3]` logits, `[]`: the mean over the texts that have another image; 0 without any.
+
+    `count` divides the sum instead of the number of those texts; with several ranks the mean number on a rank.
+    """
     losses = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-    return losses / (labels != IGNORED).sum().clamp(min=1)
+    return losses / ((labels != IGNORED).sum().clamp(min=1) if count is None else count)
 
 
 def _image_logits(image_feats: Tensor, same: Tensor) -> Tensor:

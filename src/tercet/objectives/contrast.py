@@ -25,7 +25,7 @@ class Candidates:
         image_feats: the batch's `[batch, embed_dim]`, then the queue's `[size, embed_dim]` where there is one; apart,
             since the queue is too long to be copied at every step.
         text_feats: the same for texts.
-        targets: `[batch, candidates]`; the positives of a row share a mass of 1.
+        targets: `[rows, candidates]`, of the pairs that are compared; the positives of a row share a mass of 1.
         excluded: bool `[candidates]`, true for slots of the queue that are still empty; None when none is.
     """
 
@@ -48,25 +48,27 @@ def gather_candidates(
     image_ids: Tensor | None,
     queue: FeatureQueue | None,
     exclude_empty: bool = True,
+    rows: slice = slice(None),
 ) -> Candidates:
     """Candidates of a batch.
 
     Args:
-        image_feats: `[batch, embed_dim]`, the teacher's.
-        text_feats: `[batch, embed_dim]`, the teacher's.
+        image_feats: `[batch, embed_dim]`, the teacher's; with several ranks, those of all of them.
+        text_feats: `[batch, embed_dim]`, the teacher's; the same.
         image_ids: `[batch]`; captions of one image are positives of one another, through the queue too.  None makes
             every pair its own only positive, as the published pre-training does.
         queue: earlier features, as they were before this batch.
         exclude_empty: leave out slots never written to; the published code compares with their random start.
+        rows: the pairs of the batch that are compared with it; all, or those of this rank.
     """
     batch, device = image_feats.shape[0], image_feats.device
-    targets = same_image(image_ids, batch, device).to(image_feats.dtype)
+    targets = same_image(image_ids, batch, device)[rows].to(image_feats.dtype)
     if queue is None or queue.size == 0:
         return Candidates((image_feats,), (text_feats,), targets / targets.sum(1, keepdim=True))
     if image_ids is None:
-        queued = targets.new_zeros(batch, queue.size)
+        queued = targets.new_zeros(targets.shape[0], queue.size)
     else:
-        queued = (image_ids[:, None] == queue.image_ids[None, :]).to(targets.dtype)
+        queued = (image_ids[rows, None] == queue.image_ids[None, :]).to(targets.dtype)
     targets = torch.cat([targets, queued], dim=1)
     excluded = None
     if exclude_empty:
@@ -95,9 +97,14 @@ def similarity(
     return logits if excluded is None else logits.masked_fill(excluded, EXCLUDED)
 
 
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over rows of the cross-entropy of `logits` and `targets`, both `[batch, candidates]`."""
-    return -(logits.log_softmax(dim=1) * targets).sum(dim=1).mean()
+def soft_cross_entropy(logits: Tensor, targets: Tensor, count: float | None = None) -> Tensor:
+    """Cross-entropy of `logits` and `targets`, both `[batch, candidates]`: the mean over rows, `[]`.
+
+    `count` divides the sum over rows instead of their number: with several ranks the mean number of rows on a rank, so
+    that the mean over the ranks is the mean over all rows.
+    """
+    losses = -(logits.log_softmax(dim=1) * targets).sum(dim=1)
+    return losses.mean() if count is None else losses.sum() / count
 
 
 def cross_modal(
@@ -108,6 +115,7 @@ def cross_modal(
     candidates: Candidates,
     temperature: Tensor,
     alpha: float,
+    count: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-modal alignment: image to text and text to image.
 
@@ -119,6 +127,7 @@ def cross_modal(
         candidates: what both are compared with.
         temperature: `[]`.
         alpha: share of the teacher's own similarities in the targets.
+        count: see `soft_cross_entropy`.
 
     Returns:
         The two losses, `[]` each; `cma` is their mean.
@@ -126,12 +135,13 @@ def cross_modal(
 
     def loss(feats: Tensor, teacher_feats: Tensor | None, others: tuple[Tensor, ...]) -> Tensor:
         if alpha == 0 or teacher_feats is None:
-            return soft_cross_entropy(similarity(feats, others, temperature, candidates.excluded), candidates.targets)
+            logits = similarity(feats, others, temperature, candidates.excluded)
+            return soft_cross_entropy(logits, candidates.targets, count)
         # One product for both: it costs what reading the queue costs, however few the rows are.
         both = similarity(torch.cat([feats, teacher_feats]), others, temperature, candidates.excluded)
         logits, believed = both.chunk(2)
         targets = alpha * believed.detach().softmax(dim=1) + (1 - alpha) * candidates.targets
-        return soft_cross_entropy(logits, targets)
+        return soft_cross_entropy(logits, targets, count)
 
     image_to_text = loss(image_feats, teacher_image_feats, candidates.text_feats)
     text_to_image = loss(text_feats, teacher_text_feats, candidates.image_feats)
@@ -139,7 +149,7 @@ def cross_modal(
 
 
 def intra_modal(
-    image_feats: Tensor, text_feats: Tensor, candidates: Candidates, temperature: Tensor
+    image_feats: Tensor, text_feats: Tensor, candidates: Candidates, temperature: Tensor, count: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Intra-modal contrast: an image and its other view, a text and its dropout twin; hard targets.
 
@@ -148,10 +158,12 @@ def intra_modal(
         text_feats: the student's, `[batch, embed_dim]`.
         candidates: what both are compared with.
         temperature: `[]`.
+        count: see `soft_cross_entropy`.
 
     Returns:
         The two losses, `[]` each; `imc` is their mean.
     """
     image_logits = similarity(image_feats, candidates.image_feats, temperature, candidates.excluded)
     text_logits = similarity(text_feats, candidates.text_feats, temperature, candidates.excluded)
-    return soft_cross_entropy(image_logits, candidates.targets), soft_cross_entropy(text_logits, candidates.targets)
+    targets = candidates.targets
+    return soft_cross_entropy(image_logits, targets, count), soft_cross_entropy(text_logits, targets, count)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tercet.model.tercet import Tercet
+from tercet.ranks import local_part
 
 # Image id of a queue slot that nothing was written to yet; no image has it.
 EMPTY_ID = -100
@@ -79,8 +80,8 @@ class Teacher(nn.Module):
         own: list[Tensor] = []
         theirs: list[Tensor] = []
         for name, parameter in self.model.named_parameters():
-            own.append(parameter)
-            theirs.append(followed[name].detach())
+            own.append(local_part(parameter))
+            theirs.append(local_part(followed[name].detach()))
         torch._foreach_lerp_(own, theirs, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
 
 

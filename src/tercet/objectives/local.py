@@ -52,23 +52,34 @@ def pool_patches(patch_feats: Tensor, side: int | None = None, published: bool =
 
 
 def local_global(
-    global_feats: Tensor, local_feats: Tensor, temperature: Tensor, same: Tensor, mask: Tensor | None = None
+    global_feats: Tensor,
+    local_feats: Tensor,
+    temperature: Tensor,
+    same: Tensor,
+    mask: Tensor | None = None,
+    start: int = 0,
+    count: float | None = None,
 ) -> Tensor:
     """InfoNCE between each global feature and each of its own locals.
 
     Args:
         global_feats: the student's unit vectors `[batch, embed_dim]`.
-        local_feats: the teacher's `[batch, locals, embed_dim]`, without gradient.
+        local_feats: the teacher's `[samples, locals, embed_dim]`, without gradient: of the batch, or with several ranks
+            of all their batches.
         temperature: `[]`.
-        same: bool `[batch, batch]`, true where another sample's locals are no negatives (its own at least).
-        mask: bool `[batch, locals]`, true where a local is real; None when all are.
+        same: bool `[batch, samples]`, true where another sample's locals are no negatives (its own at least).
+        mask: bool `[samples, locals]`, true where a local is real; None when all are.
+        start: which of the samples is the first of the batch.
+        count: divides the sum over samples; None: as many as have locals.  With several ranks the mean number of them
+            on a rank.
 
     Returns:
         Mean over the locals of a sample, then over the samples that have any, `[]`.  0 when nothing is left to
         compare: a caption of `[CLS]` alone has no locals, and a batch of one has no negatives.
     """
     logits = torch.einsum("ie,kle->ikl", global_feats, local_feats) / temperature
-    positives = logits.diagonal(dim1=0, dim2=1).T
+    own = slice(start, start + logits.shape[0])
+    positives = logits[:, own].diagonal(dim1=0, dim2=1).T
     negatives = logits.masked_fill(same[:, :, None], ABSENT)
     if mask is not None:
         negatives = negatives.masked_fill(~mask[None], ABSENT)
@@ -77,7 +88,8 @@ def local_global(
     # -log(e^p / (e^p + sum e^n)) = softplus(log sum e^n - p); the negatives are shared by all locals of a sample.
     losses = F.softplus(negatives.flatten(1).logsumexp(dim=1)[:, None] - positives)
     if mask is None:
-        return losses.mean()
+        return losses.mean() if count is None else losses.mean(dim=1).sum() / count
+    mask = mask[own]
     counts = mask.sum(dim=1)
     per_sample = (losses * mask).sum(dim=1) / counts.clamp(min=1)
-    return per_sample.sum() / (counts > 0).sum().clamp(min=1)
+    return per_sample.sum() / ((counts > 0).sum().clamp(min=1) if count is None else count)

@@ -39,7 +39,13 @@ class MaskedTexts:
 
 
 def hide_words(
-    input_ids: Tensor, attention_mask: Tensor, probability: float, text: TextConfig, generator: torch.Generator
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    probability: float,
+    text: TextConfig,
+    generator: torch.Generator,
+    whole: tuple[int, int] | None = None,
+    start: int = 0,
 ) -> MaskedTexts:
     """Hide words as BERT does: of those drawn, 80 % become [MASK], 10 % a random word piece, 10 % stay.
 
@@ -49,15 +55,20 @@ def hide_words(
         probability: chance of each word piece; [CLS] and padding are never drawn.
         text: names the special ids and the size of the vocabulary.
         generator: the source of the draw.
+        whole: texts and tokens of the batch that these texts are a part of, so that any number of ranks draw the same
+            for the same text; None: they are the whole.
+        start: which of the whole is the first of these texts.
     """
+    shape = whole or tuple(input_ids.shape)
+    own = (slice(start, start + input_ids.shape[0]), slice(input_ids.shape[1]))
 
     def draw(share: float) -> Tensor:
-        return torch.rand(input_ids.shape, generator=generator) < share
+        return torch.rand(shape, generator=generator)[own] < share
 
     hidden = draw(probability) & attention_mask.bool() & (input_ids != text.cls_id)
     masked = hidden & draw(0.8)
     random = hidden & ~masked & draw(0.5)
-    words = torch.randint(text.vocabulary_size, input_ids.shape, generator=generator)
+    words = torch.randint(text.vocabulary_size, shape, generator=generator)[own]
     replaced = torch.where(random, words, input_ids.masked_fill(masked, text.mask_id))
     return locate(replaced, input_ids.masked_fill(~hidden, IGNORED))
 
@@ -84,7 +95,11 @@ def locate(input_ids: Tensor, labels: Tensor) -> MaskedTexts:
 
 
 def masked_language(
-    mlm_logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, alpha: float = 0.0
+    mlm_logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor | None = None,
+    alpha: float = 0.0,
+    count: float | None = None,
 ) -> Tensor:
     """Cross-entropy at the hidden words, softened by the teacher's guesses.
 
@@ -93,11 +108,13 @@ def masked_language(
         labels: `[masked]`.
         teacher_logits: `[masked, vocabulary]`, without gradient; None without a teacher.
         alpha: share of the teacher's guesses in the targets.
+        count: divides the sum over the hidden words; None: as many as there are.  With several ranks the mean number on
+            a rank.
 
     Returns:
         The mean over the hidden words, `[]`; 0 when none is hidden.
     """
-    count = max(1, labels.shape[0])
+    count = max(1, labels.shape[0]) if count is None else count
     log_probabilities = mlm_logits.float().log_softmax(dim=-1)
     hard = F.nll_loss(log_probabilities, labels, reduction="sum") / count
     if teacher_logits is None or alpha == 0:

@@ -20,6 +20,7 @@ from tercet.model.nlvr import fused_class
 from tercet.model.tercet import Tercet
 from tercet.objectives.assignment import Assignment, assignment_loss, draw_assignment
 from tercet.objectives.contrast import same_image
+from tercet.ranks import Spread, spread_rows
 from tercet.tasks.encoding import evaluating
 from tercet.tasks.labelling import freeze_others
 from tercet.tasks.task import Task, TaskKind, within_positions
@@ -37,12 +38,16 @@ class AssignmentBatch:
         input_ids: `[batch, tokens]`.
         attention_mask: bool `[batch, tokens]`.
         image_ids: `[batch]`, the same for all captions of one image.
+        spread: how the whole batch is spread over the ranks; None: all of it is here.
+        counted: texts with another image in the batch of their rank, on a rank on average; None: those that are here.
     """
 
     images: Tensor
     input_ids: Tensor
     attention_mask: Tensor
     image_ids: Tensor
+    spread: Spread | None = None
+    counted: float | None = None
 
 
 @dataclass
@@ -83,8 +88,11 @@ class TextAssignment(Task):
 
     def prepare(self, batch: Batch, device: torch.device, seed: int) -> AssignmentBatch:
         """Send a batch to `device`; what is drawn follows from features, so it is drawn there."""
+        spread = spread_rows(len(batch))
+        same = same_image(batch.image_ids if self.match_ids else None, len(batch), batch.image_ids.device)
+        counted = spread_rows(int((~same.all(dim=1)).sum())).mean or 1.0
         batch = batch.to(device)
-        return AssignmentBatch(batch.images, batch.input_ids, batch.attention_mask, batch.image_ids)
+        return AssignmentBatch(batch.images, batch.input_ids, batch.attention_mask, batch.image_ids, spread, counted)
 
     def forward(
         self, batch: AssignmentBatch, alpha: float, /, assignment: Assignment | None = None
@@ -98,7 +106,7 @@ class TextAssignment(Task):
         """
         ids = batch.image_ids if self.match_ids else None
         logits, assignment = assignment_logits(self.student, batch, ids, assignment)
-        loss = assignment_loss(logits, assignment.labels)
+        loss = assignment_loss(logits, assignment.labels, batch.counted)
         return AssignmentOutput({"assignment": loss}, logits, assignment)
 
 

@@ -14,6 +14,7 @@ from tercet.data.sources import open_sources
 from tercet.data.texts import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
+from tercet.ranks import Ranks
 from tercet.tasks.assignment import ASSIGNMENT
 from tercet.tasks.embedded import evaluate_classes, evaluate_embedding
 from tercet.tasks.entailment import ENTAILMENT
@@ -95,8 +96,8 @@ def build_task(config: Config, student: Tercet) -> Task:
 
 
 def build_loader(config: Config, source: Any, tokenizer: Tokenizer, image_size: int) -> Loader:
-    """Training batches of `source`."""
-    kind, train = kind_of(config.task), config.train
+    """Training batches of `source`, this rank's share of each."""
+    kind, train, ranks = kind_of(config.task), config.train, Ranks()
     if kind.samples:
         return SampleLoader(
             source,
@@ -106,12 +107,24 @@ def build_loader(config: Config, source: Any, tokenizer: Tokenizer, image_size: 
             train.batch_size,
             train.seed,
             config.compat,
+            ranks.rank,
+            ranks.world,
             clean=kind.clean,
         )
     data = config.data
     if data.augment_on == "auto" and train.device == "cpu":
         data = data.model_copy(update={"augment_on": "worker"})
-    return TrainLoader(source, tokenizer, data, image_size, train.batch_size, train.seed, config.compat)
+    return TrainLoader(
+        source,
+        tokenizer,
+        data,
+        image_size,
+        train.batch_size,
+        train.seed,
+        config.compat,
+        ranks.rank,
+        ranks.world,
+    )
 
 
 def words_of(task: str, source: Any, data: DataConfig) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.objectives.features import Teacher
 from tercet.objectives.labels import label_loss
+from tercet.ranks import Spread, spread_rows
 from tercet.tasks.encoding import evaluating
 from tercet.tasks.task import Task, within_positions
 
@@ -33,6 +35,7 @@ class LabelledBatch:
         input_ids: `[batch, tokens]`.
         attention_mask: bool `[batch, tokens]`.
         labels: `[batch]`.
+        spread: how the whole batch is spread over the ranks; None: all of it is here.
     """
 
     images: Tensor
@@ -40,6 +43,7 @@ class LabelledBatch:
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    spread: Spread | None = None
 
 
 @dataclass
@@ -92,7 +96,7 @@ class Labelling(Task):
 
     def prepare(self, batch: SampleBatch, device: torch.device, seed: int) -> LabelledBatch:
         """Send a batch to `device`; nothing is drawn."""
-        return labelled(batch, device)
+        return dataclasses.replace(labelled(batch, device), spread=spread_rows(len(batch)))
 
     def begin_step(self) -> None:
         """Move the teacher towards the student, once before the batches of a step."""
@@ -107,7 +111,8 @@ class Labelling(Task):
             with torch.no_grad():
                 believed = self.logits(self.teacher.model, batch)
         with torch.autocast(logits.device.type, enabled=False):
-            loss = label_loss(logits, batch.labels, believed, alpha)
+            count = None if batch.spread is None else batch.spread.mean
+            loss = label_loss(logits, batch.labels, believed, alpha, count)
         return LabelledOutput({self.name: loss}, logits, believed)
 
 

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from tercet.config import ObjectivesConfig
 from tercet.data.loader import Batch
-from tercet.model.layers import ImageMemory, JoinedMemory
+from tercet.data.order import mix
 from tercet.model.tercet import Tercet
-from tercet.model.text import FusionEncoder, class_rows
+from tercet.model.text import class_rows
 from tercet.objectives.contrast import (
-    Candidates,
     cross_modal,
     gather_candidates,
     intra_modal,
@@ -22,30 +21,12 @@ from tercet.objectives.contrast import (
 )
 from tercet.objectives.features import FeatureQueue, Features, Teacher, extract_features
 from tercet.objectives.local import local_global, pool_patches
-from tercet.objectives.masking import MaskedTexts, hide_words, masked_language
-from tercet.objectives.matching import Negatives, draw_negatives, matching
+from tercet.objectives.masking import masked_language
+from tercet.objectives.matching import Negatives, draw_negatives, gumbel_noise, matching
+from tercet.ranks import Spread
+from tercet.tasks.fusion_passes import FusionPasses, count_readers, encode_texts, gather_features, published_order
+from tercet.tasks.pair_batch import PairBatch, lay_out
 from tercet.tasks.task import Task
-
-
-@dataclass
-class PairBatch:
-    """A batch of pairs on the device.
-
-    Attributes:
-        images: `[batch, 3, height, width]`, the student's view.
-        second_views: the teacher's view of the same images; None when nothing reads it.
-        input_ids: `[batch, tokens]`.
-        attention_mask: bool `[batch, tokens]`.
-        image_ids: `[batch]`, the same for all captions of one image.
-        masked: the texts with hidden words; None without masked language modelling.
-    """
-
-    images: Tensor
-    second_views: Tensor | None
-    input_ids: Tensor
-    attention_mask: Tensor
-    image_ids: Tensor
-    masked: MaskedTexts | None = None
 
 
 @dataclass
@@ -54,11 +35,13 @@ class PairOutput:
 
     Attributes:
         losses: `{name: loss}` of the enabled objectives.
-        image_feats: what the queue takes of the images, `[batch, embed_dim]`; None without a queue.
+        sound: bool `[]`, whether the features of the pairs here are finite.
+        image_feats: what the queue takes of the images of all ranks, `[batch, embed_dim]`; None without a queue.
         text_feats: the same for the texts.
     """
 
     losses: dict[str, Tensor]
+    sound: Tensor
     image_feats: Tensor | None = None
     text_feats: Tensor | None = None
 
@@ -131,22 +114,10 @@ class Pretraining(Task):
             part.requires_grad_(False)
 
     def prepare(self, batch: Batch, device: torch.device, seed: int) -> PairBatch:
-        """The host's part of a step: hide words as `seed` says, and send the batch to `device`."""
-        masked = None
-        if "mlm" in self.enabled:
-            generator = torch.Generator().manual_seed(seed)
-            text = self.student.config.text
-            probability = self.config.mask_probability
-            masked = hide_words(batch.input_ids, batch.attention_mask, probability, text, generator).to(device)
-        batch = batch.to(device)
-        return PairBatch(
-            images=batch.images,
-            second_views=batch.second_views,
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            image_ids=batch.image_ids,
-            masked=masked,
-        )
+        """The host's part of a step: hide words as `seed` says, and send the batch to `device`; see `lay_out`."""
+        probability = self.config.mask_probability if "mlm" in self.enabled else None
+        gather = self.config.gather_negatives
+        return lay_out(batch, device, seed, self.student.config.text, probability, gather, by_id=self.match_ids)
 
     @torch.no_grad()
     def begin_step(self) -> None:
@@ -167,24 +138,44 @@ class Pretraining(Task):
         teacher = self._teacher_view(batch, alpha)
         losses: dict[str, Tensor] = {}
         seen = teacher and teacher.features
+        others = self._others(batch, seen or features)
         with torch.autocast(features.image_feats.device.type, enabled=False):
             if self.contrasts:
-                losses |= self._contrastive_losses(batch, features, seen, alpha)
+                losses |= self._contrastive_losses(batch, features, seen, others, alpha)
             if "itm" in self.enabled and negatives is None:
-                negatives = self._draw_negatives(batch, features, seen)
+                negatives = self._draw_negatives(batch, features, others)
         losses |= self._fused_losses(batch, features, masked_embeds, teacher, negatives, alpha)
-        if self.queue is None or teacher is None or teacher.features is None:
-            return PairOutput(losses)
-        return PairOutput(losses, teacher.features.image_feats, teacher.features.text_feats)
+        sound = torch.stack([feats.isfinite().all() for feats in _own_feats(features, seen)]).all()
+        if self.queue is None or seen is None:
+            return PairOutput(losses, sound)
+        return PairOutput(losses, sound, *others)
+
+    def is_sound(self, output: PairOutput) -> bool:
+        """Whether the features of this rank's pairs are finite."""
+        return bool(output.sound)
 
     @torch.no_grad()
     def remember(self, batch: PairBatch, output: PairOutput) -> None:
         """Put the teacher's features of a finished batch into the queue."""
         if self.queue is not None and output.image_feats is not None and output.text_feats is not None:
-            self.queue.enqueue(output.image_feats, output.text_feats, batch.image_ids)
+            self.queue.enqueue(output.image_feats, output.text_feats, batch.all_image_ids)
 
     def _positive_ids(self, batch: PairBatch) -> Tensor | None:
-        return batch.image_ids if self.match_ids else None
+        return batch.all_image_ids if self.match_ids else None
+
+    def _gathers(self, batch: PairBatch) -> bool:
+        """Whether negatives are found among the pairs of several ranks."""
+        return self.config.gather_negatives and len(batch.spread.sizes) > 1
+
+    def _pool(self, batch: PairBatch) -> Spread:
+        """What negatives are drawn among: the pairs of all ranks, or those of this one."""
+        return batch.spread if self._gathers(batch) else Spread((len(batch.images),))
+
+    def _same_in_pool(self, batch: PairBatch, by_id: bool) -> Tensor:
+        """Bool `[batch, pool]`: which pairs of the pool show a pair's own image."""
+        pool = self._pool(batch)
+        ids = batch.all_image_ids if self._gathers(batch) else batch.image_ids
+        return same_image(ids if by_id else None, pool.total, batch.images.device)[pool.rows]
 
     def _student_features(self, batch: PairBatch) -> tuple[Features, Tensor | None]:
         """Features of the clean texts, and `text_embeds` of the masked ones, `[batch, tokens, width]`."""
@@ -220,28 +211,34 @@ class Pretraining(Task):
             mlm_logits = model.mlm_logits(fused.flatten(0, 1)[masked.chosen])
         return TeacherView(features, mlm_logits)
 
-    def _candidates(self, batch: PairBatch, features: Features, teacher: Features | None) -> Candidates:
-        source = teacher or features
-        return gather_candidates(
-            source.image_feats,
-            source.text_feats,
-            self._positive_ids(batch),
-            self.queue,
-            exclude_empty=not self.published,
-        )
+    def _others(self, batch: PairBatch, features: Features) -> tuple[Tensor, Tensor]:
+        """What a batch is compared with and draws from: `image_feats` and `text_feats` of every rank, of the teacher's
+        features where there is one, or of this rank alone where nothing reads the others'."""
+        feats = (features.image_feats, features.text_feats)
+        if not (self.contrasts or self._gathers(batch)):
+            return feats
+        return batch.spread.gather(feats[0]), batch.spread.gather(feats[1])
 
     def _contrastive_losses(
-        self, batch: PairBatch, features: Features, teacher: Features | None, alpha: float
+        self,
+        batch: PairBatch,
+        features: Features,
+        teacher: Features | None,
+        others: tuple[Tensor, Tensor],
+        alpha: float,
     ) -> dict[str, Tensor]:
         temperature = self.student.temperature
         losses: dict[str, Tensor] = {}
-        candidates = self._candidates(batch, features, teacher)
+        ids, rows = self._positive_ids(batch), batch.spread.rows
+        candidates = gather_candidates(*others, ids, self.queue, exclude_empty=not self.published, rows=rows)
         if "cma" in self.enabled:
             believed = (None, None) if teacher is None else (teacher.image_feats, teacher.text_feats)
-            pair = cross_modal(features.image_feats, features.text_feats, *believed, candidates, temperature, alpha)
+            feats = (features.image_feats, features.text_feats)
+            pair = cross_modal(*feats, *believed, candidates, temperature, alpha, batch.count("pairs"))
             losses["cma"] = torch.stack(pair).mean()
         if "imc" in self.enabled:
-            pair = intra_modal(features.image_feats, features.text_feats, candidates, temperature)
+            feats = (features.image_feats, features.text_feats)
+            pair = intra_modal(*feats, candidates, temperature, batch.count("pairs"))
             losses["imc"] = torch.stack(pair).mean()
         if "lmi" in self.enabled and teacher is not None:
             losses["lmi"] = torch.stack(self.local_losses(batch, features, teacher)).mean()
@@ -251,25 +248,34 @@ class Pretraining(Task):
         """`lmi` of the images and of the texts, `[]` each."""
         assert self.teacher is not None
         model, temperature = self.teacher.model, self.student.temperature
-        ids = None if self.published else self._positive_ids(batch)
-        same = same_image(ids, features.image_feats.shape[0], features.image_feats.device)
+        pool = self._pool(batch)
+        same = self._same_in_pool(batch, by_id=self.match_ids and not self.published)
         with torch.no_grad():
             patches = model.project_image(teacher.image_embeds[:, 1:].float())
-            regions = pool_patches(patches, self.config.local_grid, self.published)
-            words = model.project_text(teacher.text_embeds[:, 1:].float())
-        image_loss = local_global(features.image_feats, regions, temperature, same)
-        text_mask = batch.attention_mask[:, 1:].bool()
-        text_loss = local_global(features.text_feats, words, temperature, same, text_mask)
+            regions = pool.gather(pool_patches(patches, self.config.local_grid, self.published))
+            words = pool.gather(model.project_text(teacher.text_embeds[:, 1:].float()))
+            mask = pool.gather(batch.attention_mask[:, 1:].bool())
+        pairs, worded = batch.count("pairs"), batch.count("worded")
+        image_loss = local_global(features.image_feats, regions, temperature, same, None, pool.start, pairs)
+        text_loss = local_global(features.text_feats, words, temperature, same, mask, pool.start, worded)
         return image_loss, text_loss
 
     @torch.no_grad()
-    def _draw_negatives(self, batch: PairBatch, features: Features, teacher: Features | None) -> Negatives:
-        others = teacher or features
+    def _draw_negatives(self, batch: PairBatch, features: Features, others: tuple[Tensor, Tensor]) -> Negatives:
+        pool = self._pool(batch)
+        # All of them, or of the gathered ones those of this rank.
+        images, texts = (feats if len(feats) == pool.total else feats[batch.spread.rows] for feats in others)
         temperature = self.student.temperature
+        device = features.image_feats.device
+        # Drawn for the whole pool on every rank that shares it, so that its rows get the same wherever they are.
+        seed = mix(batch.seed, 0 if self._gathers(batch) else batch.spread.start)
+        generator = torch.Generator(device).manual_seed(seed)
+        noise = gumbel_noise((2, pool.total, pool.total), device, generator)
         return draw_negatives(
-            image_logits=similarity(features.image_feats, others.text_feats, temperature),
-            text_logits=similarity(features.text_feats, others.image_feats, temperature),
-            same=same_image(self._positive_ids(batch), features.image_feats.shape[0], features.image_feats.device),
+            image_logits=similarity(features.image_feats, texts, temperature),
+            text_logits=similarity(features.text_feats, images, temperature),
+            same=self._same_in_pool(batch, by_id=self.match_ids),
+            noise=noise[:, pool.rows],
         )
 
     def _fused_losses(
@@ -285,10 +291,16 @@ class Pretraining(Task):
         passes = FusionPasses()
         memory = None
         if self.enabled & {"itm", "mlm"}:
-            matching_passes = 0 if negatives is None else 3
+            matching_passes = 0 if negatives is None else 2 if self._gathers(batch) else 3
             memory = self.student.remember(features.image_embeds, count_readers(batch, matching_passes, batch.masked))
         if memory is not None and negatives is not None:
-            passes.add_matching(features, memory, negatives)
+            if self._gathers(batch):
+                everyone = gather_features(features, batch.spread)
+                unmatched = everyone.image_embeds[negatives.images]
+                unmatched = self.student.remember(unmatched, count_readers(batch, 1, None))
+                passes.add_matching(features, memory, unmatched, negatives, everyone)
+            else:
+                passes.add_matching(features, memory, memory.select(negatives.images), negatives)
         if memory is not None and masked_embeds is not None:
             passes.add(masked_embeds, batch.attention_mask, memory)
         if not passes.parts:
@@ -302,89 +314,16 @@ class Pretraining(Task):
             rows = class_rows(hidden[:pairs])
             fused = fusion.last(hidden[:pairs], passes.attention_mask[:pairs], passes.memory(0, 2), rows)
             logits = self.student.itm_head(fused[:, 0]).float()
-            losses["itm"] = matching(published_order(logits), negatives)
+            losses["itm"] = matching(published_order(logits), negatives, batch.count("judged"))
         if masked_embeds is not None and batch.masked is not None:
             rows = batch.masked.rows
             fused = fusion.last(hidden[pairs:], batch.attention_mask, passes.memory(-1), rows)
             logits = self.student.mlm_logits(fused.flatten(0, 1)[batch.masked.chosen])
             guesses = None if teacher is None else teacher.mlm_logits
-            losses["mlm"] = masked_language(logits, batch.masked.labels, guesses, alpha)
+            losses["mlm"] = masked_language(logits, batch.masked.labels, guesses, alpha, batch.count("hidden"))
         return losses
 
 
-class FusionPasses:
-    """Pairs of several passes, collected to go through the fusion encoder as one batch.
-
-    Attributes:
-        texts: the texts that pairs consist of, `[texts, tokens, width]` each; every text once.
-        masks: their attention masks, `[texts, tokens]` each.
-        indices: for the pairs of each pass the indices of their texts, `[pairs]` each.
-        parts: the memory of each pass and the number of pairs that read it.
-    """
-
-    def __init__(self) -> None:
-        self.texts: list[Tensor] = []
-        self.masks: list[Tensor] = []
-        self.indices: list[Tensor] = []
-        self.parts: list[tuple[ImageMemory, int]] = []
-
-    def add(self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory) -> None:
-        """Add `[pairs, tokens, width]` texts that read `memory`."""
-        self._add_pairs(self._add_texts(text_embeds, attention_mask), memory)
-
-    def add_matching(self, features: Features, memory: ImageMemory, negatives: Negatives) -> None:
-        """Add each image with its own and its negative text, side by side, then each text with its negative image."""
-        texts = self._add_texts(features.text_embeds, features.attention_mask)
-        self._add_pairs(torch.stack([texts, texts[negatives.texts]], dim=1).flatten(), memory)
-        self._add_pairs(texts, memory.select(negatives.images))
-
-    def _add_texts(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """Their indices."""
-        before = sum(text.shape[0] for text in self.texts)
-        self.texts.append(text_embeds)
-        self.masks.append(attention_mask)
-        return torch.arange(before, before + text_embeds.shape[0], device=text_embeds.device)
-
-    def _add_pairs(self, texts: Tensor, memory: ImageMemory) -> None:
-        self.indices.append(texts)
-        self.parts.append((memory, texts.shape[0]))
-
-    def lower(self, fusion: FusionEncoder) -> Tensor:
-        """All pairs through the lower fusion layers, `[pairs, tokens, width]`."""
-        return fusion.lower(torch.cat(self.texts), torch.cat(self.masks), self.memory(0), torch.cat(self.indices))
-
-    @property
-    def attention_mask(self) -> Tensor:
-        """The masks of all pairs, `[pairs, tokens]`."""
-        return torch.cat(self.masks)[torch.cat(self.indices)]
-
-    def memory(self, first: int, last: int | None = None) -> ImageMemory:
-        """The memories of the passes from `first` up to `last`."""
-        return JoinedMemory(self.parts[first:last])
-
-
-def count_readers(batch: PairBatch, matching_passes: int, masked: MaskedTexts | None) -> tuple[int, int]:
-    """Text tokens that read an image in a lower fusion layer and in the last one, where few rows are computed."""
-    tokens = batch.input_ids.shape[1]
-    slots = 0 if masked is None else masked.rows.shape[1]
-    return tokens * (matching_passes + (masked is not None)), matching_passes + slots
-
-
-def published_order(logits: Tensor) -> Tensor:
-    """Rows of `add_matching` `[3 * batch, 2]` as matched pairs, negative images, negative texts."""
-    pairs = logits.shape[0] // 3 * 2
-    matched, negative_texts = logits[:pairs:2], logits[1:pairs:2]
-    return torch.cat([matched, logits[pairs:], negative_texts])
-
-
-def encode_texts(model: Tercet, attention_mask: Tensor, texts: list[Tensor | None]) -> list[Tensor | None]:
-    """`text_embeds` `[batch, tokens, width]` of several readings of one batch of texts, through the encoder together.
-
-    Args:
-        model: student or teacher.
-        attention_mask: `[batch, tokens]`, the same for every reading.
-        texts: input ids `[batch, tokens]`; None stays None.
-    """
-    given = [ids for ids in texts if ids is not None]
-    embeds = iter(model.encode_text(torch.cat(given), attention_mask.repeat(len(given), 1)).chunk(len(given)))
-    return [None if ids is None else next(embeds) for ids in texts]
+def _own_feats(features: Features, teacher: Features | None) -> list[Tensor]:
+    seen = [features] if teacher is None else [features, teacher]
+    return [feats.detach() for part in seen for feats in (part.image_feats, part.text_feats)]

@@ -47,7 +47,10 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def prepare(self, batch: Any, device: torch.device, seed: int) -> Any:
-        """The host's part of a step: `batch` of the task's loader, on `device`; random choices follow from `seed`."""
+        """The host's part of a step: `batch` of the task's loader, on `device`; random choices follow from `seed`.
+
+        What it gives has a `spread` (`tercet.ranks.Spread`) that tells how the batch is spread over the ranks.
+        """
 
     def begin_step(self) -> None:
         """What comes once before the batches of a step, such as moving the teacher."""
@@ -55,6 +58,10 @@ class Task(nn.Module, ABC):
     @abstractmethod
     def forward(self, prepared: Any, alpha: float, /) -> TaskOutput:
         """Losses of what `prepare` gave; `alpha` is the weight of the teacher's soft targets now."""
+
+    def is_sound(self, output: Any, /) -> bool:
+        """Whether what `forward` computed on this rank is finite, whatever it gathered from others."""
+        return all(bool(loss.isfinite()) for loss in output.losses.values())
 
     def remember(self, prepared: Any, output: Any, /) -> None:
         """Keep what later steps read, such as features for the queue."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.objectives.answers import answer_loss
 from tercet.objectives.features import Teacher
+from tercet.ranks import Spread, spread_rows
 from tercet.tasks.answering import Answer, Answerer, decoder_of, encode_answers, question_states
 from tercet.tasks.encoding import evaluating
 from tercet.tasks.task import Task, TaskKind
@@ -50,6 +51,7 @@ class AnswerBatch:
         labels: what stands there, `[guesses]`.
         weights: weight of the answer that each guess belongs to, `[guesses]`.
         image_rows: the image of each question, `[questions]`; None: each has its own.
+        spread: how the questions of the whole batch are spread over the ranks; None: all of them are here.
     """
 
     images: Tensor
@@ -61,11 +63,12 @@ class AnswerBatch:
     labels: Tensor
     weights: Tensor
     image_rows: Tensor | None = None
+    spread: Spread | None = None
 
     def to(self, device: torch.device) -> AnswerBatch:
         """The same on another device."""
-        parts = {name: part for name, part in vars(self).items() if part is not None}
-        return AnswerBatch(**{name: part.to(device, non_blocking=True) for name, part in parts.items()})
+        tensors = {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **{name: part.to(device, non_blocking=True) for name, part in tensors.items()})
 
 
 def lay_out(
@@ -146,7 +149,8 @@ class QuestionAnswering(Task):
         answers = [weighted_answers(target) for target in batch.targets]
         words = require_tokenizer(self.student)
         rows = None if batch.image_rows is None else batch.image_rows[:, 0]
-        return lay_out(batch.images, batch.input_ids, batch.attention_mask, answers, words, rows).to(device)
+        laid_out = lay_out(batch.images, batch.input_ids, batch.attention_mask, answers, words, rows)
+        return replace(laid_out, spread=spread_rows(len(batch))).to(device)
 
     def begin_step(self) -> None:
         """Move the teacher towards the student."""
@@ -161,7 +165,8 @@ class QuestionAnswering(Task):
             with torch.no_grad():
                 guesses = guess(self.teacher.model, batch)
         with torch.autocast(logits.device.type, enabled=False):
-            loss = answer_loss(logits, batch.labels, batch.weights, len(batch.input_ids), guesses, alpha)
+            questions = len(batch.input_ids) if batch.spread is None else batch.spread.mean
+            loss = answer_loss(logits, batch.labels, batch.weights, questions, guesses, alpha)
         return AnswerOutput({"answer": loss})
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 from tercet.data.sources import Source
 from tercet.files import write_atomic
 from tercet.model.folder import CARD, save_model
+from tercet.model.tercet import Tercet
 from tercet.tasks.build import evaluate_task, kind_of, open_data
 from tercet.tasks.retrieval import RetrievalResult
 from tercet.tasks.task import TaskResult
@@ -16,6 +17,7 @@ from tercet.train.card import run_card
 from tercet.train.checkpoint import Best
 from tercet.train.pictures import GALLERY, HEATMAPS, SIMILARITY, gallery_entries, heatmaps, similarity_matrix
 from tercet.train.session import Session
+from tercet.train.shards import whole_model
 from tercet.train.track import Tracker
 
 MODEL = "model"
@@ -25,12 +27,14 @@ BEST_MODEL = "best-model"
 def finish_run(session: Session, tracker: Tracker) -> None:
     """Save the model, evaluate it on the held-out sources, draw what the report shows, and complete the model card."""
     save_student(session, MODEL)
-    report = session.loader.report
-    if report.count:
-        tracker.event(session.step, f"{report.count} samples could not be read and were left out")
+    left_out = sum(session.ranks.gather(session.loader.report.count))
+    if left_out:
+        tracker.event(session.step, f"{left_out} samples could not be read and were left out")
     validate(session, tracker, gallery=True)
     evaluate_split(session, tracker, "test", gallery=True)
-    write_atomic(session.folder / MODEL / CARD, run_card(session.task.student, session.config, session.folder))
+    if session.ranks.first:
+        card = run_card(session.task.student, session.config, session.folder)
+        write_atomic(session.folder / MODEL / CARD, card)
     session.loader.close()
 
 
@@ -43,11 +47,12 @@ def save(session: Session, wait: bool = False) -> None:
 
 def save_student(session: Session, name: str) -> None:
     """Write the model as a folder of the run, with a card that tells what was measured so far."""
-    student = session.task.student
+    student = whole_model(session.task.student)
     if session.config.task in ("pretrain", "retrieval"):
         student.objectives = list(session.config.objectives.enabled)
-    card = run_card(student, session.config, session.folder)
-    save_model(student, session.folder / name, session.tokenizer, card)
+    if session.ranks.first:
+        card = run_card(student, session.config, session.folder)
+        save_model(student, session.folder / name, session.tokenizer, card)
 
 
 def validate(session: Session, tracker: Tracker, gallery: bool = False) -> None:
@@ -86,7 +91,7 @@ def evaluate_split(
         return None
     with tracker.waiting(f"evaluating on {split}"):
         source = open_data(config.task, specs, config.data, split)
-        student = session.task.student
+        student = whole_model(session.task.student)
         student.tokenizer = session.tokenizer
         result = evaluate_task(config.task, student, source, config)
     space = {"space": result.space} if isinstance(result, RetrievalResult) else {}
@@ -96,19 +101,19 @@ def evaluate_split(
         tracker.event(session.step, f"{split}, {name}: {words}")
     for problem in result.problems[:5]:
         tracker.event(session.step, f"left out of {split}: {problem}")
-    if gallery and isinstance(result, RetrievalResult):
-        _draw(session, result, source)
+    if gallery and session.ranks.first and isinstance(result, RetrievalResult):
+        _draw(session, student, result, source)
     return result
 
 
-def _draw(session: Session, result: RetrievalResult, source: Source) -> None:
+def _draw(session: Session, student: Tercet, result: RetrievalResult, source: Source) -> None:
     """Write what the report shows of an evaluation."""
     limit = session.config.data.pixel_limit
     fused = session.config.objectives.itm > 0
     pictures = {
         GALLERY: gallery_entries(result, source, limit),
         SIMILARITY: similarity_matrix(result, source, limit),
-        HEATMAPS: heatmaps(session.task.student, result, source, limit, fused),
+        HEATMAPS: heatmaps(student, result, source, limit, fused),
     }
     for name, content in pictures.items():
         write_atomic(session.folder / name, json.dumps(content))

@@ -17,13 +17,14 @@ from tercet.data.order import mix
 from tercet.errors import TercetError
 from tercet.files import write_atomic
 from tercet.objectives.total import total
+from tercet.ranks import Ranks
 from tercet.tasks.task import StepBatch, TaskOutput
 from tercet.train.finish import finish_run, save, validate
 from tercet.train.optim import alpha_of, gradient_norm, learning_rate, step_clipped
-from tercet.train.parallel import keep_memory, machine_name
+from tercet.train.parallel import joined, keep_memory, machine_name, summing
 from tercet.train.session import Session, due_steps, open_session, text_count
 from tercet.train.stop import StopRequest
-from tercet.train.track import Tracker
+from tercet.train.track import Silence, Tracker
 
 # What the report says of a run beside its config.
 FACTS = "run.json"
@@ -64,42 +65,47 @@ def train(config: Config, resume: Path | None = None) -> Path:
         TercetError: the input is wrong, or the loss was not finite too many times in a row.
         Stopped: Ctrl-C or SIGTERM came; a checkpoint is written first.
     """
-    session = open_session(config, resume)
-    settings = session.config.train
-    if session.placement.device.type == "cpu":
-        keep_memory()
-    with Tracker(session.folder, session.total_steps, session.step) as tracker, StopRequest() as stop:
-        announce(session, tracker)
-        pace = Pace()
-        bad_steps = 0
-        for batches in due_steps(session):
-            result = take_step(session, batches)
-            session.step += 1
-            pace.add(result.pairs, batches)
-            bad_steps = bad_steps + 1 if result.trouble else 0
-            if result.trouble:
-                tracker.event(session.step, result.trouble)
-            if bad_steps >= settings.max_bad_steps:
-                save(session, wait=True)
-                raise TercetError(
-                    f"{bad_steps} steps in a row were not finite; lower optim.lr and go on with "
-                    f"--resume {session.folder}"
-                )
-            if session.step % settings.log_every == 0 and result.losses:
-                tracker.log_train(session.step, measure(session, result, pace))
-            else:
-                tracker.advance(session.step)
-            if session.step % settings.checkpoint_every == 0:
-                save(session)
-            if settings.evaluate_every and session.step % settings.evaluate_every == 0:
-                validate(session, tracker)
-            if stop.received:
-                save(session, wait=True)
-                tracker.event(session.step, f"stopped by {stop.received}")
-                raise Stopped(f"stopped by {stop.received}; go on with: tercet train --resume {session.folder}")
-        save(session, wait=True)
-        finish_run(session, tracker)
+    with joined(config.train.device):
+        session = open_session(config, resume)
+        if session.placement.device.type == "cpu":
+            keep_memory()
+        with open_tracker(session) as tracker, StopRequest() as stop:
+            announce(session, tracker)
+            run_steps(session, tracker, stop)
+            save(session, wait=True)
+            finish_run(session, tracker)
     return session.folder
+
+
+def run_steps(session: Session, tracker: Tracker, stop: StopRequest) -> None:
+    """The steps that are still due, with what comes between them."""
+    settings = session.config.train
+    pace = Pace()
+    bad_steps = 0
+    for batches in due_steps(session):
+        result = take_step(session, batches)
+        session.step += 1
+        pace.add(result.pairs, batches)
+        bad_steps = bad_steps + 1 if result.trouble else 0
+        if result.trouble:
+            tracker.event(session.step, result.trouble)
+        if bad_steps >= settings.max_bad_steps:
+            save(session, wait=True)
+            raise TercetError(
+                f"{bad_steps} steps in a row were not finite; lower optim.lr and go on with --resume {session.folder}"
+            )
+        if session.step % settings.log_every == 0 and result.losses:
+            tracker.log_train(session.step, measure(session, result, pace))
+        else:
+            tracker.advance(session.step)
+        if session.step % settings.checkpoint_every == 0:
+            save(session)
+        if settings.evaluate_every and session.step % settings.evaluate_every == 0:
+            validate(session, tracker)
+        if stopped := stop.agreed(session.ranks):
+            save(session, wait=True)
+            tracker.event(session.step, f"stopped by {stopped}")
+            raise Stopped(f"stopped by {stopped}; go on with: tercet train --resume {session.folder}")
 
 
 def take_step(session: Session, batches: Sequence[StepBatch]) -> StepResult:
@@ -113,46 +119,56 @@ def take_step(session: Session, batches: Sequence[StepBatch]) -> StepResult:
     for group in optimizer.param_groups:
         group["lr"] = rate
     alpha = alpha_of(config.objectives, step, steps_per_epoch)
-    batches = [batch for batch in batches if len(batch.keys)]
-    if not batches:
+    seeds = [mix(config.train.seed, step, index) for index in range(len(batches))]
+    parts = [task.prepare(batch, session.placement.device, seed) for batch, seed in zip(batches, seeds, strict=True)]
+    parts = [(part, seed) for part, seed in zip(parts, seeds, strict=True) if part.spread.total]
+    if not parts:
         return StepResult({}, torch.zeros(()), 0, "every sample of the step is broken")
 
     task.begin_step()
     optimizer.zero_grad(set_to_none=True)
     done: list[tuple[Any, TaskOutput]] = []
     losses: dict[str, Tensor] = {}
-    for index, batch in enumerate(batches):
-        seed = mix(config.train.seed, step, index)
-        prepared = task.prepare(batch, session.placement.device, seed)
-        torch.manual_seed(seed)
-        with session.placement.autocast():
-            output = task(prepared, alpha)
-        (total(output.losses, config.objectives) / len(batches)).backward()
+    for prepared, seed in parts:
+        torch.manual_seed(seed if session.ranks.first else mix(seed, session.ranks.rank))  # dropout
+        with summing(session.trained, last=len(done) == len(parts) - 1):
+            with session.placement.autocast():
+                output = session.trained(prepared, alpha)
+            (total(output.losses, config.objectives) / len(parts)).backward()
         done.append((prepared, output))
         for name, loss in output.losses.items():
-            losses[name] = losses.get(name, torch.zeros(())) + loss.detach() / len(batches)
+            losses[name] = losses.get(name, torch.zeros(())) + loss.detach() / len(parts)
     grad_norm = gradient_norm(task.student)
 
-    pairs = sum(len(batch.keys) for batch in batches)
+    pairs = sum(prepared.spread.total for prepared, _ in parts)
     if not bool(torch.isfinite(grad_norm)):  # the one point of a step where the host waits for the device
         optimizer.zero_grad(set_to_none=True)
-        return StepResult(losses, grad_norm, pairs, name_trouble(losses, batches))
+        sound = all(task.is_sound(output) for _, output in done)
+        return StepResult(losses, grad_norm, pairs, name_trouble(losses, batches, sound, session.ranks))
     step_clipped(optimizer, grad_norm, config.optim.clip_norm)
     for prepared, output in done:
         task.remember(prepared, output)
     return StepResult(losses, grad_norm, pairs)
 
 
-def name_trouble(losses: dict[str, Tensor], batches: Sequence[StepBatch]) -> str:
-    """Which objective was not finite, on which samples."""
-    named = [name for name, loss in losses.items() if not bool(torch.isfinite(loss))] or ["the gradient"]
+def name_trouble(losses: dict[str, Tensor], batches: Sequence[StepBatch], sound: bool, ranks: Ranks) -> str:
+    """Which objective was not finite, on which samples of which ranks: of those where it began, if that can be told."""
+    named = [name for name, loss in losses.items() if not bool(torch.isfinite(loss))]
     keys = [key for batch in batches for key in batch.keys]
     shown = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
-    return f"{' and '.join(named)} not finite; the step is left out. Samples: {shown}"
+    told = ranks.gather((not sound, bool(named), shown))
+    worst = max(told)[:2]
+    samples = [
+        f"Samples of rank {rank}: {keys}" if ranks.world > 1 else f"Samples: {keys}"
+        for rank, (*found, keys) in enumerate(told)
+        if tuple(found) == worst
+    ]
+    found = dict.fromkeys(name for names in ranks.gather(named) for name in names) or ["the gradient"]
+    return f"{' and '.join(found)} not finite; the step is left out. {'. '.join(samples)}"
 
 
 class Pace:
-    """Pairs a second and samples left out since they were last asked for."""
+    """Pairs a second, over all ranks, and samples left out here since they were last asked for."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
@@ -173,19 +189,28 @@ class Pace:
 
 
 def measure(session: Session, result: StepResult, pace: Pace) -> dict[str, float]:
-    """The metrics of a logging step; the host waits for the device here."""
-    config = session.config
-    losses = {name: loss.item() for name, loss in result.losses.items()}
+    """The metrics of a logging step over all ranks, which exchange them here once; the host waits for the device."""
+    config, ranks = session.config, session.ranks
+    taken = pace.take()
+    own = torch.stack([*result.losses.values(), result.grad_norm.new_tensor(taken["skipped"])])
+    *means, skipped = ranks.sum(own).cpu().unbind()
+    losses = {name: loss / ranks.world for name, loss in zip(result.losses, means, strict=True)}
     return {
         "epoch": session.step / session.steps_per_epoch,
-        "loss": float(total(result.losses, config.objectives)),
-        **losses,
+        "loss": float(total(losses, config.objectives)),
+        **{name: float(loss) for name, loss in losses.items()},
         "lr": session.optimizer.param_groups[0]["lr"],
         "temperature": float(session.task.student.temperature.detach()),
         "grad_norm": float(result.grad_norm),
         "alpha": alpha_of(config.objectives, session.step - 1, session.steps_per_epoch),
-        **pace.take(),
+        **taken,
+        "skipped": int(skipped),
     }
+
+
+def open_tracker(session: Session) -> Tracker:
+    """What writes and shows the run's numbers: on the first rank alone."""
+    return Tracker(session.folder, session.total_steps, session.step) if session.ranks.first else Silence()
 
 
 def announce(session: Session, tracker: Tracker) -> None:
@@ -195,12 +220,21 @@ def announce(session: Session, tracker: Tracker) -> None:
     texts = text_count(session.source)
     placement = session.placement
     facts = {"recipe": session.config.name, "pairs": texts, "parameters": parameters}
-    write_atomic(session.folder / FACTS, json.dumps({**facts, "machine": machine_name(placement.device)}))
+    if session.ranks.first:
+        write_atomic(session.folder / FACTS, json.dumps({**facts, "machine": machine_name(placement.device)}))
     for message in session.messages:
         tracker.event(session.step, message)
     tracker.event(
         session.step,
         f"{session.source.image_count} images with {texts} texts, {parameters / 1e6:.1f} M parameters, "
-        f"{session.total_steps} steps on {placement.device} in {placement.precision}, "
+        f"{session.total_steps} steps on {_devices(session)} in {placement.precision}, "
         f"losses: {', '.join(session.task.loss_names)}",
     )
+
+
+def _devices(session: Session) -> str:
+    """`cpu`, or `8 ranks, the first on cuda:0, ddp`."""
+    ranks, device = session.ranks, session.placement.device
+    if ranks.world == 1:
+        return str(device)
+    return f"{ranks.world} ranks ({session.config.train.parallel}), the first on {device}"

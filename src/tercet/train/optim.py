@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tercet.config import ObjectivesConfig, OptimConfig
+from tercet.ranks import Ranks, local_part
 
 # The published warm-up moves once every so many steps, within the first epoch only.
 PUBLISHED_WARMUP_STRIDE = 100
@@ -27,15 +28,20 @@ def decays(name: str, parameter: nn.Parameter, published: bool) -> bool:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, published: bool) -> torch.optim.AdamW:
-    """AdamW over the parameters that take a gradient, in a group that decays and one that does not."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    """AdamW over the parameters that take a gradient: those that decay, those that do not, and the single numbers.
+
+    Numbers stand apart because they are whole where all else is in pieces (FSDP), and one step takes tensors of one
+    kind.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[decays(name, parameter, published)].append(parameter)
+            group = (parameter.ndim == 0, not decays(name, parameter, published))
+            groups.setdefault(group, []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": groups[True], "weight_decay": config.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
+            {"params": groups[number, spared], "weight_decay": 0.0 if spared else config.weight_decay}
+            for number, spared in sorted(groups)
         ],
         lr=config.warmup_lr,
         betas=(config.beta1, config.beta2),
@@ -46,9 +52,15 @@ def build_optimizer(model: nn.Module, config: OptimConfig, published: bool) -> t
 
 @torch.no_grad()
 def gradient_norm(model: nn.Module) -> Tensor:
-    """Norm of all gradients together, `[]`, on their device."""
+    """Norm of all gradients together, `[]`, on their device; of those in pieces, of the pieces of all ranks."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients, foreach=True)
+    pieces = [local_part(gradient) for gradient in gradients if hasattr(gradient, "to_local")]
+    whole = [gradient for gradient in gradients if not hasattr(gradient, "to_local")]
+    norm = torch.nn.utils.get_total_norm(whole, foreach=True)
+    if not pieces:
+        return norm
+    squares = torch.nn.utils.get_total_norm(pieces, foreach=True).square()
+    return (norm.to(squares).square() + Ranks().sum(squares)).sqrt()
 
 
 def step_clipped(optimizer: torch.optim.Optimizer, grad_norm: Tensor, limit: float | None) -> None:
@@ -62,7 +74,11 @@ def step_clipped(optimizer: torch.optim.Optimizer, grad_norm: Tensor, limit: flo
         grad_norm: `[]`, of `gradient_norm`.
         limit: the largest norm.
     """
-    if limit is not None:
+    gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+    if limit is not None and any(hasattr(gradient, "to_local") for gradient in gradients):
+        pieces = [local_part(gradient) for gradient in gradients if gradient is not None]
+        torch._foreach_mul_(pieces, (limit / grad_norm).clamp(max=1.0))  # pyright: ignore[reportPrivateImportUsage]
+    elif limit is not None:
         # What the fused step divides gradients by; torch.amp's scaler sets it in the same way.
         optimizer.grad_scale = (grad_norm / limit).clamp(min=1.0)  # type: ignore[attr-defined]
     optimizer.step()

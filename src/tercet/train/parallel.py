@@ -1,18 +1,27 @@
-"""Where a run computes, and in which precision."""
+"""Where a run computes, in which precision, and with which other processes."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
+import os
 import platform
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from tercet.config import TrainConfig
 from tercet.errors import TercetError
+from tercet.ranks import Ranks
+from tercet.train.shards import reduce_whole, shard
 
 
 @dataclass(frozen=True)
@@ -34,20 +43,95 @@ class Placement:
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[None]:
+    """While open, this process is one of those that torchrun started; without torchrun it is alone.
+
+    Args:
+        device: `train.device`.
+
+    Raises:
+        TercetError: CUDA is asked for and there is none, or another process has gone.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or dist.is_initialized():
+        yield
+        return
+    cuda = wants_cuda(device)
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    # Gloo stands beside NCCL for what the hosts tell one another, so that no device is waited for.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in LOST):
+            raise
+        raise TercetError(
+            f"another of the {world} processes is gone; see what it said ({str(error).splitlines()[0]})"
+        ) from error
+    else:
+        dist.destroy_process_group()
+
+
+# Words of the errors that a collective call ends with when the other side has gone.
+LOST = ("gloo", "NCCL", "ncclRemoteError", "Connection closed by peer")
+
+
+def wants_cuda(device: str) -> bool:
+    """Whether `train.device` means CUDA here.
+
+    Raises:
+        TercetError: CUDA is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise TercetError("train.device is cuda and this machine offers none; set train.device to auto or cpu")
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+
+
 def place(config: TrainConfig) -> Placement:
     """Device and precision as the config asks, or as the machine offers.
 
     Raises:
         TercetError: CUDA is asked for and there is none.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise TercetError("train.device is cuda and this machine offers none; set train.device to auto or cpu")
-    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    cuda = wants_cuda(config.device)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if native_bf16(device) else "fp32"
     return Placement(device, precision)
+
+
+def train_together(task: nn.Module, parallel: str) -> nn.Module:
+    """What to call instead of `task`, so that its gradients are the mean over the ranks; alone, `task` itself.
+
+    Args:
+        task: on its device, with what does not learn frozen.
+        parallel: `ddp`, where each rank holds all of it, or `fsdp`; see `tercet.train.shards`.
+    """
+    if Ranks().world == 1:
+        return task
+    if parallel == "fsdp":
+        return shard(task)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)  # renamed in 2.13
+        # The queues are buffers, equal on all ranks by themselves.
+        return DistributedDataParallel(task, broadcast_buffers=False)
+
+
+@contextlib.contextmanager
+def summing(trained: nn.Module, last: bool) -> Iterator[None]:
+    """Within: gradients of one of several batches of a step; the ranks exchange them once, with the `last`."""
+    if isinstance(trained, DistributedDataParallel):
+        with contextlib.nullcontext() if last else trained.no_sync():
+            yield
+        return
+    if isinstance(trained, FSDPModule):
+        trained.set_requires_gradient_sync(last)
+    yield
+    if isinstance(trained, FSDPModule) and last:
+        reduce_whole(trained)
 
 
 def native_bf16(device: torch.device) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from tercet.config import Config, ModelConfig
 from tercet.config_io import dump_config
@@ -19,12 +20,13 @@ from tercet.model.folder import load_model, require_tokenizer
 from tercet.model.recompute import recompute_layers
 from tercet.model.tercet import Tercet
 from tercet.model.vision import resize_position_embed
+from tercet.ranks import Ranks
 from tercet.tasks.build import build_loader, build_task, kind_of, open_data, words_of
 from tercet.tasks.task import Loader, StepBatch, Task, TaskData, within_positions
 from tercet.train.checkpoint import Checkpoints, Position, list_checkpoints
 from tercet.train.compilation import compile_encoders, compiled_models
 from tercet.train.optim import build_optimizer
-from tercet.train.parallel import Placement, place
+from tercet.train.parallel import Placement, place, train_together
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -42,8 +44,10 @@ class Session:
         tokenizer: of model and loader.
         loader: batches by epoch and step.
         task: the student, what follows it, and its losses.
+        trained: what a step calls: `task`, or what shares its gradients with the other ranks.
         optimizer: over the parameters that learn.
         placement: device and precision.
+        ranks: the processes that train together; the first one writes and speaks.
         checkpoints: of this run.
         step: optimizer steps taken.
         messages: what the user should know before the first step.
@@ -55,8 +59,10 @@ class Session:
     tokenizer: Tokenizer
     loader: Loader
     task: Task
+    trained: nn.Module
     optimizer: torch.optim.Optimizer
     placement: Placement
+    ranks: Ranks
     checkpoints: Checkpoints
     step: int
     messages: list[str]
@@ -85,7 +91,8 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
     Raises:
         TercetError: the folder holds a run already (or none, to resume), a file is missing, or the data has changed.
     """
-    folder = resume if resume is not None else _new_folder(config)
+    ranks = Ranks()
+    folder = resume if resume is not None else ranks.by_first(lambda: _new_folder(config))
     if not config.data.train:
         raise TercetError("data.train names no source; give --data.train FILE, FOLDER or 'scenes'")
     messages: list[str] = []
@@ -96,7 +103,7 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
         )
     placement = place(config.train)
     torch.manual_seed(config.train.seed)
-    student, tokenizer, made = _build_student(config, source, folder)
+    student, tokenizer, made = _build_student(config, source, folder, ranks)
     messages += made
     data = within_positions(config.data, student)
     config = config.model_copy(update={"model": student.config, "data": data, "output": str(folder)})
@@ -110,14 +117,28 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
     recompute_layers(student, config.train.recompute)
     if config.train.compile:
         compile_encoders(compiled_models(task))
+    trained = train_together(task, config.train.parallel)
     optimizer = build_optimizer(student, config.optim, published)
     loader = build_loader(config, source, tokenizer, student.config.vision.image_size)
     checkpoints = Checkpoints(folder / CHECKPOINTS, config.train.keep_checkpoints)
-    session = Session(config, folder, source, tokenizer, loader, task, optimizer, placement, checkpoints, 0, messages)
+    session = Session(
+        config,
+        folder,
+        source,
+        tokenizer,
+        loader,
+        task,
+        trained,
+        optimizer,
+        placement,
+        ranks,
+        checkpoints,
+        0,
+        messages,
+    )
     if resume is None:
-        tokenizer.save(folder / TOKENIZER)
-        write_atomic(folder / CONFIG, dump_config(config))
-    elif list_checkpoints(folder / CHECKPOINTS):
+        ranks.by_first(lambda: _write_start(session))
+    elif ranks.from_first(bool(list_checkpoints(folder / CHECKPOINTS))):
         _restore(session)
     else:
         session.messages.append("the run was cut off before its first checkpoint; it starts again")
@@ -151,6 +172,11 @@ def fingerprint(source: TaskData) -> str:
     return digest.hexdigest()[:16]
 
 
+def _write_start(session: Session) -> None:
+    session.tokenizer.save(session.folder / TOKENIZER)
+    write_atomic(session.folder / CONFIG, dump_config(session.config))
+
+
 def _new_folder(config: Config) -> Path:
     if config.output is not None:
         folder = Path(config.output)
@@ -169,7 +195,7 @@ def _new_folder(config: Config) -> Path:
     return folder
 
 
-def _build_student(config: Config, source: TaskData, folder: Path) -> tuple[Tercet, Tokenizer, list[str]]:
+def _build_student(config: Config, source: TaskData, folder: Path, ranks: Ranks) -> tuple[Tercet, Tokenizer, list[str]]:
     """The model to train and its tokenizer: loaded from `init`, or new with a tokenizer loaded or trained."""
     if config.init is not None:
         student = load_model(config.init).train()
@@ -180,20 +206,21 @@ def _build_student(config: Config, source: TaskData, folder: Path) -> tuple[Terc
         made = student.add_heads([*config.model.heads, *kind_of(config.task).heads])
         new = f"; new in it: {', '.join(made)}" if made else ""
         return student, tokenizer, [f"starts from {config.init}{new}"]
-    saved = folder / TOKENIZER
-    messages: list[str] = []
-    if saved.is_dir():
-        tokenizer = Tokenizer.load(saved)
-    elif config.data.tokenizer is not None:
-        tokenizer = Tokenizer.load(config.data.tokenizer)
-    else:
-        words = words_of(config.task, source, config.data)
-        tokenizer = Tokenizer.train(words, config.data.tokenizer_size)
-        messages.append(f"trained a tokenizer of {tokenizer.vocabulary_size} word pieces on the texts")
+    tokenizer, messages = ranks.by_first(lambda: _find_tokenizer(config, source, folder / TOKENIZER))
     student = Tercet(_fitted(config.model, tokenizer, config.data.max_tokens))
     # Added and not built in, so that they start alike in a new run, a resumed one and a fine-tuning.
     student.add_heads([*config.model.heads, *kind_of(config.task).heads])
     return student, tokenizer, messages
+
+
+def _find_tokenizer(config: Config, source: TaskData, saved: Path) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer of the run, of the config, or a new one, and what the user should know of it."""
+    if saved.is_dir():
+        return Tokenizer.load(saved), []
+    if config.data.tokenizer is not None:
+        return Tokenizer.load(config.data.tokenizer), []
+    tokenizer = Tokenizer.train(words_of(config.task, source, config.data), config.data.tokenizer_size)
+    return tokenizer, [f"trained a tokenizer of {tokenizer.vocabulary_size} word pieces on the texts"]
 
 
 def _fitted(model: ModelConfig, tokenizer: Tokenizer, max_tokens: int) -> ModelConfig:
@@ -235,3 +262,4 @@ def _restore(session: Session) -> None:
         )
     session.step = position.step
     session.messages.append(f"resumed at step {position.step}")
+    session.ranks.wait()  # before anyone writes what another may still be reading

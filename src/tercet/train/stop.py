@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from types import FrameType, TracebackType
 
+from tercet.ranks import Ranks
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -18,6 +20,12 @@ class StopRequest:
     def __init__(self) -> None:
         self.received: str | None = None
         self._before: dict[signal.Signals, object] = {}
+
+    def agreed(self, ranks: Ranks) -> str | None:
+        """Name of the signal that any of the ranks received, so that all stop behind the same step."""
+        if not ranks.any(self.received is not None):
+            return None
+        return next(name for name in ranks.gather(self.received) if name is not None)
 
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:

@@ -122,6 +122,37 @@ class Tracker:
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=step or None)
 
 
+class Silence(Tracker):
+    """The tracker of the ranks that neither write nor speak."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __enter__(self) -> Silence:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def advance(self, step: int) -> None:
+        """Nothing."""
+
+    def log_train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def log_evaluation(self, step: int, data: str, metrics: Mapping[str, Mapping[str, float]]) -> None:
+        """Nothing."""
+
+    def event(self, step: int, message: str) -> None:
+        """Nothing."""
+
+    def waiting(self, description: str) -> contextlib.AbstractContextManager[object]:
+        """Nothing."""
+        return contextlib.nullcontext()
+
+
 def _drop_later_lines(file: Path, step: int) -> None:
     """Keep the whole lines of steps that the run has really taken."""
     if not file.is_file():

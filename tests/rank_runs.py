@@ -1,0 +1,158 @@
+"""Real processes that train together over Gloo: each is forked from a server that has imported everything once."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["torch._dynamo", "tercet.train.loop", "tercet.train.shards", "tercet.config_io", "rank_runs"]
+)
+TIMEOUT = 120
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function(*arguments)` gives on each of `world` ranks, or its error; it joins by `tercet.train.parallel`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes, ends = [], []
+    # As torchrun has it; read when the server starts.
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for rank in range(world):
+        ours, theirs = _CONTEXT.Pipe(duplex=False)
+        process = _CONTEXT.Process(target=_be_rank, args=(theirs, rank, world, port, function, arguments), daemon=False)
+        process.start()
+        theirs.close()
+        processes.append(process)
+        ends.append(ours)
+    os.environ.pop("OMP_NUM_THREADS")
+    if before is not None:
+        os.environ["OMP_NUM_THREADS"] = before
+    try:
+        results = []
+        for rank, end in enumerate(ends):
+            assert end.poll(TIMEOUT), f"rank {rank} of {world} does not answer"
+            results.append(end.recv())
+    finally:
+        for process in processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+    return results
+
+
+def _be_rank(
+    end: Connection, rank: int, world: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    import torch
+
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(TIMEOUT - 10, exit=True)  # says where a rank hangs
+    try:
+        end.send(function(*arguments))
+    except BaseException as error:
+        traceback.print_exc()
+        end.send(error if type(error).__module__.startswith("tercet") else RuntimeError(repr(error)))
+    finally:
+        end.close()
+
+
+SMALL = {
+    "model.vision.image_size": 32,
+    "model.vision.width": 32,
+    "model.vision.depth": 1,
+    "model.vision.heads": 2,
+    "model.text.width": 32,
+    "model.text.mlp_width": 64,
+    "model.text.depth": 3,
+    "model.text.fusion_layer": 1,
+    "model.text.heads": 2,
+    "model.text.dropout": 0.0,
+    "model.embed_dim": 16,
+    "objectives.queue_size": 20,
+    "objectives.gather_negatives": True,
+    "data.scenes": 24,
+    "data.workers": 0,
+    "data.validation": [],
+    "data.test": [],
+    "train.batch_size": 8,
+    "train.epochs": 2,
+    "train.log_every": 1,
+    "train.checkpoint_every": 3,
+    "optim.warmup_steps": 2,
+}
+
+
+def train_run(recipe: str, overrides: dict[str, Any], resume: str | None = None) -> str:
+    """Train a recipe, or go on with the run `resume`; gives the run folder."""
+    from pathlib import Path
+
+    from tercet.config_io import load_config
+    from tercet.train.loop import train
+
+    config = load_config(recipe if resume is None else resume, overrides)
+    return str(train(config, None if resume is None else Path(resume)))
+
+
+def poisoned_step(overrides: dict[str, Any]) -> dict[str, Any]:
+    """One good step, one whose images are not finite on rank 1 alone, and a good one."""
+    import dataclasses
+
+    import torch
+
+    from tercet.config_io import load_config
+    from tercet.ranks import Ranks
+    from tercet.train.loop import take_step
+    from tercet.train.parallel import joined
+    from tercet.train.session import due_steps, open_session
+
+    with joined("cpu"):
+        session = open_session(load_config("demo", overrides))
+        steps = due_steps(session)
+        first = take_step(session, next(steps)).trouble
+        batch = next(steps)[0]
+        before = {name: value.clone() for name, value in session.task.student.state_dict().items()}
+        poisoned = dataclasses.replace(batch, images=torch.full(batch.images.shape, float("nan")))
+        result = take_step(session, [poisoned if Ranks().rank == 1 else batch])
+        unchanged = all(torch.equal(value, before[name]) for name, value in session.task.student.state_dict().items())
+        after = take_step(session, [batch]).trouble
+        return {"first": first, "trouble": result.trouble, "keys": batch.keys, "unchanged": unchanged, "after": after}
+
+
+def gathered_rows(sizes: list[int]) -> dict[str, Any]:
+    """`Spread.gather` of rows whose numbers tell where they came from, and the gradient of a loss of each rank."""
+    import torch
+
+    from tercet.ranks import Ranks, spread_rows
+    from tercet.train.parallel import joined
+
+    with joined("cpu"):
+        ranks = Ranks()
+        rows = torch.full((sizes[ranks.rank], 2), float(ranks.rank + 1), requires_grad=True)
+        spread = spread_rows(len(rows))
+        everyone = spread.gather(rows)
+        (everyone.sum(dim=1) * torch.arange(len(everyone)) * (ranks.rank + 1)).sum().backward()
+        assert rows.grad is not None
+        flags = spread.gather(torch.ones(len(rows), 3, dtype=torch.bool))
+        cards = ranks.gather_in_turn([f"{ranks.rank}.{number}" for number in range(sizes[ranks.rank])])
+        return {
+            "everyone": everyone.tolist(),
+            "gradient": rows.grad.tolist(),
+            "flags": flags.tolist(),
+            "start": spread.start,
+            "mean": spread.mean,
+            "cards": cards,
+            "any": [ranks.any(ranks.rank == 1), ranks.any(False)],
+        }

@@ -1,0 +1,106 @@
+"""Several ranks are one: the same losses from any number of them, whole models or models in pieces."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from rank_runs import SMALL, poisoned_step, run_ranks, train_run
+from tercet.data.scenes import SceneSource
+from tercet.train.checkpoint import list_checkpoints
+
+NUMBERS = ("loss", "cma", "imc", "lmi", "itm", "mlm", "grad_norm", "temperature", "lr", "alpha")
+
+
+def run(folder: Path, world: int, resume: bool = False, **overrides: Any) -> Path:
+    named = {name.replace("__", "."): value for name, value in overrides.items()}
+    if resume:
+        results = run_ranks(world, train_run, "", named, str(folder))
+    else:
+        results = run_ranks(world, train_run, "demo", {**SMALL, **named, "output": str(folder)})
+    assert results == [str(folder)] * world
+    return folder
+
+
+def lines(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    read = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    return [line for line in read if line["kind"] == kind]
+
+
+def assert_same_losses(first: Path, second: Path, tolerance: float = 1e-5) -> None:
+    """Every number of every step, to `tolerance` of its size."""
+    expected, found = lines(first), lines(second)
+    assert [line["step"] for line in expected] == [line["step"] for line in found]
+    for one, other in zip(expected, found, strict=True):
+        for name in NUMBERS:
+            assert other[name] == pytest.approx(one[name], rel=tolerance, abs=tolerance), (one["step"], name)
+
+
+def assert_close_models(first: Path, second: Path, tolerance: float = 1e-5) -> None:
+    expected, found = (load_file(run / "model" / "model.safetensors") for run in (first, second))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        # AdamW divides by the root of a mean square: of a gradient that is rounding alone it makes a whole step.
+        torch.testing.assert_close(value, found[name], rtol=1e-3, atol=20 * tolerance, msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One rank with 8 pairs a step."""
+    return run(tmp_path_factory.mktemp("runs") / "alone", 1)
+
+
+@pytest.mark.parametrize(("world", "parallel"), [(2, "ddp"), (2, "fsdp"), (4, "ddp")])
+def test_ranks_with_gathered_features_equal_one_rank(alone: Path, tmp_path: Path, world: int, parallel: str) -> None:
+    together = run(tmp_path / "together", world, train__parallel=parallel)
+    assert len(lines(alone)) == 6
+    assert_same_losses(alone, together)
+    assert_close_models(alone, together)
+    assert [path.name for path in list_checkpoints(together / "checkpoints")] == ["step-00000006", "step-00000003"]
+
+
+def test_a_run_goes_on_with_other_ranks_and_in_other_pieces(alone: Path, tmp_path: Path) -> None:
+    """Two whole models, then three in pieces (8 pairs: 2, 3 and 3), then one."""
+    folder = run(tmp_path / "run", 2, train__max_steps=2)
+    run(folder, 3, resume=True, train__max_steps=4, train__parallel="fsdp")
+    run(folder, 1, resume=True, train__max_steps=None, train__parallel="ddp")
+    assert_same_losses(alone, folder)
+    assert_close_models(alone, folder)
+    events = [line["message"] for line in lines(folder, "event")]
+    assert [text for text in events if "resumed" in text] == ["resumed at step 2", "resumed at step 4"]
+    assert not any("comes twice" in text for text in events)
+
+
+def test_accumulated_batches_are_exchanged_once(tmp_path: Path) -> None:
+    overrides = {"optim__accumulate": 3, "train__epochs": 3, "objectives__queue_size": 0}
+    assert_same_losses(run(tmp_path / "one", 1, **overrides), run(tmp_path / "two", 2, **overrides))
+
+
+def test_broken_images_on_one_rank_neither_hang_nor_bias_the_other(tmp_path: Path) -> None:
+    """The first rank of two loses pairs, all of them in some steps; the losses are those of the pairs that are left."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    source = SceneSource(12, "train")
+    for index in range(12):
+        Image.fromarray(source.array(index)).save(folder / f"{index:02}.png")
+        (folder / f"{index:02}.txt").write_text(source.captions(index)[0], "utf-8")
+    for index in range(0, 12, 2):
+        (folder / f"{index:02}.png").write_bytes(b"broken")
+    overrides = {"data__train": [str(folder)], "train__batch_size": 4, "train__epochs": 4}
+    one, two = run(tmp_path / "one", 1, **overrides), run(tmp_path / "two", 2, **overrides)
+    assert_same_losses(one, two)
+    assert sum(line["skipped"] for line in lines(two)) == sum(line["skipped"] for line in lines(one)) == 24
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all_and_named(tmp_path: Path) -> None:
+    first, second = run_ranks(2, poisoned_step, {**SMALL, "output": str(tmp_path / "run")})
+    assert first["trouble"] == second["trouble"]
+    assert "Samples of rank 1" in first["trouble"] and "rank 0" not in first["trouble"]
+    assert second["keys"][0] in first["trouble"] and first["keys"][0] not in first["trouble"]
+    assert all(part["unchanged"] and part["first"] is None and part["after"] is None for part in (first, second))
