@@ -13,8 +13,6 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch._dynamo", "tercet.train.loop", "tercet.config_io", "rank_runs"])
-    ["torch._dynamo", "tercet.train.loop", "tercet.train.shards", "tercet.config_io", "rank_runs"]
-)
 TIMEOUT = 120
 
 
