@@ -23,15 +23,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
     except TercetError as error:
-        print(f"tercet: error: {error}", file=sys.stderr)
+        print(f"tercet: {_rank()}error: {error}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt as stop:
-        print(f"tercet: {str(stop) or 'interrupted'}", file=sys.stderr)
+        print(f"tercet: {_rank()}{str(stop) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader (head, less) has gone; what Python flushes at exit must have somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _rank() -> str:
+    """Which of several processes speaks; of the first, and of one alone, nothing."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"rank {rank}: "
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -36,6 +36,9 @@ class TrainArguments:
     """print the whole config, parameter counts, FLOPs and memory, and do not train"""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     """run folder to go on with, exactly where it stopped; takes the place of RECIPE"""
+    resume_if_there: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(aliases=["--resume-if-there"])] = False
+    """go on with the run in --output where there is one, else start it: one command for the first start and for every
+    restart by torchrun or a cluster"""
     config: ConfigFlags = field(default_factory=Config)
 
 
@@ -70,14 +73,32 @@ def train(arguments: list[str]) -> None:
 
         print(describe(config))
         return
-    _train_and_report(config, options.resume)
+    if options.resume_if_there and config.output is None:
+        raise TercetError("--resume-if-there looks for the run in --output; name a folder: --output RUN")
+    _train_and_report(config, options.resume, overrides if options.resume_if_there else None)
 
 
-def _train_and_report(config: Config, resume: Path | None = None) -> Path:
-    """Train, write the report, and say where it is; of several ranks, the first alone writes and speaks."""
+def _train_and_report(config: Config, resume: Path | None = None, found_with: dict[str, Any] | None = None) -> Path:
+    """Train, write the report, and say where it is; of several ranks, the first alone writes and speaks.
+
+    Args:
+        config: the resolved config.
+        resume: run folder to go on in.
+        found_with: where the run in `config.output` is gone on with if it is there, the flags that lie over its config.
+    """
+    from tercet.config_io import load_config
+    from tercet.ranks import Ranks
     from tercet.train.loop import train as run_training
+    from tercet.train.parallel import joined
+    from tercet.train.session import CONFIG
 
-    run = run_training(config, resume)
+    with joined(config.train.device):
+        if found_with is not None and config.output is not None:
+            folder = Path(config.output)
+            # The first rank looks, before it could have begun the run itself.
+            if Ranks().from_first((folder / CONFIG).is_file()):
+                resume, config = folder, load_config(folder, found_with)
+        run = run_training(config, resume)
     if os.environ.get("RANK", "0") == "0":
         from tercet.report.page import write_report
 

@@ -24,6 +24,7 @@ from tercet.data.texts import Tokenizer, clean_caption, tells_sides
 from tercet.data.views import View, ViewStyle
 from tercet.data.workers import WorkerPool
 from tercet.errors import TercetError
+from tercet.ranks import Ranks
 
 __all__ = ["Batch", "ImageBatch", "SkipReport", "TextBatch", "TrainLoader", "image_batches", "text_batches"]
 
@@ -228,10 +229,12 @@ def image_batches(
     batch_size: int,
     limit: int | None = None,
     first_batch: int = 0,
+    ranks: Ranks | None = None,
 ) -> Iterator[ImageBatch]:
     """The images of a source in order, or the first `limit` of them, by `data.workers` processes.
 
-    Batches before `first_batch` are passed over.
+    Batches before `first_batch` are passed over.  With `ranks` whole batches are dealt to them in turn, and this rank's
+    come.
 
     Raises:
         TercetError: a worker process died.
@@ -240,21 +243,38 @@ def image_batches(
     plan = ImagePlan(source, data, image_size, batch_size, count)
     pool: WorkerPool[ImageBatch] = WorkerPool(plan, data.workers)
     try:
-        yield from pool.run(list(range(first_batch, -(-count // batch_size))))
+        due = dealt(-(-count // batch_size), ranks)
+        yield from pool.run([number for number in due if number >= first_batch])
     finally:
         pool.close()
 
 
 def text_batches(
-    source: Source, tokenizer: Tokenizer, data: DataConfig, batch_size: int, limit: int | None = None
+    source: Source,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    batch_size: int,
+    limit: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[TextBatch]:
-    """All captions of a source's images in order, or of the first `limit` images."""
+    """All captions of a source's images in order, or of the first `limit` images; with `ranks`, see `image_batches`."""
+    mine = set(dealt(-(-int(np.asarray(source.caption_counts, np.int64)[:limit].sum()) // batch_size), ranks))
     owners = caption_owners(source, limit)
     texts = cleaned_captions(source, data.max_words, limit)
     for start in range(0, len(owners), batch_size):
         captions = [text for _, text in zip(range(start, min(start + batch_size, len(owners))), texts, strict=False)]
+        if start // batch_size not in mine:
+            continue
         input_ids, attention_mask = encode_captions(tokenizer, captions, data.max_tokens)
         yield TextBatch(input_ids, attention_mask, owners[start : start + batch_size], captions)
+
+
+def dealt(batches: int, ranks: Ranks | None) -> list[int]:
+    """Numbers of the evaluation batches that come here: all of them, or of those dealt to `ranks` in turn this one's.
+
+    Whole batches, so that each is computed as it would be on one rank alone, to the bit.
+    """
+    return list(range(batches) if ranks is None else range(ranks.rank, batches, ranks.world))
 
 
 def caption_owners(source: Source, limit: int | None = None) -> Tensor:

@@ -14,13 +14,14 @@ import torch
 from tercet.config import DataConfig
 from tercet.data.batches import SampleBatch, SkipReport
 from tercet.data.images import resize, sufficient_side
-from tercet.data.loader import encode_captions, stack
+from tercet.data.loader import dealt, encode_captions, stack
 from tercet.data.order import PairOrder
 from tercet.data.samples import Sample, SampleSource
 from tercet.data.texts import Tokenizer, clean_caption, tells_sides
 from tercet.data.views import one_view
 from tercet.data.workers import WorkerPool
 from tercet.errors import TercetError
+from tercet.ranks import Ranks
 
 Clean = Callable[[str, int], str]
 
@@ -244,8 +245,11 @@ def sample_batches(
     batch_size: int,
     limit: int | None = None,
     clean: Clean = clean_caption,
+    ranks: Ranks | None = None,
 ) -> Iterator[SampleBatch]:
     """The samples of a source in order, or the first `limit` of them, by `data.workers` processes.
+
+    With `ranks` whole batches are dealt to them in turn, and this rank's come.
 
     Raises:
         TercetError: a worker process died.
@@ -254,7 +258,7 @@ def sample_batches(
     plan = SamplePlan(source, tokenizer, data, image_size, batch_size, count, clean)
     pool: WorkerPool[SampleBatch] = WorkerPool(plan, data.workers)
     try:
-        yield from pool.run(list(range(-(-count // batch_size))))
+        yield from pool.run(dealt(-(-count // batch_size), ranks))
     finally:
         pool.close()
 

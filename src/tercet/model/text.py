@@ -94,7 +94,8 @@ class FusionEncoder(LayerStack):
         """
         layers = [layer.cross_attention for layer in self._fusion_layers()]
         projected = len(layers)
-        if readers is not None and image_embeds.device.type == "cpu":
+        # A rank whose images are all broken has none, which saves nothing.
+        if readers is not None and len(image_embeds) and image_embeds.device.type == "cpu":
             lower, last = (self._pays_to_project(count, image_embeds) for count in readers)
             projected = (projected - 1) * lower + (lower and last)
         keys_values = [layer.remember(image_embeds) for layer in layers[:projected]]
