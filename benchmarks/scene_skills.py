@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +24,11 @@ from torch.nn import functional as F
 import tercet
 from tercet.config import Config, DataConfig, VisionConfig
 from tercet.data.entailment_files import draw_entailments
-from tercet.data.scene_layout import BACKGROUNDS, COLOURS, SHAPES, pick, place, random_kind
+from tercet.data.scene_captions import NUMBERS, plural
+from tercet.data.scene_layout import BACKGROUNDS, COLOURS, SHAPES, SIZES, pick, place, random_kind
 from tercet.data.scene_tasks import expressions
 from tercet.data.scenes import Scene, SceneSource, scene_generator
+from tercet.data.vqa_files import draw_questions
 from tercet.model.tercet import Tercet
 from tercet.model.vision import VisionTransformer, to_patches
 from tercet.tasks.boxes import inside
@@ -34,6 +36,7 @@ from tercet.tasks.entailment import evaluate_entailment
 
 SINGLE_OF = 60  # validation scenes among which those of a single figure are looked for
 FRAME = r"^(in this picture |here |as far as one can tell )"
+THINGS = r"\b(" + "|".join((*COLOURS, *SHAPES, *map(plural, SHAPES), *SIZES, *NUMBERS.values())) + r"|figures?)\b"
 FORMS = {
     "number": "exactly",
     "half": "half",
@@ -108,6 +111,22 @@ def claims(model: Tercet, count: int = 300) -> dict[str, float]:
     return {name: 100.0 * float(np.mean(values)) for name, values in right.items()}
 
 
+def words_alone() -> dict[str, float]:
+    """Percent of the test questions answered by the commonest training answer to their form, without the picture."""
+    train, test = draw_questions(4000, "train"), draw_questions(500, "test")
+    common: dict[str, Counter[str]] = defaultdict(Counter)
+    for index in range(train.sample_count):
+        sample = train.sample(index)
+        common[re.sub(THINGS, "X", sample.text)][sample.target["answers"][0]] += 1
+    right: dict[str, list[bool]] = defaultdict(list)
+    for index in range(test.sample_count):
+        sample = test.sample(index)
+        guess = common[re.sub(THINGS, "X", sample.text)].most_common(1)
+        for kind in ("all", sample.target["answer_type"]):
+            right[kind].append(bool(guess) and guess[0][0] == sample.target["answers"][0])
+    return {kind: 100.0 * float(np.mean(values)) for kind, values in right.items()}
+
+
 class Convolutions(nn.Module):
     """Four stages of two 3x3 convolutions, and the maximum over places, in the form of image tokens."""
 
@@ -173,11 +192,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--entailment", help="a model fine-tuned by demo-entailment")
+    parser.add_argument("--words", action="store_true", help="answer questions without the picture")
     parser.add_argument("--learn", action="store_true", help="teach shapes instead, some minutes")
     parser.add_argument("--steps", type=int, default=600)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
+    if arguments.words:
+        found["words_alone"] = words_alone()
     if arguments.learn:
         found["transformer"] = learn(_transformer, arguments.steps)
         found["convolutions"] = learn(Convolutions, arguments.steps)
