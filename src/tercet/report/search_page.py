@@ -12,12 +12,14 @@ from tercet.files import write_atomic
 from tercet.report.style import STYLE
 
 CARDS = """
-.found { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 200px), 1fr)); }
+.found { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 165px), 1fr)); }
 .found figure { padding: 0; overflow: hidden; display: flex; flex-direction: column; }
 .found img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--line); }
 .found figcaption { display: block; padding: .6rem .75rem .7rem; font-weight: 400; font-size: .85rem; }
-.found .numbers { display: flex; justify-content: space-between; gap: .6rem; font-variant-numeric: tabular-nums; }
-.found .numbers b { font-size: .95rem; }
+.found .numbers { display: flex; flex-wrap: wrap; align-items: baseline; justify-content: space-between; gap: 0 .6rem;
+  font-variant-numeric: tabular-nums; }
+.found .numbers b { font-size: .95rem; white-space: nowrap; }
+.found .numbers span { color: var(--soft); font-size: .78rem; white-space: nowrap; }
 .found .caption { margin: .3rem 0 0; display: -webkit-box; -webkit-line-clamp: 3; -webkit-box-orient: vertical;
   overflow: hidden; overflow-wrap: anywhere; }
 .found .place { margin: .3rem 0 0; color: var(--soft); font-size: .75rem; overflow-wrap: anywhere; }
@@ -63,7 +65,11 @@ def write_search_page(
         TercetError: the file cannot be written.
     """
     title = escape(asked.get("words") or "Images like one")
-    facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in asked.items())
+    facts = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+        for name, value in asked.items()
+        if name != "words"
+    )
     picture = (
         f'<p class="query"><img src="{_data_url(image)}" alt="the image that was looked for"></p>' if image else ""
     )
