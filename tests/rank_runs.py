@@ -154,3 +154,27 @@ def gathered_rows(sizes: list[int]) -> dict[str, Any]:
             "cards": cards,
             "any": [ranks.any(ranks.rank == 1), ranks.any(False)],
         }
+
+
+def evaluations(tasks: list[str]) -> dict[str, Any]:
+    """Metrics and sizes of a small random model in several tasks, on drawn scenes, 3 of 7 samples at a time."""
+    import torch
+
+    from tercet.config_io import load_config
+    from tercet.tasks.build import evaluate_task, kind_of, open_data
+    from tercet.train.parallel import joined
+    from tiny_model import make_model
+
+    overrides = {"evaluate.batch_size": 3, "evaluate.limit": 7, "evaluate.rerank": 3, "data.workers": 0}
+    with joined("cpu"):
+        found = {}
+        for task in tasks:
+            config = load_config("demo", overrides)
+            model = make_model()
+            torch.manual_seed(0)
+            model.add_heads(kind_of(task).heads)
+            if task == "vqa":
+                model.answers = ["yes", "no", "red", "two"]
+            result = evaluate_task(task, model.eval(), open_data(task, ["scenes:test"], config.data, "test"), config)
+            found[task] = {"metrics": result.metrics(), "sizes": result.sizes, "rows": result.predictions()}
+        return found

@@ -20,7 +20,7 @@ from tercet.model.nlvr import fused_class
 from tercet.model.tercet import Tercet
 from tercet.objectives.assignment import Assignment, assignment_loss, draw_assignment
 from tercet.objectives.contrast import same_image
-from tercet.ranks import Spread, spread_rows
+from tercet.ranks import Ranks, Spread, spread_rows
 from tercet.tasks.encoding import evaluating
 from tercet.tasks.labelling import freeze_others
 from tercet.tasks.task import Task, TaskKind, within_positions
@@ -162,13 +162,15 @@ def evaluate_assignment(model: Tercet, source: Source, config: Config) -> Assign
         TercetError: no two images can be read, or the model has no tokenizer.
     """
     result = AssignmentResult(0, 0, [])
+    ranks = Ranks()
     with evaluating(model) as device, torch.random.fork_rng():
-        torch.manual_seed(EVALUATION_SEED)
-        for batch in _evaluation_batches(model, source, config, device, result.problems):
+        for batch in _evaluation_batches(model, source, config, device, ranks, result.problems):
             logits, assignment = assignment_logits(model, batch, batch.image_ids)
             counted = assignment.labels >= 0
             result.right += int(((logits.argmax(dim=1) == assignment.labels) & counted).sum())
             result.count += int(counted.sum())
+    result.right, result.count = ranks.sum(torch.tensor([result.right, result.count])).tolist()
+    result.problems = [problem for part in ranks.gather(result.problems) for problem in part]
     if result.count == 0:
         why = f"; the first problem: {result.problems[0]}" if result.problems else ""
         raise TercetError(f"text assignment needs two different images that can be read{why}")
@@ -176,15 +178,18 @@ def evaluate_assignment(model: Tercet, source: Source, config: Config) -> Assign
 
 
 def _evaluation_batches(
-    model: Tercet, source: Source, config: Config, device: torch.device, problems: list[str]
+    model: Tercet, source: Source, config: Config, device: torch.device, ranks: Ranks, problems: list[str]
 ) -> Iterator[AssignmentBatch]:
+    """Batches of this rank; what is drawn in each follows from its number."""
     tokenizer, data = require_tokenizer(model), within_positions(config.data, model)
     ids = torch.from_numpy(image_ids(source))
     size, limit = config.evaluate.batch_size, config.evaluate.limit
-    for batch in image_batches(source, data, model.config.vision.image_size, size, limit):
+    batches = image_batches(source, data, model.config.vision.image_size, size, limit, ranks=ranks)
+    for number, batch in enumerate(batches):
         problems += batch.problems
         if not len(batch):
             continue
+        torch.manual_seed(EVALUATION_SEED + ranks.rank + number * ranks.world)
         texts = [clean_caption(source.captions(index)[0], data.max_words) for index in batch.indices.tolist()]
         input_ids, mask = encode_captions(tokenizer, texts, data.max_tokens)
         yield AssignmentBatch(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tercet.config import Config
 from tercet.data.class_folders import labels_of, open_labelled
-from tercet.data.loader import caption_owners, image_batches, text_batches
+from tercet.data.loader import caption_owners, image_batches
 from tercet.data.sources import Source
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
@@ -19,7 +19,7 @@ from tercet.model.tercet import Tercet
 from tercet.tasks.classify import accuracy, choose_penalty, class_feats, few_shot, fit_probe, zero_shot
 from tercet.tasks.embedding import embedding_quality
 from tercet.tasks.encoding import evaluating
-from tercet.tasks.retrieval import encode_images, encode_texts, of_readable_images
+from tercet.tasks.retrieval import encode_source_images, encode_source_texts, of_readable_images
 
 TOP = 5
 
@@ -108,15 +108,13 @@ def evaluate_embedding(model: Tercet, source: Source, config: Config) -> Feature
     Raises:
         TercetError: fewer than two images can be read, or the model has no tokenizer.
     """
-    size, limit = config.evaluate.batch_size, config.evaluate.limit
-    with evaluating(model) as device:
-        batches = image_batches(source, config.data, model.config.vision.image_size, size, limit)
-        images = encode_images(model, batches, device, keep_tokens=False)
+    limit = config.evaluate.limit
+    with evaluating(model):
+        images = encode_source_images(model, source, config, keep_tokens=False)
         if len(images.keys) < 2:
             why = f"; the first problem: {images.problems[0]}" if images.problems else ""
             raise TercetError(f"the quality of a space is measured on two images at least{why}")
-        words = text_batches(source, require_tokenizer(model), config.data, size, limit)
-        texts, captions = encode_texts(model, words, device)
+        texts, captions = encode_source_texts(model, source, config, require_tokenizer(model))
     texts, captions, owners = of_readable_images(texts, captions, images, caption_owners(source, limit))
     numbers = embedding_quality(images.image_feats, texts.text_feats, owners, captions)
     return FeatureResult(numbers, {"images": len(images.keys), "texts": len(captions)}, images.problems)

@@ -17,9 +17,11 @@ from torch import Tensor
 from tercet.config import Config
 from tercet.data.grounding_files import check_boxes
 from tercet.data.inputs import to_batch
+from tercet.data.loader import dealt
 from tercet.data.samples import Sample, SampleSource
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
+from tercet.ranks import Ranks
 from tercet.tasks.boxes import HIT, Box, choose_box, inside, overlap, peak
 from tercet.tasks.encoding import evaluating, tokenise
 from tercet.tasks.heatmaps import average_words, contrast_heatmaps, enlarge, matching_heatmaps, to_grid
@@ -129,11 +131,16 @@ def evaluate_grounding(model: Tercet, source: SampleSource, config: Config) -> G
         TercetError: a box lies outside its image, no image can be read, or the model has no tokenizer or no such layer.
     """
     result = GroundingResult()
+    ranks = Ranks()
+    done: list[tuple[list[Found], list[str]]] = []
     with evaluating(model):
-        for samples, images, pixels in _chunks(source, config, model.config.vision.image_size, result.problems):
-            maps = expression_maps(model, images, samples, config)
-            for sample, heatmap, own in zip(samples, maps, pixels, strict=True):
-                result.found.append(read_map(heatmap, sample, own.shape[:2]))
+        for samples, images, pixels, problems in _chunks(source, config, model.config.vision.image_size, ranks):
+            maps = [] if images is None else expression_maps(model, images, samples, config)
+            read = zip(maps, samples, pixels, strict=True)
+            done.append(([read_map(heatmap, sample, own.shape[:2]) for heatmap, sample, own in read], problems))
+    for found, problems in ranks.gather_in_turn(done):
+        result.found += found
+        result.problems += problems
     if not result.found:
         first = f"; the first: {result.problems[0]}" if result.problems else ""
         raise TercetError(f"no expression whose image can be read{first}")
@@ -197,18 +204,21 @@ def as_box(box: Sequence[float]) -> Box:
 
 
 def _chunks(
-    source: SampleSource, config: Config, size: int, problems: list[str]
-) -> Iterator[tuple[list[Sample], Tensor, list[np.ndarray]]]:
-    """Expressions of some images at a time, with their images resized, and for each expression its image as read."""
+    source: SampleSource, config: Config, size: int, ranks: Ranks
+) -> Iterator[tuple[list[Sample], Tensor | None, list[np.ndarray], list[str]]]:
+    """Expressions of some images at a time, with their images resized, for each expression its image as read, and why
+    others are left out; those chunks that are dealt to this rank."""
     by_image: dict[int, list[int]] = {}
     for index in range(source.sample_count):
         by_image.setdefault(source.sample(index).images[0], []).append(index)
     images = list(by_image)[: config.evaluate.limit]
-    for start in range(0, len(images), config.evaluate.batch_size):
+    batch = config.evaluate.batch_size
+    for number in dealt(-(-len(images) // batch), ranks):
+        start, problems = number * batch, []
         samples: list[Sample] = []
         read: list[np.ndarray] = []
         pixels: list[np.ndarray] = []
-        for image in images[start : start + config.evaluate.batch_size]:
+        for image in images[start : start + batch]:
             own = [source.sample(index) for index in by_image[image]]
             try:
                 read.append(source.pixels(image, config.data.pixel_limit))
@@ -217,8 +227,7 @@ def _chunks(
                 continue
             samples += own
             pixels += [read[-1]] * len(own)
-        if samples:
-            yield samples, to_batch(read, size), pixels
+        yield samples, to_batch(read, size) if read else None, pixels, problems
 
 
 def _runs(values: Sequence[int]) -> Iterator[int]:

@@ -20,7 +20,7 @@ from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.objectives.features import Teacher
 from tercet.objectives.labels import label_loss
-from tercet.ranks import Spread, spread_rows
+from tercet.ranks import Ranks, Spread, spread_rows
 from tercet.tasks.encoding import evaluating
 from tercet.tasks.task import Task, within_positions
 
@@ -181,7 +181,8 @@ def guess_labels(
     Raises:
         TercetError: no sample can be read, or the model has no tokenizer.
     """
-    found: list[Tensor] = []
+    ranks = Ranks()
+    own: list[tuple[Tensor, list[Any], list[str], list[str]]] = []
     guesses = Guesses(torch.empty(0), torch.empty(0, dtype=torch.int64), [], [], list(source.problems))
     with evaluating(model) as device:
         for batch in sample_batches(
@@ -191,15 +192,19 @@ def guess_labels(
             model.config.vision.image_size,
             config.evaluate.batch_size,
             config.evaluate.limit,
+            ranks=ranks,
         ):
-            guesses.problems += batch.problems
-            if not len(batch):
-                continue
-            found.append(logits(model, labelled(batch, device)).float().softmax(dim=1).cpu())
-            guesses.targets += batch.targets
-            guesses.keys += batch.keys
-    if not found:
+            chances = torch.empty(0, 0)
+            if len(batch):
+                chances = logits(model, labelled(batch, device)).float().softmax(dim=1).cpu()
+            own.append((chances, batch.targets, batch.keys, batch.problems))
+    found = ranks.gather_in_turn(own)
+    for _, targets, keys, problems in found:
+        guesses.targets += targets
+        guesses.keys += keys
+        guesses.problems += problems
+    if not guesses.keys:
         raise TercetError(f"none of {source.sample_count} samples can be read; the first: {guesses.problems[0]}")
-    guesses.probabilities = torch.cat(found)
+    guesses.probabilities = torch.cat([chances for chances, _, keys, _ in found if keys])
     guesses.labels = torch.tensor([target["label"] for target in guesses.targets], dtype=torch.int64)
     return guesses

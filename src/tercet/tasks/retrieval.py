@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 from tercet.config import Config
 from tercet.data.loader import ImageBatch, TextBatch, caption_owners, image_batches, text_batches
 from tercet.data.sources import Source
+from tercet.data.texts import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
+from tercet.ranks import Ranks
 from tercet.tasks.embedding import shared_space
 from tercet.tasks.rerank import EncodedTexts, candidate_pairs, chunks_by_length, pad_texts, score_image
 
@@ -123,14 +125,15 @@ class EncodedImages:
 
     Attributes:
         image_feats: unit vectors `[images, embed_dim]`.
-        image_embeds: for each image its tokens `[1 + patches, width]`; empty when they were not asked for.
+        image_embeds: for each image its tokens `[1 + patches, width]`, None where another rank has them; empty when
+            they were not asked for.
         index: place of each image in its source, `[images]`; broken ones are missing.
         keys: names of the images.
         problems: why the missing ones are.
     """
 
     image_feats: Tensor
-    image_embeds: list[Tensor]
+    image_embeds: Sequence[Tensor | None]
     index: Tensor
     keys: list[str]
     problems: list[str]
@@ -142,6 +145,7 @@ def encode_images(
 ) -> EncodedImages:
     """Features of all images that can be read and, if asked for, their tokens."""
     feats: list[Tensor] = []
+    tokens: list[Tensor] = []
     encoded = EncodedImages(torch.empty(0, model.config.embed_dim), [], torch.empty(0, dtype=torch.long), [], [])
     for batch in batches:
         encoded.problems += batch.problems
@@ -150,18 +154,56 @@ def encode_images(
         image_embeds = model.encode_image(batch.images.to(device))
         feats.append(model.project_image(image_embeds[:, 0]).cpu())
         if keep_tokens:
-            encoded.image_embeds += list(image_embeds.cpu())
+            tokens += list(image_embeds.cpu())
         encoded.index = torch.cat([encoded.index, batch.indices])
         encoded.keys += batch.keys
     if feats:
-        encoded.image_feats = torch.cat(feats)
+        encoded.image_feats, encoded.image_embeds = torch.cat(feats), tokens
     return encoded
+
+
+def encode_source_images(model: Tercet, source: Source, config: Config, keep_tokens: bool) -> EncodedImages:
+    """Features of all images of a source that can be read, encoded by all ranks; tokens of those of this rank alone.
+
+    Args:
+        model: in evaluation mode.
+        source: the images.
+        config: `data` and `evaluate` are read.
+        keep_tokens: whether tokens are asked for; those of other ranks' images are None.
+    """
+    ranks, device = Ranks(), next(model.parameters()).device
+    size, limit = config.evaluate.batch_size, config.evaluate.limit
+    batches = image_batches(source, config.data, model.config.vision.image_size, size, limit, ranks=ranks)
+    own = [encode_images(model, [batch], device, keep_tokens) for batch in batches]
+    parts = ranks.gather_in_turn([replace(part, image_embeds=[None] * len(part.keys)) for part in own])
+    if keep_tokens:
+        parts[ranks.rank :: ranks.world] = own
+    return EncodedImages(
+        image_feats=torch.cat([part.image_feats for part in parts]),
+        image_embeds=[tokens for part in parts for tokens in part.image_embeds] if keep_tokens else [],
+        index=torch.cat([part.index for part in parts]),
+        keys=[key for part in parts for key in part.keys],
+        problems=[problem for part in parts for problem in part.problems],
+    )
+
+
+def encode_source_texts(
+    model: Tercet, source: Source, config: Config, tokenizer: Tokenizer
+) -> tuple[EncodedTexts, list[str]]:
+    """Features and tokens of all captions of a source, windows of them by each rank, and the captions themselves."""
+    ranks, device = Ranks(), next(model.parameters()).device
+    batches = text_batches(source, tokenizer, config.data, TEXT_WINDOW, config.evaluate.limit, ranks)
+    parts = ranks.gather_in_turn([encode_texts(model, [batch], device) for batch in batches])
+    return EncodedTexts(
+        torch.cat([texts.text_feats for texts, _ in parts]),
+        [embeds for texts, _ in parts for embeds in texts.text_embeds],
+    ), [caption for _, captions in parts for caption in captions]
 
 
 @torch.no_grad()
 def rerank(
     model: Tercet,
-    image_embeds: list[Tensor],
+    image_embeds: Sequence[Tensor | None],
     texts: EncodedTexts,
     similarities: Tensor,
     count: int,
@@ -170,11 +212,11 @@ def rerank(
 ) -> Scores:
     """Matching logits of the `count` best candidates of every query, the rest behind them in the dual order.
 
-    A pair that both directions ask for is scored once.
+    A pair that both directions ask for is scored once, by the rank that has its image.
 
     Args:
         model: in evaluation mode, on `device`.
-        image_embeds: `[1 + patches, width]` of each image.
+        image_embeds: `[1 + patches, width]` of each image; None of those that other ranks have.
         texts: all texts.
         similarities: cosines `[images, texts]`.
         count: candidates a query.
@@ -182,19 +224,21 @@ def rerank(
         progress: told after each image how many pairs it had.
     """
     by_image, by_text = candidate_pairs(similarities, count)
-    rest = similarities + UNRANKED
-    scored = Scores(rest.clone(), rest.T.clone())
+    found: list[tuple[int, Tensor, Tensor]] = []
     for image, wanted in enumerate(by_image | by_text):
-        chosen = wanted.nonzero().squeeze(1)
-        if chosen.numel() == 0:
+        chosen, tokens = wanted.nonzero().squeeze(1), image_embeds[image]
+        if chosen.numel() == 0 or tokens is None:
             continue
         embeds = [texts.text_embeds[index].to(device) for index in chosen.tolist()]
-        logits = score_image(model, image_embeds[image].to(device), embeds).cpu()
+        found.append((image, chosen, score_image(model, tokens.to(device), embeds).cpu()))
+        if progress is not None:
+            progress(int(chosen.numel()))
+    rest = similarities + UNRANKED
+    scored = Scores(rest.clone(), rest.T.clone())
+    for image, chosen, logits in (scores for part in Ranks().gather(found) for scores in part):
         from_image, from_text = by_image[image, chosen], by_text[image, chosen]
         scored.image_to_text[image, chosen[from_image]] = logits[from_image]
         scored.text_to_image[chosen[from_text], image] = logits[from_text]
-        if progress is not None:
-            progress(int(chosen.numel()))
     return scored
 
 
@@ -266,16 +310,15 @@ def evaluate_source(
         TercetError: no image can be read, or the model has no tokenizer.
     """
     device = next(model.parameters()).device
-    size, limit = config.evaluate.batch_size, config.evaluate.limit
+    limit = config.evaluate.limit
     tokenizer = require_tokenizer(model)
     training = model.training
     model.eval()
     try:
-        batches = image_batches(source, config.data, model.config.vision.image_size, size, limit)
-        images = encode_images(model, batches, device, keep_tokens=config.evaluate.rerank > 0)
+        images = encode_source_images(model, source, config, keep_tokens=config.evaluate.rerank > 0)
         if not images.keys:
             raise TercetError(f"none of {source.image_count} images can be read; the first: {images.problems[0]}")
-        texts, captions = encode_texts(model, text_batches(source, tokenizer, config.data, size, limit), device)
+        texts, captions = encode_source_texts(model, source, config, tokenizer)
         texts, captions, image_of_text = of_readable_images(texts, captions, images, caption_owners(source, limit))
         similarities = images.image_feats @ texts.text_feats.T
         scores = Scores(similarities, similarities.T)

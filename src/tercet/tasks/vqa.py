@@ -27,7 +27,7 @@ from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.objectives.answers import answer_loss
 from tercet.objectives.features import Teacher
-from tercet.ranks import Spread, spread_rows
+from tercet.ranks import Ranks, Spread, spread_rows
 from tercet.tasks.answering import Answer, Answerer, decoder_of, encode_answers, question_states
 from tercet.tasks.encoding import evaluating
 from tercet.tasks.task import Task, TaskKind
@@ -281,6 +281,8 @@ def evaluate(model: Tercet, source: SampleSource, config: Config) -> VqaResult:
     limits = {"max_words": config.vqa.max_words, "max_tokens": model.config.text.max_positions}
     result = VqaResult([], [], None, None, [])
     targets: list[dict[str, Any]] = []
+    ranks = Ranks()
+    own: list[tuple[list[Answer], list[Any], list[str]]] = []
     with evaluating(model):
         for batch in sample_batches(
             source,
@@ -290,11 +292,16 @@ def evaluate(model: Tercet, source: SampleSource, config: Config) -> VqaResult:
             config.evaluate.batch_size,
             config.evaluate.limit,
             clean_question,
+            ranks,
         ):
-            result.problems += batch.problems
+            said: list[Answer] = []
             if len(batch):
-                result.answers += answerer.answer(batch.images, batch.input_ids, batch.attention_mask, batch.image_rows)
-                targets += batch.targets
+                said = answerer.answer(batch.images, batch.input_ids, batch.attention_mask, batch.image_rows)
+            own.append((said, batch.targets, batch.problems))
+    for said, asked, problems in ranks.gather_in_turn(own):
+        result.answers += said
+        targets += asked
+        result.problems += problems
     if not targets:
         raise TercetError(f"none of {source.sample_count} questions has a readable image: {result.problems[0]}")
     result.question_ids = [target["question_id"] for target in targets]
