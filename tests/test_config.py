@@ -134,6 +134,11 @@ class TestPlainYaml:
         for text in ("none", "null", "~", ""):
             assert load_config(write(tmp_path, f"optim:\n  clip_norm: {text}\n")).optim.clip_norm is None
 
+    @pytest.mark.parametrize("value", ["none", "null", ["none"]])
+    def test_none_unsets_a_list(self, value: object) -> None:
+        assert load_config("demo").data.test
+        assert load_config("demo", {"data.test": value}).data.test == []
+
     def test_an_empty_section_changes_nothing(self, tmp_path: Path) -> None:
         assert load_config(write(tmp_path, "extends: demo\nmodel:\noptim:\n")) == load_config("demo")
 

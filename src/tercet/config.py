@@ -25,7 +25,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _accept_plain_forms(cls, data: Any) -> Any:
-        """Read what people write: `none` for nothing, one path for a list of one, a section with nothing under it."""
+        """Read what people write: `none` for nothing (of a list too), one path for a list of one, an empty section."""
         if not isinstance(data, dict):
             return data
         plain = {}
@@ -36,6 +36,8 @@ class Section(BaseModel):
                 continue
             if isinstance(value, str) and NoneType in get_args(annotation) and value.lower() in ("none", "null"):
                 plain[key] = None
+            elif get_origin(annotation) is list and value in ("none", "null", ["none"], ["null"]):
+                plain[key] = []
             elif isinstance(value, str) and get_origin(annotation) is list:
                 plain[key] = [value]
             else:
