@@ -124,11 +124,14 @@ def _print_hits(hits: list[Hit]) -> None:
     if not hits:
         print("no image found")
         return
+    header = ["", "match", "cosine", "dual", "id", "image", "caption"]
     rows = []
     for rank, hit in enumerate(hits, 1):
         match = "" if hit.match is None else f"{100 * hit.match:.1f} %"
         rows.append([str(rank), match, f"{hit.cosine:.3f}", str(hit.dual_rank), hit.id, hit.uri, hit.caption or ""])
-    print_table(["", "match", "cosine", "dual", "id", "image", "caption"], rows)
+    if all(hit.match is None for hit in hits):
+        header, rows = [header[0], *header[2:]], [[row[0], *row[2:]] for row in rows]
+    print_table(header, rows)
 
 
 def _write_page(options: SearchArguments, index: Index, hits: list[Hit]) -> Path:
