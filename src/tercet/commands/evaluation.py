@@ -56,14 +56,19 @@ def evaluate(arguments: list[str]) -> None:
     from tercet import load
     from tercet.files import write_atomic
     from tercet.model.int8 import quantise_encoders
+    from tercet.ranks import Ranks
     from tercet.tasks.build import evaluate_task, open_data
-    from tercet.train.parallel import place
+    from tercet.train.parallel import joined, place
 
     task = options.task or config.task
-    model = load(folder).to(place(config.train).device)
-    if config.evaluate.int8:
-        quantise_encoders(model)
-    result = evaluate_task(task, model, open_data(task, options.data, config.data, "test"), config)
+    with joined(config.train.device):
+        first = Ranks().first
+        model = load(folder).to(place(config.train).device)
+        if config.evaluate.int8:
+            quantise_encoders(model)
+        result = evaluate_task(task, model, open_data(task, options.data, config.data, "test"), config)
+    if not first:
+        return
     for problem in result.problems[:5]:
         print(f"left out: {problem}", file=sys.stderr)
     if len(result.problems) > 5:
