@@ -32,7 +32,6 @@ from tercet.data.texts import Tokenizer, clean_caption
 from tercet.model.tercet import Tercet
 
 CLIENTS = 50
-IMAGES = 500
 MIXED = "mixed"
 SLICES = 3  # turns of each load
 
@@ -69,11 +68,20 @@ class Load:
         }
 
 
+def draw_scenes(folder: Path, count: int) -> None:
+    """A folder of drawn scenes with their captions."""
+    folder.mkdir()
+    scenes = SceneSource(count, "test")
+    for index in range(count):
+        (folder / f"{index:04}.png").write_bytes(scenes.image(index))
+        (folder / f"{index:04}.txt").write_text(scenes.captions(index)[0])
+
+
 def make_model(folder: Path, size: str) -> None:
     """A model of random weights that reads the captions of scenes and answers questions."""
     torch.manual_seed(0)
-    scenes = SceneSource(IMAGES, "test")
-    captions = [clean_caption(caption, 30) for index in range(IMAGES) for caption in scenes.captions(index)]
+    scenes = SceneSource(200, "test")
+    captions = [clean_caption(caption, 30) for index in range(200) for caption in scenes.captions(index)]
     tokenizer = Tokenizer.train(captions, 256)
     ids = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in ("pad", "cls", "sep", "mask")}
     config = {"size": size, "text": {"vocabulary_size": tokenizer.vocabulary_size, **ids}}
@@ -148,13 +156,14 @@ async def run_load(port: int, load: Load, seconds: float) -> None:
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
     """Start both servers, load them in turn, and stop them."""
-    seconds = 5.0 if arguments.quick else 60.0
+    seconds = arguments.seconds or (5.0 if arguments.quick else 60.0)
     requests = make_loads()
     names = arguments.loads or list(requests)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_model(folder / "model", arguments.size)
-        command = [sys.executable, "-m", "tercet", "index", "scenes:test", "--model", str(folder / "model")]
+        draw_scenes(folder / "scenes", arguments.images)
+        command = [sys.executable, "-m", "tercet", "index", str(folder / "scenes"), "--model", str(folder / "model")]
         subprocess.run([*command, "--to", str(folder / "index")], check=True, stdout=subprocess.DEVNULL)
         servers = {"batched": start_server(folder / "index", 64), "one_by_one": start_server(folder / "index", 1)}
         results: dict[str, dict[str, object]] = {}
@@ -167,6 +176,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
                     for kind, (_, port) in servers.items():
                         asyncio.run(run_load(port, loads[kind], seconds / SLICES))
                 results[name] = {kind: load.summary() for kind, load in loads.items()}
+                print(name, json.dumps(results[name]), file=sys.stderr, flush=True)
                 results[name]["ratio"] = round(loads["batched"].rate / loads["one_by_one"].rate, 2)
         finally:
             for process, _ in servers.values():
@@ -177,7 +187,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "clients": CLIENTS,
         "seconds": seconds,
         "size": arguments.size,
-        "images": IMAGES,
+        "images": arguments.images,
         "loads": results,
         "exit_codes": codes,
         "machine": {
@@ -192,6 +202,8 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="5 s of each load")
+    parser.add_argument("--seconds", type=float, help="of each load, in place of 60 or 5")
+    parser.add_argument("--images", type=int, default=500, help="drawn scenes in the index, up to 500")
     parser.add_argument("--size", default="tiny", help="of the model: tiny, small or base")
     parser.add_argument("--loads", nargs="*", help="some of the loads; default all")
     print(json.dumps(measure(parser.parse_args())))

@@ -33,7 +33,7 @@ class Watched:
     def __init__(self, browser: Browser, url: str, width: int = 1440, height: int = 900) -> None:
         context = browser.new_context(viewport={"width": width, "height": height})
         self.page = context.new_page()
-        self.page.set_default_timeout(30_000)
+        self.page.set_default_timeout(60_000)
         self.requests: list[str] = []
         self.complaints: list[str] = []
         self.page.on("request", lambda request: self.requests.append(request.url))
