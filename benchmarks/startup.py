@@ -51,7 +51,6 @@ def write_folder(folder: Path, quick: bool) -> int:
     sizes = QUICK_MODEL if quick else {}
     config = ModelConfig.model_validate(sizes)
     special = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in ("pad", "cls", "sep", "mask")}
-    # The vocabulary of BERT's size stays in the weights' size: the tokenizer is small, its table is not.
     text = config.text.model_copy(update={**special, "vocabulary_size": tokenizer.vocabulary_size})
     model = Tercet(config.model_copy(update={"text": text}))
     model.save(folder, tokenizer)

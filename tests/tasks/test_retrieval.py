@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from tercet.config import Config, DataConfig, ModelConfig
+from tercet.data.batches import TextBatch
 from tercet.data.scenes import SceneSource
 from tercet.data.sources import open_sources
 from tercet.data.texts import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
 from tercet.tasks.rerank import candidate_pairs, pad_texts, score_image
-from tercet.tasks.retrieval import Scores, evaluate, evaluate_source, ranks, recall
+from tercet.tasks.retrieval import Scores, encode_texts, evaluate, evaluate_source, ranks, recall
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +128,24 @@ def test_a_model_without_a_tokenizer_says_what_to_do(model: Tercet) -> None:
 def test_limit(model: Tercet) -> None:
     result = evaluate_source(model, SceneSource(12, "test"), config(rerank=0, limit=5))
     assert len(result.images.keys) == 5
+
+
+@pytest.mark.parametrize("window", [1, 7, 4096])
+def test_texts_encoded_by_length_keep_their_order(model: Tercet, window: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 12, (20,), generator=generator)
+    input_ids = torch.randint(10, 100, (20, 12), generator=generator)
+    mask = torch.arange(12)[None] < lengths[:, None]
+    names = [str(index) for index in range(20)]
+    batches = [
+        TextBatch(ids, own, torch.zeros(len(ids), dtype=torch.long), names[start : start + 4])
+        for start, ids, own in zip(range(0, 20, 4), input_ids.split(4), mask.split(4), strict=True)
+    ]
+    texts, captions = encode_texts(model, batches, torch.device("cpu"), window)
+    assert captions == names
+    for ids, length, feats, embeds in zip(input_ids, lengths, texts.text_feats, texts.text_embeds, strict=True):
+        with torch.no_grad():
+            alone = model.encode_text(ids[None, :length], torch.ones(1, int(length), dtype=torch.bool))[0]
+            expected = model.project_text(alone[0])
+        torch.testing.assert_close(embeds, alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(feats, expected, rtol=1e-5, atol=1e-5)

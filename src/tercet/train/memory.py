@@ -10,6 +10,9 @@ from tercet.train.cost import Needs, Shape, count_parameters, expected_shape, te
 
 # What a process holds before the model: interpreter, libraries, threads.
 PROCESS = 400 << 20
+# What passes through a step on a CPU takes so much more than its bytes: gaps that the C library leaves between blocks
+# of many sizes, and results that one layer holds for a moment.  Measured on the base model (docs/performance.md).
+CPU_GAPS = 1.45
 # Of a card's memory, what its context, its libraries and gaps between tensors take.
 UNUSABLE = 0.08
 
@@ -67,7 +70,7 @@ def count_memory(
         "AdamW moments": 8 * trained,
         "teacher": 4 * teacher_parameters(model, objectives),
         "queue": needs.queue * (2 * 4 * model.embed_dim + 8),
-        "activations and gradients": passing,
+        "activations and gradients": passing if cuda else round(CPU_GAPS * passing),
     }
 
 
