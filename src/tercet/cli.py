@@ -6,6 +6,7 @@ What a command takes and does is in `tercet.commands`, imported when it is calle
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,9 @@ from tercet.version import __version__
 
 MISTAKE = 2
 INTERRUPTED = 130
+DISK_ERRORS = frozenset(
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG", "ENAMETOOLONG")
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone; what Python flushes at exit must have somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # A full or read-only disk, a name that is too long: what no command worded better.
+        if error.errno not in DISK_ERRORS:
+            raise
+        named = f"{error.filename}: " if error.filename else ""
+        print(f"tercet: error: {named}{error.strerror}", file=sys.stderr)
+        return MISTAKE
 
 
 def _rank() -> str:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import itertools
+import multiprocessing
+import os
 import pickle
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +25,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tercet.errors import TercetError
 
 PREFETCH = 2
+DEATHS = 3  # in a row without a batch between them, after which a run gives up
+_PR_SET_PDEATHSIG = 1  # Linux's prctl: the signal to get when the parent dies
 ALIGNMENT = 64  # numpy copies a whole array that does not begin at a multiple of its items' size
 
 Made = TypeVar("Made")
@@ -28,7 +35,8 @@ Made = TypeVar("Made")
 class WorkerPool(Generic[Made]):
     """Calls `make` on each of a list of tasks, in `workers` processes that stay alive between lists.
 
-    Results come in the order of the tasks.  With 0 workers the caller's own process does the work.
+    Results come in the order of the tasks.  With 0 workers the caller's own process does the work.  When a process
+    dies, new ones go on with the task that was due, which `make` turns into the same batch.
 
     Args:
         make: turns one task into a batch; it is copied to every worker, and must give the same whichever runs it.
@@ -45,10 +53,25 @@ class WorkerPool(Generic[Made]):
         """The results of `tasks`, in their order.
 
         Raises:
-            TercetError: a worker process died.
+            TercetError: worker processes died `DEATHS` times over one task.
         """
-        if not tasks:
-            return
+        done = deaths = 0
+        while done < len(tasks):
+            try:
+                for made in self._run(tasks[done:]):
+                    yield made
+                    done, deaths = done + 1, 0
+            except _WorkerDiedError as error:
+                deaths += 1
+                reason = " ".join(str(error).split())
+                if deaths == DEATHS:
+                    raise TercetError(
+                        f"a data worker process died (out of memory, or /dev/shm too small?), {deaths} times over one "
+                        f"batch; set data.workers lower, or to 0 to see why: {reason}"
+                    ) from error
+                print(f"a data worker process died and is started anew: {reason}", file=sys.stderr)
+
+    def _run(self, tasks: Sequence[Any]) -> Iterator[Made]:
         self._tasks.tasks = tasks
         if self._loader is None:
             self._loader = self._start()
@@ -61,10 +84,7 @@ class WorkerPool(Generic[Made]):
                 if "exited unexpectedly" not in str(error) and "is killed by signal" not in str(error):
                     raise
                 self._loader = None
-                raise TercetError(
-                    "a data worker process died (out of memory, or /dev/shm too small?); set data.workers lower, "
-                    f"or to 0 to see why: {' '.join(str(error).split())}"
-                ) from error
+                raise _WorkerDiedError(str(error)) from error
             yield made
 
     def close(self) -> None:
@@ -82,8 +102,12 @@ class WorkerPool(Generic[Made]):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=_begin_worker,
+            worker_init_fn=functools.partial(_begin_worker, threading.current_thread() is threading.main_thread()),
         )
+
+
+class _WorkerDiedError(Exception):
+    """A process ended before its batch was made."""
 
 
 @contextlib.contextmanager
@@ -153,10 +177,45 @@ def _unchanged(batch: Made) -> Made:
     return batch
 
 
-def _begin_worker(_: int) -> None:
+def _begin_worker(started_by_main_thread: bool, _: int) -> None:
     # The processes are the parallelism; threads inside each would only take turns on the same cores.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    # Ctrl-C reaches every process of the terminal.  The training process wants to finish its step and write a
-    # checkpoint; it then ends the workers itself, by SIGTERM if need be, which must therefore stay as it is.
+    _outlast_signals()
+    if started_by_main_thread:
+        _end_with_parent()
+
+
+def _outlast_signals() -> None:
+    """Ignore Ctrl-C and SIGTERM, which reach every process of a terminal or of a cluster's job.
+
+    The training process wants to finish its step and write a checkpoint, and reads batches until then.  It ends the
+    workers itself, by SIGTERM if need be, so that a SIGTERM from it still ends this process.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None or not hasattr(signal, "sigwaitinfo"):
+        return
+    # Only who waits for a signal learns who sent it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_await_parents_sigterm, args=(parent.pid,), name="sigterm", daemon=True).start()
+
+
+def _await_parents_sigterm(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def _end_with_parent() -> None:
+    """End at once when the training process is killed: DataLoader's own watch takes seconds to notice it.
+
+    Linux alone does so, and by parent it means the thread that started this process: only the main thread is sure to
+    last as long as its process.
+    """
+    parent = multiprocessing.parent_process()
+    if sys.platform != "linux" or parent is None or os.getppid() != parent.pid:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent.pid:  # it died in between
+        os._exit(1)

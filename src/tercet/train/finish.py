@@ -30,6 +30,8 @@ def finish_run(session: Session, tracker: Tracker) -> None:
     left_out = sum(session.ranks.gather(session.loader.report.count))
     if left_out:
         tracker.event(session.step, f"{left_out} samples could not be read and were left out")
+        for message in session.loader.report.messages:
+            tracker.event(session.step, f"left out: {message}")
     validate(session, tracker, gallery=True)
     evaluate_split(session, tracker, "test", gallery=True)
     if session.ranks.first:
@@ -84,7 +86,7 @@ def headline(result: TaskResult, judged_by: Sequence[str]) -> tuple[str, float] 
 def evaluate_split(
     session: Session, tracker: Tracker, split: Literal["validation", "test"], gallery: bool = False
 ) -> TaskResult | None:
-    """Evaluate the task on a held-out source; None where the config names none."""
+    """Evaluate the task on a held-out source; None where the config names none, or the run is asked to stop."""
     config = session.config
     specs = config.data.validation if split == "validation" else config.data.test
     if not specs:
@@ -93,7 +95,9 @@ def evaluate_split(
         source = open_data(config.task, specs, config.data, split)
         student = whole_model(session.task.student)
         student.tokenizer = session.tokenizer
-        result = evaluate_task(config.task, student, source, config)
+        result = session.stop.drop_when_stopped(lambda: evaluate_task(config.task, student, source, config))
+    if result is None:
+        return None
     space = {"space": result.space} if isinstance(result, RetrievalResult) else {}
     tracker.log_evaluation(session.step, split, result.metrics() | space | {"size": result.sizes})
     for name, metrics in result.metrics().items():

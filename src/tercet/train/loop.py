@@ -69,11 +69,14 @@ def train(config: Config, resume: Path | None = None) -> Path:
         session = open_session(config, resume)
         if session.placement.device.type == "cpu":
             keep_memory()
-        with open_tracker(session) as tracker, StopRequest() as stop:
+        with open_tracker(session) as tracker, session.stop as stop:
             announce(session, tracker)
             run_steps(session, tracker, stop)
             save(session, wait=True)
             finish_run(session, tracker)
+            if stop.dropped:
+                raise Stopped(f"stopped by {stop.received}; go on with: tercet train --resume {session.folder}")
+        session.lock.release()
     return session.folder
 
 
@@ -101,6 +104,7 @@ def run_steps(session: Session, tracker: Tracker, stop: StopRequest) -> None:
         if session.step % settings.checkpoint_every == 0:
             save(session)
         if settings.evaluate_every and session.step % settings.evaluate_every == 0:
+            save(session)
             validate(session, tracker)
         if stopped := stop.agreed(session.ranks):
             save(session, wait=True)

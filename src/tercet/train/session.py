@@ -25,8 +25,10 @@ from tercet.tasks.build import build_loader, build_task, kind_of, open_data, wor
 from tercet.tasks.task import Loader, StepBatch, Task, TaskData, within_positions
 from tercet.train.checkpoint import Checkpoints, Position, list_checkpoints
 from tercet.train.compilation import compile_encoders, compiled_models
+from tercet.train.lock import FolderLock
 from tercet.train.optim import build_optimizer
 from tercet.train.parallel import Placement, place, train_together
+from tercet.train.stop import StopRequest
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -49,6 +51,8 @@ class Session:
         placement: device and precision.
         ranks: the processes that train together; the first one writes and speaks.
         checkpoints: of this run.
+        lock: keeps other trainers out of the folder.
+        stop: whether a signal asks the run to stop; listens while it is open.
         step: optimizer steps taken.
         messages: what the user should know before the first step.
     """
@@ -64,6 +68,8 @@ class Session:
     placement: Placement
     ranks: Ranks
     checkpoints: Checkpoints
+    lock: FolderLock
+    stop: StopRequest
     step: int
     messages: list[str]
 
@@ -92,9 +98,10 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
         TercetError: the folder holds a run already (or none, to resume), a file is missing, or the data has changed.
     """
     ranks = Ranks()
-    folder = resume if resume is not None else ranks.by_first(lambda: _new_folder(config))
     if not config.data.train:
         raise TercetError("data.train names no source; give --data.train FILE, FOLDER or 'scenes'")
+    folder = resume if resume is not None else ranks.by_first(lambda: _new_folder(config))
+    lock = FolderLock(folder if ranks.first else None)
     messages: list[str] = []
     source = open_data(config.task, config.data.train, config.data, "train")
     if len(source.problems):
@@ -133,6 +140,8 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
         placement,
         ranks,
         checkpoints,
+        lock,
+        StopRequest(alone=ranks.world == 1),
         0,
         messages,
     )

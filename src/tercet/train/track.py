@@ -6,9 +6,11 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tercet.errors import TercetError
 from tercet.files import write_atomic
 
 METRICS = "metrics.jsonl"
@@ -39,7 +42,9 @@ class Tracker:
         self.total = total
         self.console = Console(stderr=True, soft_wrap=True)
         _drop_later_lines(folder / METRICS, step)
-        self._stream = (folder / METRICS).open("a", encoding="utf-8")
+        with self._room_needed():
+            # Without a buffer, so that a line that does not fit is known at once, and taken back.
+            self._stream = (folder / METRICS).open("ab", buffering=0)
         self._board = self._open_board(step)
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -65,8 +70,13 @@ class Tracker:
     ) -> None:
         self._progress.stop()
         self._stream.close()
-        if self._board is not None:
+        if self._board is None:
+            return
+        try:
             self._board.close()
+        except OSError as failure:
+            if error is None:
+                raise self._no_room(failure) from failure
 
     def advance(self, step: int) -> None:
         """Show that `step` steps are done."""
@@ -102,11 +112,24 @@ class Tracker:
 
     def _write(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
         line = {"kind": kind, "step": step, "time": time.time(), **fields}
-        self._stream.write(json.dumps(_finite(line)) + "\n")
-        self._stream.flush()
-        if self._board is not None and kind != "event":
-            for name, value in _flatten(fields, kind):
-                self._board.add_scalar(name, value, step)
+        with self._room_needed():
+            append(self._stream, (json.dumps(_finite(line)) + "\n").encode())
+            if self._board is not None and kind != "event":
+                for name, value in _flatten(fields, kind):
+                    self._board.add_scalar(name, value, step)
+
+    @contextlib.contextmanager
+    def _room_needed(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._no_room(error) from error
+
+    def _no_room(self, error: OSError) -> TercetError:
+        return TercetError(
+            f"cannot write into {self.folder}: {error.strerror or error}; make room, or mend the disk, and go on with: "
+            f"tercet train --resume {self.folder}"
+        )
 
     def _time_left(self, step: int) -> str:
         since, first = self._started
@@ -151,6 +174,22 @@ class Silence(Tracker):
     def waiting(self, description: str) -> contextlib.AbstractContextManager[object]:
         """Nothing."""
         return contextlib.nullcontext()
+
+
+def append(stream: FileIO, data: bytes) -> None:
+    """Append all of `data` to an unbuffered file, or nothing of it.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    start = stream.seek(0, os.SEEK_END)
+    try:
+        written = 0
+        while written < len(data):
+            written += stream.write(data[written:])
+    except OSError:
+        stream.truncate(start)
+        raise
 
 
 def _drop_later_lines(file: Path, step: int) -> None:
