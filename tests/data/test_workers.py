@@ -52,7 +52,7 @@ def test_a_dead_worker_is_an_error_and_not_a_hang() -> None:
             got.append(number)
             time.sleep(0.5)  # the worker dies while the reader is busy
     assert got == [0, 1, 2]
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 200  # three deaths, each found within seconds on a quiet machine
     assert list(pool.run([0, 1])) == [0, 1]  # by a new process
     pool.close()
 

@@ -40,7 +40,7 @@ TINY = {
     "train.checkpoint_every": 2,
     "optim.warmup_steps": 2,
 }
-PATIENCE = 180  # seconds for what takes one or two where nothing else runs
+PATIENCE = 600  # seconds for what takes a few where nothing else runs
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tercet.train.loop", "tercet.commands.training", "tercet.report.page"])
@@ -73,10 +73,14 @@ class Run:
             keys: of the config, with two underscores for a dot.
         """
         self.folder = folder
-        self.said = folder.parent / f"{folder.name}.{time.monotonic_ns()}.said"
-        settings: dict[str, Any] = {"data.validation": [], "data.test": [], **TINY, "output": str(folder)}
-        settings |= {name.replace("__", "."): value for name, value in keys.items()}
-        arguments = (settings, folder if resume else None, self.said, tensorboard)
+        # Not beside the run, which may lie on a disk that is full.
+        self.said = folder.parent.parent / f"{folder.parent.name}-{folder.name}.{time.monotonic_ns()}.said"
+        settings = {name.replace("__", "."): value for name, value in keys.items()}
+        if not resume:
+            settings = {**TINY, "output": str(folder), **settings}
+        recipe = self.said.with_suffix(".yaml")
+        recipe.write_text("extends: demo\ndata: {validation: [], test: []}\n", "utf-8")
+        arguments = (settings, recipe, folder if resume else None, self.said, tensorboard)
         self.process: BaseProcess = _context.Process(target=_train, args=arguments)
         _started.append(self)
         self.process.start()
@@ -128,7 +132,7 @@ class Run:
         return self.said.read_text("utf-8", "replace") if self.said.is_file() else ""
 
 
-def _train(settings: dict[str, Any], resume: Path | None, said: Path, tensorboard: bool) -> None:
+def _train(settings: dict[str, Any], recipe: Path, resume: Path | None, said: Path, tensorboard: bool) -> None:
     os.setpgrp()
     multiprocessing.set_start_method("fork", force=True)  # of the workers, as where a run is started by hand
     with said.open("wb") as stream:
@@ -142,13 +146,8 @@ def _train(settings: dict[str, Any], resume: Path | None, said: Path, tensorboar
         Tracker._open_board = lambda self, step: None  # type: ignore[method-assign]
     from tercet.cli import main
 
-    flags = [part for name, value in settings.items() for part in _flag(name, value)]
-    sys.exit(main(["train", *(["--resume", str(resume)] if resume else ["demo"]), *flags]))
-
-
-def _flag(name: str, value: Any) -> list[str]:
-    values = [str(part) for part in value] if isinstance(value, list) else [str(value)]
-    return [f"--{name}", *values] if values else []
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    sys.exit(main(["train", *(["--resume", str(resume)] if resume else [str(recipe)]), *flags]))
 
 
 def lines(folder: Path, kind: str = "train") -> list[dict[str, Any]]:

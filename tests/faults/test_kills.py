@@ -22,9 +22,10 @@ def test_killed_at_random_moments(unbroken: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_twenty_times(tmp_path: Path, workers: int) -> None:
-    whole = Run(tmp_path / "whole", train__epochs=60, data__workers=workers)
+    keys = {"train__epochs": 25, "train__checkpoint_every": 1}
+    whole = Run(tmp_path / "whole", data__workers=workers, **keys)
     whole.finish()
-    steps = assert_survives(tmp_path / "run", whole.folder, kills=20, seed=1, workers=workers, train__epochs=60)
+    steps = assert_survives(tmp_path / "run", whole.folder, kills=20, seed=1, workers=workers, **keys)
     print(f"20 kills survived with {workers} workers; {steps} steps compared")
 
 

@@ -1,0 +1,74 @@
+"""SIGTERM with ten seconds of grace, as clusters send it: while training, evaluating and writing, to one or to all."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from faults.runs import PATIENCE, Run, assert_equal, events, lines, rubbish
+from faults.test_kills import assert_gone
+from tercet.train.checkpoint import list_checkpoints
+
+STOPPED = 130
+
+
+def assert_stopped(run: Run) -> None:
+    """The run ended by itself, said so in one line, and left a checkpoint of its last step."""
+    assert run.end() == STOPPED, run.messages
+    assert "Traceback" not in run.messages
+    assert "stopped by SIGTERM; go on with: tercet train --resume" in run.messages.splitlines()[-1]
+    newest = list_checkpoints(run.folder / "checkpoints")[0]
+    assert newest.name == f"step-{lines(run.folder)[-1]['step']:08d}"
+    assert rubbish(run.folder) == []
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["trainer", "whole group"])
+def test_while_training(unbroken: Path, tmp_path: Path, group: bool) -> None:
+    run = Run(tmp_path / "run", data__workers=2, train__checkpoint_every=1000).until_step(3)
+    workers = run.workers()
+    assert len(workers) == 2
+    run.send(signal.SIGTERM, group)
+    assert_stopped(run)
+    assert "worker process died" not in run.messages
+    assert_gone(workers)
+    again = Run(run.folder, resume=True)
+    again.finish()
+    assert_equal(unbroken, run.folder)
+
+
+def test_while_evaluating(tmp_path: Path) -> None:
+    """500 scenes at a batch of one: the evaluation takes far longer than the grace."""
+    slow = {"data__validation": "scenes", "train__evaluate_every": 3, "evaluate__batch_size": 1}
+    run = Run(tmp_path / "run", evaluate__rerank=400, **slow)
+    run.until(lambda: "evaluating on validation" in run.messages)
+    time.sleep(0.5)
+    run.send(signal.SIGTERM)
+    assert_stopped(run)
+    assert lines(run.folder, "evaluate") == []
+    again = Run(run.folder, resume=True, evaluate__limit=8, evaluate__rerank=0)
+    again.finish()
+    assert "resumed at step 3" in events(run.folder)
+
+
+def test_while_a_checkpoint_is_written(unbroken: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = Run(folder, train__checkpoint_every=1)
+    deadline = time.monotonic() + PATIENCE
+    while not list(folder.glob("checkpoints/.step-*")):
+        assert time.monotonic() < deadline and run.process.is_alive(), run.messages
+    run.send(signal.SIGTERM)
+    assert_stopped(run)
+    again = Run(folder, resume=True)
+    again.finish()
+    assert_equal(unbroken, folder)
+
+
+def test_workers_end_when_their_trainer_is_killed(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", data__workers=2).until_step(1)
+    workers = run.workers()
+    run.kill()
+    assert len(workers) == 2
+    assert_gone(workers)
