@@ -18,14 +18,17 @@ class FolderLock:
     the file system has no locks, or on Windows, the folder is not held.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        """Hold `folder`; None, for all ranks but the first, holds nothing.
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self._descriptor: int | None = None
+
+    def hold(self, folder: Path) -> None:
+        """Hold `folder`.
 
         Raises:
             TercetError: another process holds it, or it cannot be written.
         """
-        self._descriptor: int | None = None
-        if folder is None or sys.platform == "win32":
+        if sys.platform == "win32":
             return
         self._path = folder / LOCK
         import fcntl

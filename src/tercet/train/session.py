@@ -101,7 +101,8 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
     if not config.data.train:
         raise TercetError("data.train names no source; give --data.train FILE, FOLDER or 'scenes'")
     folder = resume if resume is not None else ranks.by_first(lambda: _new_folder(config))
-    lock = FolderLock(folder if ranks.first else None)
+    lock = FolderLock()
+    ranks.by_first(lambda: lock.hold(folder))
     messages: list[str] = []
     source = open_data(config.task, config.data.train, config.data, "train")
     if len(source.problems):
