@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from rank_runs import SMALL, poisoned_step, run_ranks, train_run
+from tercet.cli import main
 from tercet.data.scenes import SceneSource
 from tercet.train.checkpoint import list_checkpoints
 
@@ -104,3 +105,14 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all_and_named(tmp_
     assert "Samples of rank 1" in first["trouble"] and "rank 0" not in first["trouble"]
     assert second["keys"][0] in first["trouble"] and first["keys"][0] not in first["trouble"]
     assert all(part["unchanged"] and part["first"] is None and part["after"] is None for part in (first, second))
+
+
+def test_one_command_starts_a_run_and_goes_on_with_it(tmp_path: Path) -> None:
+    flags = [part for name, value in SMALL.items() if value != [] for part in (f"--{name}", str(value))]
+    command = ["train", "demo", *flags, "--data.validation", "--data.test", "--resume-if-there"]
+    assert main([*command, "--train.max_steps", "2"]) == 2  # no --output to look in
+    command += ["--output", str(tmp_path / "run")]
+    assert main([*command, "--train.max_steps", "2"]) == 0
+    assert main([*command, "--train.max_steps", "4"]) == 0
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
+    assert any("resumed at step 2" in line["message"] for line in lines(tmp_path / "run", "event"))

@@ -60,9 +60,9 @@ def joined(device: str) -> Iterator[None]:
     cuda = wants_cuda(device)
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    # Gloo stands beside NCCL for what the hosts tell one another, so that no device is waited for.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
+        # Gloo stands beside NCCL for what the hosts tell one another, so that no device is waited for.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         yield
     except RuntimeError as error:
         if not any(word in str(error) for word in LOST):
@@ -75,7 +75,7 @@ def joined(device: str) -> Iterator[None]:
 
 
 # Words of the errors that a collective call ends with when the other side has gone.
-LOST = ("gloo", "NCCL", "ncclRemoteError", "Connection closed by peer")
+LOST = ("gloo", "Gloo", "NCCL", "ncclRemoteError", "Connection closed by peer")
 
 
 def wants_cuda(device: str) -> bool:
