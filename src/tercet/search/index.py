@@ -207,7 +207,7 @@ class Index:
         sql = None if where is None else checked_filter(where)
         with lance_errors(f"cannot search {self.path}" if where is None else f"cannot search by the filter {where!r}"):
             build = None if exact else self.build
-            if build is None or self.table.count_rows(sql) < EXACT_BELOW:
+            if build is None or (sql is not None and self.table.count_rows(sql) < EXACT_BELOW):
                 query = exact_query(self.table, vector)
             else:
                 query = approximate_query(self.table, vector, probes_for(build, count), build.refine)
