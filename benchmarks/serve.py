@@ -198,6 +198,38 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def measure_engine(size: str, jobs: int = 32, rounds: int = 3) -> dict[str, object]:
+    """The model's part alone, without HTTP: processor time of jobs together over that of each by itself."""
+    from tercet import load
+    from tercet.data.images import resize
+    from tercet.serve.engine import AskJob, ClassifyJob, EmbedJob, Engine, ExplainJob, MatchJob
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        make_model(Path(temporary) / "model", size)
+        model = load(Path(temporary) / "model")
+    engine, scenes, side = Engine(model), SceneSource(jobs, "validation"), model.config.vision.image_size
+    pairs = [(resize(scenes.array(index), side), scenes.captions(index)[0]) for index in range(jobs)]
+    kinds = {
+        ("match",): [MatchJob(pixels, [text]) for pixels, text in pairs],
+        ("classify",): [ClassifyJob(pixels, ("circle", "star"), ()) for pixels, _ in pairs],
+        ("ask", ()): [AskJob(pixels, "what colour is it?") for pixels, _ in pairs],
+        ("explain",): [ExplainJob(pixels, text) for pixels, text in pairs],
+        ("embed",): [EmbedJob([], [text]) for _, text in pairs],
+    }
+    ratios = {}
+    for kind, asked in kinds.items():
+        spent: dict[int, list[float]] = {1: [], jobs: []}
+        for _ in range(rounds + 1):
+            for batch, times in spent.items():
+                began = time.process_time()
+                for start in range(0, jobs, batch):
+                    engine.run(kind, asked[start : start + batch])
+                times.append(time.process_time() - began)
+        ratios[kind[0]] = round(statistics.median(spent[1][1:]) / statistics.median(spent[jobs][1:]), 2)
+    return {"name": "serve_engine", "size": size, "jobs": jobs, "ratio": ratios, "processor": processor_name()}
+
+
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -206,7 +238,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500, help="drawn scenes in the index, up to 500")
     parser.add_argument("--size", default="tiny", help="of the model: tiny, small or base")
     parser.add_argument("--loads", nargs="*", help="some of the loads; default all")
-    print(json.dumps(measure(parser.parse_args())))
+    parser.add_argument("--engine", action="store_true", help="the model's part alone, in processor time")
+    arguments = parser.parse_args()
+    print(json.dumps(measure_engine(arguments.size) if arguments.engine else measure(arguments)))
 
 
 if __name__ == "__main__":
