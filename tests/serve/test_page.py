@@ -145,7 +145,7 @@ def test_an_empty_index(browser: Browser, model_folder: Path, tmp_path: Path) ->
         assert "holds no pictures yet" in empty.page.inner_text("#hint")
         empty.page.fill("#text", "a red circle")
         empty.page.press("#text", "Enter")
-        empty.page.wait_for_function("document.querySelector('#hint').textContent.includes('Nothing was found')")
+        empty.page.wait_for_function("() => document.querySelector('#hint').textContent.includes('Nothing was found')")
         assert empty.complaints == []
 
 
@@ -183,5 +183,5 @@ def test_a_key_is_asked_for_once(browser: Browser, index_folder: Path, model_fol
         page.press("#key-text", "Enter")
         page.wait_for_selector("#about:not(:empty)", state="attached")
         search(page)
-        page.wait_for_function("document.querySelector('#grid img').naturalWidth === 64")
+        page.wait_for_function("() => document.querySelector('#grid img').naturalWidth === 64")
         assert page.get_attribute("#grid img >> nth=0", "src").startswith("blob:")
