@@ -177,7 +177,8 @@ class TestFlags:
             assert rest == []
 
     def test_options(self) -> None:
-        assert options_of(TrainArguments) == ["--help", "--recipe", "--dry_run", "--resume", "--dry-run"]
+        own = ["--help", "--recipe", "--dry_run", "--resume", "--resume_if_there"]
+        assert options_of(TrainArguments) == [*own, "--dry-run", "--resume-if-there"]
 
 
 class TestCommands:

@@ -234,6 +234,7 @@ def test_uneven_shards_give_every_pair_once_over_ranks(
         tar(folder / f"{shard}.tar", members(range(start, start + size)))
         start += size
     source = opened(folder)
+    batch_size = max(batch_size, world)  # of which every rank has a part
     seen: list[str] = []
     steps = set()
     for rank in range(world):

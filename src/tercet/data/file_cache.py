@@ -111,7 +111,9 @@ class FileCache:
                 if hasattr(os, "posix_fallocate") and state.size:
                     os.posix_fallocate(handle, 0, state.size)
             _download(url, state, handle)
-            partial.replace(path)
+            # A name that changes while another process walks the folder can be missed there, or counted twice.
+            with _locked(self.folder / "folder.lock"):
+                partial.replace(path)
         except BaseException:
             if handle >= 0:
                 os.close(handle)

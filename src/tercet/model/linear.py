@@ -52,10 +52,11 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def _suits(hidden: Tensor, weight: Tensor) -> bool:
     return (
-        hidden.dtype == weight.dtype == torch.float32
+        # First, so that a graph that is traced for any size learns nothing of a size.
+        not torch.compiler.is_compiling()
+        and hidden.dtype == weight.dtype == torch.float32
         and hidden.device.type == "cpu"
         and hidden.numel() * weight.shape[0] >= LEAST_WORK
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and type(weight) in (Tensor, nn.Parameter)
         and type(hidden) is Tensor

@@ -71,7 +71,13 @@ def joined(device: str) -> Iterator[None]:
             f"another of the {world} processes is gone; see what it said ({str(error).splitlines()[0]})"
         ) from error
     else:
+        _former_groups.append(dist.group.WORLD)
         dist.destroy_process_group()
+
+
+# Kept to the end of the process: the last to let go of a group waits for its threads, and where that is the reducer
+# of DDP it does so with the interpreter's lock, which those threads may want; such a run never ended.
+_former_groups: list[object] = []
 
 
 # Words of the errors that a collective call ends with when the other side has gone.
