@@ -38,9 +38,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from tercet.data.json_text import parse_json
 from tercet.errors import TercetError
 from tercet.files import settle_folder, write_atomic
 from tercet.ranks import Ranks
+from tercet.train.checkpoint_reader import METADATA, CheckedPlanner, CheckedReader
 
 RECORD = "checkpoint.json"
 BEST = "best.json"
@@ -190,16 +192,20 @@ class Checkpoints:
     def _load(self, path: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
         record = _read_record(path)
         names = sorted(record["files"])
+        there = {file.name for file in path.iterdir()}  # a name that leads elsewhere is none of them
         own = names[self._ranks.rank :: self._ranks.world]
-        damaged = next((name for name in own if not _whole(path, record, name)), None)
+        damaged = next((name for name in own if name not in there or not _whole(path, record, name)), None)
         for name in self._ranks.gather(damaged):
             if name is not None:
                 raise TercetError(f"checkpoint {path} is damaged: {name} is not what was written")
+        reader = CheckedReader(path, names)
         state = _state(task, optimizer)
         try:
             with _one_process():
-                load(state, checkpoint_id=path, no_dist=self._ranks.world == 1)
+                load(state, storage_reader=reader, planner=CheckedPlanner(), no_dist=self._ranks.world == 1)
         except LOAD_ERRORS as error:
+            if any(isinstance(failure, KeyboardInterrupt) for failure, _ in getattr(error, "failures", {}).values()):
+                raise KeyboardInterrupt from error
             raise TercetError(f"checkpoint {path} does not fit this run: {_reason(error)}") from error
         set_model_state_dict(task, state["task"])
         set_optimizer_state_dict(task, optimizer, state["optimizer"])
@@ -214,12 +220,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads((path / RECORD).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        record = parse_json((path / RECORD).read_text("utf-8"), RECORD)
+    except (OSError, ValueError, TercetError) as error:
         raise TercetError(f"checkpoint {path} is damaged: {RECORD} cannot be read ({error})") from error
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
         raise TercetError(f"checkpoint {path} has a format that this version does not know; update tercet")
-    if not isinstance(record.get("files"), dict) or not {"step", "data", "pairs_per_step"} <= record.keys():
+    counts = [record.get("step"), record.get("pairs_per_step")]
+    sound = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
+    files = record.get("files")
+    if not sound or not isinstance(record.get("data"), str) or not isinstance(files, dict) or METADATA not in files:
         raise TercetError(f"checkpoint {path} is damaged: {RECORD} lacks something that was written")
     return record
 
@@ -230,8 +239,15 @@ def _read_best(folder: Path) -> Best | None:
     if not file.is_file():
         return None
     try:
-        return Best(**json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        best = Best(**parse_json(file.read_text("utf-8"), BEST))
+        if (
+            not isinstance(best.step, int)
+            or not isinstance(best.metric, str)
+            or not isinstance(best.value, int | float)
+        ):
+            raise ValueError("no step, metric and value")
+        return best
+    except (OSError, ValueError, TypeError, TercetError) as error:
         raise TercetError(f"{file} cannot be read ({error}); remove it, and the next validation is the best") from error
 
 
