@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import pickle
@@ -43,6 +44,7 @@ from tercet.model.weights_file import read_weights
 from tercet.report.record import read_run
 from tercet.tasks.probes import open_probes
 from tercet.tasks.score import score_predictions
+from tercet.train.checkpoint import Checkpoints, Position, list_checkpoints
 from tiny_model import make_model
 
 PIXEL_LIMIT = 1_000_000
@@ -475,6 +477,55 @@ def weight_targets() -> dict[str, Target]:
     }
 
 
+@cache
+def checkpoint_files() -> dict[str, bytes]:
+    """The files of a checkpoint of a tiny linear model."""
+    import tempfile
+
+    model, optimizer = _linear()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = Checkpoints(Path(folder), 1)
+        checkpoints.save(model, optimizer, Position(1, "abc", 8))
+        checkpoints.wait()
+        return {file.name: file.read_bytes() for file in list_checkpoints(Path(folder))[0].iterdir()}
+
+
+def _linear() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 3)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def checkpoint_targets() -> dict[str, Target]:
+    """Checkpoints in the run folder of a stranger, whose digests are right whatever the files hold."""
+    files = checkpoint_files()
+
+    def read(folder: Path) -> object:
+        step = folder / "step-00000001"
+        try:
+            record = json.loads((step / "checkpoint.json").read_bytes())
+            for name in set(files) & record["files"].keys():
+                record["files"][name] = hashlib.sha256((step / name).read_bytes()).hexdigest()
+            (step / "checkpoint.json").write_bytes(as_json(record))
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            pass  # a record that is damaged stays as it is
+        return Checkpoints(folder, 1).load(*_linear())
+
+    def target(name: str) -> Target:
+        beside = {f"step-00000001/{file}": content for file, content in files.items() if file != name}
+        return Target(f"step-00000001/{name}", [files[name]], read, beside, "step-00000001")
+
+    best = as_json({"step": 1, "metric": "dual.r_mean", "value": 31.5})
+    return {
+        "checkpoint record": target("checkpoint.json"),
+        "checkpoint metadata": target(".metadata"),
+        "checkpoint tensors": target("__0_0.distcp"),
+        "checkpoint best": Target("best.json", [best], lambda folder: Checkpoints(folder, 1).best),
+    }
+
+
 def beside_model(files: dict[str, bytes]) -> dict[str, bytes]:
     """The files under the folder `model`."""
     return {f"model/{name}": content for name, content in files.items()}
@@ -596,6 +647,7 @@ def all_targets() -> dict[str, Target]:
         **score_targets(),
         **text_targets(),
         **weight_targets(),
+        **checkpoint_targets(),
         **image_targets(),
     }
 

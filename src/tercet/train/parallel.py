@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tercet.config import TrainConfig
 from tercet.errors import TercetError
 from tercet.ranks import Ranks
+from tercet.train.meeting import fresh_store
 from tercet.train.shards import reduce_whole, shard
 
 
@@ -62,7 +63,9 @@ def joined(device: str) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
         # Gloo stands beside NCCL for what the hosts tell one another, so that no device is waited for.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        store, rank, world = fresh_store()
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         yield
     except RuntimeError as error:
         if not any(word in str(error) for word in LOST):

@@ -1,0 +1,53 @@
+"""Ranks that find one another in a store that an earlier start has used."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from tercet.errors import TercetError
+from tercet.train.meeting import agree_on_name
+
+
+def meet(store: dist.Store, delays: list[float]) -> set[str]:
+    """The names that ranks get who come so many seconds late."""
+
+    def come(rank: int) -> str:
+        time.sleep(delays[rank])
+        return agree_on_name(store, rank, len(delays))
+
+    with ThreadPoolExecutor(len(delays)) as ranks:
+        return set(ranks.map(come, range(len(delays))))
+
+
+@pytest.mark.parametrize("delays", [[0.0, 0.0, 0.0], [0.3, 0.0, 0.1], [0.0, 0.3, 0.1], [0.0, 0.1, 0.3]])
+def test_each_start_has_a_name_of_its_own(delays: list[float]) -> None:
+    store = dist.HashStore()
+    first, second, third = (meet(store, now) for now in ([0.0, 0.0, 0.0], delays, delays[::-1]))
+    assert len(first) == len(second) == len(third) == 1
+    assert len(first | second | third) == 3
+
+
+@pytest.mark.parametrize("gone", [0, 1, 2])
+def test_after_a_start_in_which_one_died_before_it_agreed(gone: int) -> None:
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=0.3))
+    with ThreadPoolExecutor(2) as ranks:
+        waits = [ranks.submit(agree_on_name, store, rank, 3) for rank in range(3) if rank != gone]
+        for wait in waits:
+            with pytest.raises(TercetError, match="not all of the 3 processes came"):
+                wait.result()
+    store.set_timeout(timedelta(seconds=60))
+    assert len(meet(store, [0.2, 0.0, 0.1])) == 1
+
+
+def test_who_does_not_come_is_waited_for_no_longer_than_the_store_waits() -> None:
+    store = dist.HashStore()
+    meet(store, [0.0, 0.0])
+    store.set_timeout(timedelta(seconds=0.2))
+    with pytest.raises(TercetError, match="not all of the 2 processes came"):
+        agree_on_name(store, 0, 2)
