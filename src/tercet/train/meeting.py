@@ -12,7 +12,8 @@ import hashlib
 import time
 import uuid
 
-import torch.distributed as dist
+from torch.distributed import DistError
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from tercet.errors import TercetError
@@ -20,17 +21,17 @@ from tercet.errors import TercetError
 PAUSE = 0.02  # seconds between looks into the store
 
 
-def fresh_store() -> tuple[dist.Store, int, int]:
+def fresh_store() -> tuple[Store, int, int]:
     """A store that the processes of this start alone use, this one's rank, and how many there are.
 
     Raises:
         TercetError: the others do not come.
     """
     store, rank, world = next(rendezvous("env://"))
-    return dist.PrefixStore(agree_on_name(store, rank, world), store), rank, world
+    return PrefixStore(agree_on_name(store, rank, world), store), rank, world
 
 
-def agree_on_name(store: dist.Store, rank: int, world: int) -> str:
+def agree_on_name(store: Store, rank: int, world: int) -> str:
     """A name that every process of this start gets, and none of an earlier one.
 
     Each shows a token of its own.  The first rank proposes what it finds, again and again, since some of it may be of
@@ -44,8 +45,8 @@ def agree_on_name(store: dist.Store, rank: int, world: int) -> str:
     Raises:
         TercetError: the others do not come within the store's timeout.
     """
-    store = dist.PrefixStore("tercet/meeting", store)
-    deadline = time.monotonic() + store.timeout.total_seconds()
+    store = PrefixStore("tercet/meeting", store)
+    deadline = time.monotonic() + store.timeout.total_seconds()  # pyright: ignore[reportAttributeAccessIssue] - not in its stub
     own = uuid.uuid4().hex
     store.set(f"token/{rank}", own)
     try:
@@ -65,7 +66,7 @@ def agree_on_name(store: dist.Store, rank: int, world: int) -> str:
                     if store.check([f"{name}/settled"]):
                         return name
             time.sleep(PAUSE)
-    except dist.DistError as error:
+    except DistError as error:
         raise TercetError(_absent(world)) from error
     raise TercetError(_absent(world))
 
