@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,6 +31,9 @@ from tercet.config import ModelConfig
 from tercet.data.scenes import SceneSource
 from tercet.data.texts import Tokenizer, clean_caption
 from tercet.model.tercet import Tercet
+
+if TYPE_CHECKING:
+    from tercet.serve.engine import Engine
 
 CLIENTS = 50
 MIXED = "mixed"
@@ -208,6 +212,7 @@ def measure_engine(size: str, jobs: int = 32, rounds: int = 3) -> dict[str, obje
     with tempfile.TemporaryDirectory() as temporary:
         make_model(Path(temporary) / "model", size)
         model = load(Path(temporary) / "model")
+        searches = measure_searches(model, Path(temporary), jobs, rounds)
     engine, scenes, side = Engine(model), SceneSource(jobs, "validation"), model.config.vision.image_size
     pairs = [(resize(scenes.array(index), side), scenes.captions(index)[0]) for index in range(jobs)]
     kinds = {
@@ -217,17 +222,36 @@ def measure_engine(size: str, jobs: int = 32, rounds: int = 3) -> dict[str, obje
         ("explain",): [ExplainJob(pixels, text) for pixels, text in pairs],
         ("embed",): [EmbedJob([], [text]) for _, text in pairs],
     }
-    ratios = {}
-    for kind, asked in kinds.items():
-        spent: dict[int, list[float]] = {1: [], jobs: []}
-        for _ in range(rounds + 1):
-            for batch, times in spent.items():
-                began = time.process_time()
-                for start in range(0, jobs, batch):
-                    engine.run(kind, asked[start : start + batch])
-                times.append(time.process_time() - began)
-        ratios[kind[0]] = round(statistics.median(spent[1][1:]) / statistics.median(spent[jobs][1:]), 2)
+    ratios = {kind[0]: compare_batches(engine, kind, asked, rounds) for kind, asked in kinds.items()} | searches
     return {"name": "serve_engine", "size": size, "jobs": jobs, "ratio": ratios, "processor": processor_name()}
+
+
+def compare_batches(engine: Engine, kind: tuple, asked: list, rounds: int) -> float:
+    """Processor time of jobs each by itself over that of them together, in turn, after one round of each unmeasured."""
+    spent: dict[int, list[float]] = {1: [], len(asked): []}
+    for _ in range(rounds + 1):
+        for batch, times in spent.items():
+            began = time.process_time()
+            for start in range(0, len(asked), batch):
+                engine.run(kind, asked[start : start + batch])
+            times.append(time.process_time() - began)
+    return round(statistics.median(spent[1][1:]) / statistics.median(spent[len(asked)][1:]), 2)
+
+
+def measure_searches(model: Tercet, folder: Path, jobs: int, rounds: int, images: int = 500) -> dict[str, float]:
+    """Ratios of searches by words in drawn scenes, re-ranked and not; images are read in the first round alone."""
+    from tercet.search.building import build_index
+    from tercet.search.searcher import Query, Searcher
+    from tercet.serve.engine import Engine
+
+    draw_scenes(folder / "scenes", images)
+    index, _ = build_index([str(folder / "scenes")], model, "model", str(folder / "index"))
+    engine, scenes = Engine(model, Searcher(index, model)), SceneSource(jobs, "validation")
+    captions = [scenes.captions(number)[0] for number in range(jobs)]
+    return {
+        "search": compare_batches(engine, ("search",), [Query(text) for text in captions], rounds),
+        "search_dual": compare_batches(engine, ("search",), [Query(text, rerank=0) for text in captions], rounds),
+    }
 
 
 def main() -> None:

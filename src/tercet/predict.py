@@ -23,7 +23,7 @@ from tercet.tasks.boxes import peak
 from tercet.tasks.classify import TEMPLATES, class_feats, zero_shot
 from tercet.tasks.encoding import BATCH, encode_sentences, evaluating, tokenise
 from tercet.tasks.explaining import Explanation, join_pieces
-from tercet.tasks.heatmaps import Mode, average_words, contrast_heatmaps, enlarge, matching_heatmaps, to_grid
+from tercet.tasks.heatmaps import Mode, average_words, contrast_heatmaps, enlarge, matched_heatmaps, to_grid
 from tercet.tasks.rerank import match_image, pad_texts
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def ground(
     found: list[Grounding] = []
     pairs = _Pairs(images, texts)
     for pixels, said in pairs:
-        found += _ground_some(model, pixels, said, mode, layer)
+        found += [grounding for grounding, _ in _ground_some(model, pixels, said, mode, layer)]
     return found[0] if pairs.single else found
 
 
@@ -243,29 +243,27 @@ def explain(
     found: list[Explanation] = []
     pairs = _Pairs(images, texts)
     for pixels, said in pairs:
-        groundings = _ground_some(model, pixels, said, "itm", layer)
-        for index, (grounding, text) in enumerate(zip(groundings, said, strict=True)):
+        for index, (seen, chance) in enumerate(_ground_some(model, pixels, said, "itm", layer)):
+            assert chance is not None
             own = pixels[index if len(pixels) > 1 else 0]
-            chance = match(model, own, text)
-            assert isinstance(chance, float)
-            found.append(Explanation(text, chance, grounding.heatmap, join_pieces(grounding.words), own))
+            found.append(Explanation(seen.text, chance, seen.heatmap, join_pieces(seen.words), own))
     return found[0] if pairs.single else found
 
 
 def _ground_some(
     model: Tercet, pixels: list[Pixels], texts: list[str], mode: Mode, layer: int | None
-) -> list[Grounding]:
-    """Groundings of as many texts as images, or of texts in one image."""
+) -> list[tuple[Grounding, float | None]]:
+    """Groundings of as many texts as images, or of texts in one image; in mode `itm` with the chance of a match."""
     with evaluating(model) as device:
         batch = to_batch(pixels, model.config.vision.image_size).to(device)
         input_ids, attention_mask = tokenise(model, texts, _DATA)
         mask = attention_mask.to(device)
         text_embeds = model.encode_text(input_ids.to(device), mask)
         if mode == "itm":
-            words = matching_heatmaps(model, model.encode_image(batch), text_embeds, mask, layer)
-            maps = average_words(words, mask)
+            words, logits = matched_heatmaps(model, model.encode_image(batch), text_embeds, mask, layer)
+            maps, chances = average_words(words, mask), _chance(logits).tolist()
         else:
-            words = None
+            words, chances = None, [None] * len(texts)
             maps = contrast_heatmaps(model, batch, model.project_text(text_embeds[:, 0]), layer)
     side = model.config.vision.image_size
     result = []
@@ -276,7 +274,8 @@ def _ground_some(
             length = int(attention_mask[index].sum())
             names = require_tokenizer(model).tokens(input_ids[index, 1:length])
             pieces = list(zip(names, to_grid(words[index, 1:length].cpu(), side, side), strict=True))
-        result.append(Grounding(text, to_grid(maps[index].cpu(), side, side), pieces, height, width))
+        grounding = Grounding(text, to_grid(maps[index].cpu(), side, side), pieces, height, width)
+        result.append((grounding, chances[index]))
     return result
 
 

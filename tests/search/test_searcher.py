@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
 from tercet.search.building import build_index
 from tercet.search.index import Index
-from tercet.search.searcher import Hit, Query, Searcher, TokenCache
+from tercet.search.reranking import TokenCache
+from tercet.search.searcher import Hit, Query, Searcher
 from tiny_model import TEXTS, make_model
 
 
@@ -103,6 +105,59 @@ def test_filters(searcher: Searcher) -> None:
     assert searcher.search(Query(text=TEXTS[0], where="width > 64")) == []
 
 
+def test_many_at_once_are_each_alone(
+    model: Tercet, index: Index, feats: tuple[list[str], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries of every kind together give what each gives alone; their images are encoded and remembered once."""
+    ids, _ = feats
+    own = index.image(ids[3])
+    queries = [
+        *(Query(text=text, k=12, rerank=40) for text in TEXTS),
+        Query(text="heart", k=5, rerank=30),
+        Query(text=TEXTS[1], k=12, rerank=40),
+        Query(text=TEXTS[0], without=TEXTS[3], k=7, rerank=20),
+        Query(text=TEXTS[2], k=9, rerank=0),
+        Query(image=own, k=6),
+        Query(image=index.image(ids[5]), text=TEXTS[3], k=6, rerank=3),
+        Query(like=ids[8], k=4),
+        Query(like=ids[8], text=TEXTS[1], without="red", where="caption like '%heart%'", k=8),
+        Query(text=TEXTS[0], where="width > 64"),
+    ]
+    alone = [Searcher(index, model).search(query) for query in queries]
+    candidates = {hit.id for query in queries for hit in _candidates(index, model, query)}
+    encoded: list[int] = []
+    remembered: list[int] = []
+    encode, remember = model.encode_image, model.remember
+    monkeypatch.setattr(model, "encode_image", lambda images: encoded.append(len(images)) or encode(images))
+    monkeypatch.setattr(model, "remember", lambda embeds: remembered.append(len(embeds)) or remember(embeds))
+    together = Searcher(index, model).search_many(queries)
+    assert sum(remembered) == len(candidates) and sum(encoded) == len(candidates) + 2
+    for hits, right in zip(together, alone, strict=True):
+        assert len(hits) == len(right)
+        assert [hit.match is None for hit in hits] == [hit.match is None for hit in right]
+        for hit, other in zip(hits, right, strict=True):  # what ties to rounding may change places
+            assert hit.match == (None if other.match is None else pytest.approx(other.match, abs=1e-5))
+        by_id = {hit.id: hit for hit in right}
+        assert sum(hit.id not in by_id for hit in hits) <= 1
+        for hit in hits:
+            if hit.id in by_id:
+                assert hit.cosine == pytest.approx(by_id[hit.id].cosine, abs=1e-5)
+    assert together[-1] == [] and Searcher(index, model).search_many([]) == []
+
+
+def _candidates(index: Index, model: Tercet, query: Query) -> list[Hit]:
+    """What the fusion encoder ranks anew of a query."""
+    rerank = 64 if query.rerank is None else query.rerank
+    if query.text is None or not rerank:
+        return []
+    return Searcher(index, model).search(replace(query, rerank=0, k=rerank))
+
+
+def test_one_wrong_query_of_many_is_told(searcher: Searcher) -> None:
+    with pytest.raises(TercetError, match="no image '0000"):
+        searcher.search_many([Query(text=TEXTS[0]), Query(like="0" * 16)])
+
+
 def test_images_that_are_gone_keep_their_place(model: Tercet, pictures: Path, tmp_path: Path) -> None:
     index, _ = build_index([str(pictures)], model, "m", str(tmp_path / "index"))
     (pictures / "a.png").unlink()
@@ -142,5 +197,6 @@ def test_the_cache_keeps_within_its_limit() -> None:
     for number in range(5):
         cache.put(str(number), torch.full((250,), float(number)))
         cache.get("0")
+    cache.put("4", torch.full((250,), 4.0))  # as two copies of an image in one batch do
     assert cache.size == 3000
     assert [number for number in range(5) if cache.get(str(number)) is not None] == [0, 3, 4]

@@ -169,6 +169,21 @@ def test_images_of_the_index_by_id(server: Serving, first_id: str) -> None:
     assert "no image of that id" in fault(server.post("/v1/match", {**body, "texts": ["a"]}), 404)["message"]
 
 
+def test_images_indexed_last(server: Serving) -> None:
+    table = server.index.table.to_arrow()
+    expected = table["id"].to_pylist()[::-1]
+    for query, count in (("", PICTURES), ("?limit=5", 5), ("?limit=1", 1), ("?limit=200", PICTURES)):
+        images = server.client.get(f"/v1/images{query}").json()["images"]
+        assert [image["id"] for image in images] == expected[:count]
+    entry = server.index.entry(images[0]["id"])
+    assert images[0] == {
+        **{"id": entry.id, "name": Path(entry.uri).name, "uri": None},
+        **{"caption": entry.caption, "width": 64, "height": 64},
+    }
+    for wrong in ("0", "-1", "201", "1e9", "x", ""):
+        assert "limit" in fault(server.client.get(f"/v1/images?limit={wrong}"), 422)["message"]
+
+
 def test_health_and_metrics(server: Serving) -> None:
     assert server.client.get("/healthz").json() == {"status": "alive"}
     assert server.client.get("/readyz").json() == {"status": "ready"}
@@ -185,7 +200,7 @@ def test_the_description_is_whole(server: Serving) -> None:
     paths = server.client.get("/openapi.json").json()["paths"]
     assert set(paths) == {
         *(f"/v1/{name}" for name in ("search", "match", "ask", "classify", "explain", "embed", "about")),
-        *("/v1/images/{id}", "/v1/thumbnails/{id}", "/healthz", "/readyz"),
+        *("/v1/images", "/v1/images/{id}", "/v1/thumbnails/{id}", "/healthz", "/readyz"),
     }
     # What would load its scripts from elsewhere is not there.
     for page in ("/docs", "/redoc"):

@@ -60,6 +60,22 @@ def names(page: Page, within: str = "#grid") -> list[str]:
     return page.eval_on_selector_all(f"{within} .hit", "hits => hits.map(hit => hit.dataset.id)")
 
 
+def test_it_opens_on_what_was_indexed_last(watched: Watched, server: Serving) -> None:
+    page = watched.page
+    page.wait_for_selector("#newest .hit")
+    newest = [entry.id for entry in server.index.newest(24)]
+    assert names(page, "#newest") == newest
+    page.click("#newest .hit >> nth=1")
+    page.wait_for_selector("dialog[open]")
+    assert page.inner_text("#place") == f"2 of {PICTURES}" and "cosine" not in page.inner_text("#facts")
+    page.keyboard.press("Escape")
+    search(page)
+    assert page.is_hidden("#newest")
+    page.go_back()
+    page.wait_for_selector("#newest .hit")
+    assert names(page) == [] and watched.fits()
+
+
 def test_search_and_orders(watched: Watched, server: Serving) -> None:
     page = watched.page
     search(page, "a red circle")
@@ -156,6 +172,7 @@ def test_an_index_that_breaks_and_a_server_that_goes(
     model = tercet.load(model_folder)
     with serving(Index.open(str(copy)), model, ServeSettings(port=0)) as running:
         failing = Watched(browser, running.url)
+        failing.page.wait_for_selector("#newest .hit")
         shutil.rmtree(copy)
         search(failing.page)
         message = failing.page.inner_text("#notice-text")

@@ -141,6 +141,13 @@ class Index:
         """
         return _entry(self._row(image_id, ENTRY_COLUMNS))
 
+    def newest(self, count: int) -> list[Entry]:
+        """The images that were indexed last, `count` at most, the last first."""
+        with lance_errors(f"cannot read {self.path}"):
+            query = self.table.search().select(ENTRY_COLUMNS).limit(count)
+            rows = query.offset(max(0, self.table.count_rows() - count)).to_arrow().to_pylist()
+        return [_entry(row) for row in reversed(rows)]
+
     def thumbnail(self, image_id: str) -> bytes:
         """A small JPEG of an image, of `THUMBNAIL_SIDE` pixels at most; there even when the image itself is gone.
 

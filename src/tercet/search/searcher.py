@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,19 +12,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tercet.config import DataConfig
-from tercet.data.inputs import to_batch, to_pixels
+from tercet.data.inputs import ImageInput, to_batch, to_pixels
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
 from tercet.search.index import Index, Neighbour, model_digest
+from tercet.search.reranking import CACHE_BYTES, Reranker
 from tercet.tasks.encoding import encode_sentences, evaluating
+from tercet.tasks.rerank import EncodedTexts
 
 RERANK = 64
 MOST = 1000
-BATCH = 16
-CACHE_BYTES = 512 * 2**20
+BATCH = 16  # images of queries that are encoded together
 WITHOUT = 0.5  # how far a search is turned away from what must not be there
 
 _DATA = DataConfig()
+_NO_TEXTS = EncodedTexts(torch.empty(0), [])
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Searcher:
             )
         self.index = index
         self.model = model
-        self._tokens = TokenCache(cache_bytes)
+        self._reranker = Reranker(index, model, cache_bytes)
 
     def search(self, query: Query) -> list[Hit]:
         """The images that fit the query best, the best first.
@@ -104,114 +105,108 @@ class Searcher:
         Raises:
             TercetError: the query is empty, or names an image, id or column that is not there.
         """
-        check_query(query)
-        rerank = max(RERANK, query.k) if query.rerank is None else query.rerank
-        rerank = rerank if query.text is not None and self.model.matches else 0
-        with evaluating(self.model):
-            texts = [text for text in (query.text, query.without) if text is not None]
-            encoded = encode_sentences(self.model, texts, _DATA) if texts else None
-            feats = self._query_feats(query, encoded.text_feats if encoded else torch.empty(0))
-            count = max(query.k, rerank) + (query.like is not None)
-            found = self.index.nearest(feats, count, query.where)
-            found = [one for one in found if one.entry.id != query.like]
-            ranked: list[tuple[int, float | None]] = [(place, None) for place in range(len(found))]
-            if rerank and encoded:
-                ranked = self._rank_anew(found, rerank, encoded.text_embeds, query.without is not None)
-        return [_hit(found[place], chance, place) for place, chance in ranked[: query.k]]
+        return self.search_many([query])[0]
 
-    def _query_feats(self, query: Query, text_feats: Tensor) -> Tensor:
-        """The direction to search in, `[embed_dim]`: the mean of what is given, turned away from `without`."""
-        wanted: list[Tensor] = []
-        if query.text is not None:
-            wanted.append(text_feats[0])
-        if query.image is not None:
-            pixels = to_pixels(query.image)
-            batch = to_batch([pixels], self.model.config.vision.image_size).to(self.model.temperature.device)
-            wanted.append(self.model.project_image(self.model.encode_image(batch)[:, 0])[0].cpu())
-        if query.like is not None:
-            wanted.append(torch.from_numpy(self.index.embeddings([query.like])[0]))
-        feats = torch.stack(wanted).mean(dim=0)
-        if query.without is not None:
-            feats = F.normalize(feats, dim=0) - WITHOUT * text_feats[-1]
-        return F.normalize(feats, dim=0)
+    def search_many(self, queries: Sequence[Query]) -> list[list[Hit]]:
+        """What `search` gives of each query, to rounding; the encoders run once for all of them.
 
-    def _rank_anew(
-        self, found: Sequence[Neighbour], count: int, text_embeds: list[Tensor], excludes: bool
-    ) -> list[tuple[int, float | None]]:
-        """Places in `found` with the probability of a match, the best first; those not looked at keep their order.
+        An image that several queries have as a candidate is read and encoded once.
 
-        With something to exclude, what is ranked by is the probability of the text and not of the other.
+        Raises:
+            TercetError: as `search`, for the first query that is wrong.
         """
-        logits = self.match_logits(found[:count], text_embeds)
-        margins = logits[..., 1] - logits[..., 0]
-        score = margins[:, 0]
-        if excludes:
-            score = F.logsigmoid(margins[:, 0]) + F.logsigmoid(-margins[:, 1])
-        score = score.masked_fill(score.isnan(), float("-inf"))
-        order = score.argsort(descending=True, stable=True).tolist()
-        chances = margins[:, 0].sigmoid().tolist()
-        ranked: list[tuple[int, float | None]] = [
-            (place, None if score[place] == float("-inf") else chances[place]) for place in order
+        for query in queries:
+            check_query(query)
+        with evaluating(self.model):
+            given = [text for query in queries for text in (query.text, query.without) if text is not None]
+            numbers = {text: number for number, text in enumerate(dict.fromkeys(given))}
+            encoded = encode_sentences(self.model, list(numbers), _DATA) if numbers else _NO_TEXTS
+            found = []
+            for query, feats in zip(queries, self._query_feats(queries, numbers, encoded.text_feats), strict=True):
+                count = max(query.k, self._candidates(query)) + (query.like is not None)
+                near = self.index.nearest(feats, count, query.where)
+                found.append([one for one in near if one.entry.id != query.like])
+            ranked = self._rank_anew(queries, found, numbers, encoded.text_embeds)
+        return [
+            [_hit(near[place], chance, place) for place, chance in order[: query.k]]
+            for query, near, order in zip(queries, found, ranked, strict=True)
         ]
-        return ranked + [(place, None) for place in range(len(order), len(found))]
 
-    def match_logits(self, found: Sequence[Neighbour], text_embeds: list[Tensor]) -> Tensor:
-        """`itm_logits` `[images, texts, 2]` of images of the index with texts; NaN where an image cannot be read."""
-        result = torch.full((len(found), len(text_embeds), 2), float("nan"))
-        for start in range(0, len(found), BATCH):
-            chunk = found[start : start + BATCH]
-            tokens = self._image_embeds(chunk)
-            there = [row for row, own in enumerate(tokens) if own is not None]
-            if not there:
-                continue
-            memory = self.model.remember(torch.stack([own for own in tokens if own is not None]))
-            for column, text in enumerate(text_embeds):
-                texts = text.to(self.model.temperature.device).expand(len(there), -1, -1)
-                mask = torch.ones(texts.shape[:2], dtype=torch.bool, device=texts.device)
-                logits = self.model.match_logits(texts, mask, memory).cpu()
-                result[torch.tensor(there) + start, column] = logits
+    def _candidates(self, query: Query) -> int:
+        """How many images of a query the fusion encoder ranks anew."""
+        if query.text is None or not self.model.matches:
+            return 0
+        return max(RERANK, query.k) if query.rerank is None else query.rerank
+
+    def _query_feats(self, queries: Sequence[Query], numbers: dict[str, int], text_feats: Tensor) -> list[Tensor]:
+        """The direction each searches in, `[embed_dim]`: the mean of what is given, turned away from `without`."""
+        images = self._image_feats([query.image for query in queries if query.image is not None])
+        likes = [query.like for query in queries if query.like is not None]
+        own = iter(torch.from_numpy(self.index.embeddings(likes)) if likes else ())
+        result = []
+        for query in queries:
+            wanted: list[Tensor] = []
+            if query.text is not None:
+                wanted.append(text_feats[numbers[query.text]])
+            if query.image is not None:
+                wanted.append(next(images))
+            if query.like is not None:
+                wanted.append(next(own))
+            feats = torch.stack(wanted).mean(dim=0)
+            if query.without is not None:
+                feats = F.normalize(feats, dim=0) - WITHOUT * text_feats[numbers[query.without]]
+            result.append(F.normalize(feats, dim=0))
         return result
 
-    def _image_embeds(self, found: Sequence[Neighbour]) -> list[Tensor | None]:
-        """Tokens of each image `[1 + patches, width]`, kept from an earlier search or read now."""
-        size = self.model.config.vision.image_size
-        tokens = [self._tokens.get(one.sha256) for one in found]
-        pixels = {}
-        for row, one in enumerate(found):
-            if tokens[row] is None:
-                try:
-                    pixels[row] = to_pixels(self.index.image(one.entry.id))
-                except TercetError:
-                    continue  # gone or changed since it was indexed: it keeps the dual encoder's place
-        if pixels:
-            batch = to_batch(list(pixels.values()), size).to(self.model.temperature.device)
-            for row, own in zip(pixels, self.model.encode_image(batch), strict=True):
-                tokens[row] = own
-                self._tokens.put(found[row].sha256, own)
-        return tokens
+    def _image_feats(self, images: Sequence[ImageInput]) -> Iterator[Tensor]:
+        """`image_feats` `[embed_dim]` of each image."""
+        device, size = self.model.temperature.device, self.model.config.vision.image_size
+        for start in range(0, len(images), BATCH):
+            pixels = [to_pixels(image) for image in images[start : start + BATCH]]
+            yield from self.model.project_image(self.model.encode_image(to_batch(pixels, size).to(device))[:, 0]).cpu()
+
+    def _rank_anew(
+        self,
+        queries: Sequence[Query],
+        found: list[list[Neighbour]],
+        numbers: dict[str, int],
+        text_embeds: list[Tensor],
+    ) -> list[list[tuple[int, float | None]]]:
+        """Of each query the places in `found` with the probability of a match, the best first."""
+        pairs: list[tuple[Neighbour, int]] = []
+        sizes = []
+        for query, near in zip(queries, found, strict=True):
+            candidates = near[: self._candidates(query)]
+            texts = [numbers[text] for text in (query.text, query.without) if text is not None]
+            pairs += [(one, text) for one in candidates for text in texts]
+            sizes.append((len(candidates), len(texts)))
+        logits = self._reranker.match_logits(pairs, text_embeds)
+        parts = logits.split([candidates * texts for candidates, texts in sizes])
+        return [_order(part.view(*size, 2), len(near)) for part, size, near in zip(parts, sizes, found, strict=True)]
 
 
-class TokenCache:
-    """Image tokens by the digest of the image's bytes, the least lately used dropped beyond `limit` bytes."""
+def _order(logits: Tensor, count: int) -> list[tuple[int, float | None]]:
+    """Places of a query's images with the probability of a match, the best first; those not looked at keep their order.
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.size = 0
-        self._tokens: OrderedDict[str, Tensor] = OrderedDict()
+    With something to exclude, what is ranked by is the probability of the text and not of the other.
 
-    def get(self, sha256: str) -> Tensor | None:
-        """The tokens of an image, if they are there."""
-        tokens = self._tokens.get(sha256)
-        if tokens is not None:
-            self._tokens.move_to_end(sha256)
-        return tokens
-
-    def put(self, sha256: str, tokens: Tensor) -> None:
-        """Keep the tokens of an image `[1 + patches, width]`."""
-        self.size += tokens.nbytes
-        self._tokens[sha256] = tokens.clone()  # not a view that would keep a whole batch in memory
-        while self.size > self.limit and self._tokens:
-            self.size -= self._tokens.popitem(last=False)[1].nbytes
+    Args:
+        logits: of its candidates `[candidates, 1 or 2, 2]`, with the text and with what is excluded.
+        count: its images, candidates and those behind them.
+    """
+    if not len(logits):
+        return [(place, None) for place in range(count)]
+    margins = logits[..., 1] - logits[..., 0]
+    score = margins[:, 0]
+    if margins.shape[1] == 2:
+        score = F.logsigmoid(margins[:, 0]) + F.logsigmoid(-margins[:, 1])
+    score = score.masked_fill(score.isnan(), float("-inf"))
+    order = score.argsort(descending=True, stable=True).tolist()
+    chances = margins[:, 0].sigmoid().tolist()
+    ranked: list[tuple[int, float | None]] = [
+        (place, None if score[place] == float("-inf") else chances[place]) for place in order
+    ]
+    return ranked + [(place, None) for place in range(len(order), count)]
 
 
 def check_query(query: Query) -> None:

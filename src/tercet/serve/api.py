@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import anyio
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Path, Request, Response
+from fastapi import Query as QueryParameter
 from fastapi.exceptions import RequestValidationError
 from PIL import Image
 from starlette.exceptions import HTTPException
@@ -28,17 +29,18 @@ from tercet.serve.metrics import Metrics
 from tercet.serve.page import PageFile, read_page
 from tercet.serve.pictures import original, read_picture, require, shown
 from tercet.serve.refusals import Refusal, error_body
-from tercet.serve.settings import ServeSettings
+from tercet.serve.settings import RESULTS, ServeSettings
 from tercet.version import __version__
 
 if TYPE_CHECKING:
     from tercet.model.tercet import Tercet
     from tercet.search import searcher
-    from tercet.search.index import Index
+    from tercet.search.index import Entry, Index
 
 log = logging.getLogger("tercet.serve")
 
 Result = TypeVar("Result")
+Limit = Annotated[int, QueryParameter(ge=1, le=RESULTS, description="how many at most")]
 Identifier = Annotated[str, Path(min_length=1, max_length=schema.ID_LENGTH, description="id of an image of the index")]
 
 DECODERS = 2  # images that are decoded at once: each takes 3 bytes a pixel and a core
@@ -65,6 +67,7 @@ def _faults(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 READ_FAULTS = _faults(401, 421, 500, 503)
 POST_FAULTS = _faults(400, 401, 404, 408, 413, 415, 421, 422, 429, 500, 503)
+LIST_FAULTS = _faults(401, 421, 422, 500, 503)
 IMAGE_FAULTS = _faults(401, 404, 421, 422, 500, 503)
 
 
@@ -241,8 +244,8 @@ def _add_questions(app: FastAPI, service: Service) -> None:
         """Where in an image each word of a text is seen."""
         job = ExplainJob(await service.picture(body.image), body.text)
         found = await service.infer(("explain",), job, cost=2)
-        words = [schema.WordMap(word=word, heatmap=heatmap) for word, heatmap in found.words]
-        return schema.ExplainResponse(text=body.text, match=found.match, heatmap=found.heatmap, words=words)
+        words = [schema.WordMap(word=heat.word, heatmap=heat.heatmap.tolist()) for heat in found.words]
+        return schema.ExplainResponse(text=body.text, match=found.match, heatmap=found.heatmap.tolist(), words=words)
 
     @app.post("/v1/embed", responses=POST_FAULTS, operation_id="embed")
     async def embed(body: schema.EmbedRequest) -> schema.EmbedResponse:
@@ -257,6 +260,14 @@ def _add_images(app: FastAPI, service: Service) -> None:
     """The images of the index, by id."""
     shape = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in IMAGE_TYPES}
     responses: dict[int | str, dict[str, Any]] = {**IMAGE_FAULTS, 200: {"description": "the image", "content": shape}}
+
+    @app.get("/v1/images", responses=LIST_FAULTS, operation_id="images")
+    async def images(limit: Limit = 24) -> schema.ImageList:
+        """The images that were indexed last."""
+        entries = await service.read(service.index.newest, limit)
+        return schema.ImageList(
+            images=[schema.Listed(**_known(entry, service.settings.show_uris)) for entry in entries]
+        )
 
     @app.get("/v1/images/{id}", responses=responses, response_class=Response, operation_id="image")
     async def image(id: Identifier) -> Response:
@@ -335,18 +346,19 @@ def _add_page(app: FastAPI, page: dict[str, PageFile]) -> None:
 
 
 def _hit(hit: searcher.Hit, show_uris: bool) -> schema.Hit:
-    name = hit.uri.rpartition("#")[2] if "#" in hit.uri else hit.uri.rpartition("/")[2]
-    return schema.Hit(
-        id=hit.id,
-        name=name,
-        uri=hit.uri if show_uris else None,
-        caption=hit.caption,
-        width=hit.width,
-        height=hit.height,
-        cosine=hit.cosine,
-        match=hit.match,
-        dual_rank=hit.dual_rank,
-    )
+    return schema.Hit(**_known(hit, show_uris), cosine=hit.cosine, match=hit.match, dual_rank=hit.dual_rank)
+
+
+def _known(image: searcher.Hit | Entry, show_uris: bool) -> dict[str, Any]:
+    """What clients may know of an image of the index."""
+    return {
+        "id": image.id,
+        "name": image.uri.rpartition("#" if "#" in image.uri else "/")[2],
+        "uri": image.uri if show_uris else None,
+        "caption": image.caption,
+        "width": image.width,
+        "height": image.height,
+    }
 
 
 def _image(data: bytes, kind: str) -> Response:

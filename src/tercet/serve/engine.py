@@ -7,7 +7,6 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from tercet.config import DataConfig, VqaConfig
@@ -15,12 +14,11 @@ from tercet.data.augment import Pixels
 from tercet.data.inputs import to_batch
 from tercet.data.texts import clean_question
 from tercet.errors import TercetError
-from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.tasks.answering import Answer, Answerer
 from tercet.tasks.classify import TEMPLATES, class_feats, zero_shot
 from tercet.tasks.encoding import encode_sentences, evaluating, tokenise
-from tercet.tasks.heatmaps import average_words, matching_heatmaps, to_grid
+from tercet.tasks.explaining import Explanation
 from tercet.tasks.rerank import pad_texts
 
 if TYPE_CHECKING:
@@ -108,21 +106,6 @@ class Matched:
 
     match: float
     cosine: float
-
-
-@dataclass(frozen=True)
-class Explained:
-    """Where a text and its words are seen.
-
-    Attributes:
-        match: the probability that image and text belong together.
-        heatmap: rows of patches, the mean over the tokens.
-        words: each word with its map.
-    """
-
-    match: float
-    heatmap: list[list[float]]
-    words: list[tuple[str, list[list[float]]]]
 
 
 class Engine:
@@ -227,45 +210,20 @@ class Engine:
             for row in range(len(jobs))
         ]
 
-    def _explain(self, jobs: list[ExplainJob], _: tuple) -> list[Explained]:
-        input_ids, attention_mask = tokenise(self.model, [job.text for job in jobs], _DATA)
-        image_embeds = self._encode([job.pixels for job in jobs])
-        device = image_embeds.device
-        mask = attention_mask.to(device)
-        text_embeds = self.model.encode_text(input_ids.to(device), mask)
-        logits = self.model.match_logits(text_embeds, mask, self.model.remember(image_embeds))
-        chances = logits.softmax(dim=1)[:, 1].tolist()
-        tokens = matching_heatmaps(self.model, image_embeds, text_embeds, mask)
-        means = to_grid(average_words(tokens, mask).cpu(), self._size, self._size).tolist()
-        grids = to_grid(tokens.cpu(), self._size, self._size)
-        results = []
-        for row, chance in enumerate(chances):
-            end = int(attention_mask[row].sum())
-            pieces = require_tokenizer(self.model).tokens(input_ids[row, 1:end])
-            results.append(Explained(chance, means[row], _join_pieces(pieces, grids[row, 1:end])))
-        return results
+    def _explain(self, jobs: list[ExplainJob], _: tuple) -> list[Explanation]:
+        found = self.model.explain([job.pixels for job in jobs], [job.text for job in jobs])
+        assert isinstance(found, list)
+        return found
 
     def _search(self, queries: list[Query], _: tuple) -> list[list[Hit]]:
         if self.searcher is None:
             raise TercetError("there is no index to search; open one first")
-        return [self.searcher.search(query) for query in queries]
+        return self.searcher.search_many(queries)
 
     def _encode(self, pixels: list[Pixels]) -> Tensor:
         """`image_embeds` `[images, 1 + patches, width]`."""
         device = next(self.model.parameters()).device
         return self.model.encode_image(to_batch(pixels, self._size).to(device))
-
-
-def _join_pieces(pieces: list[str], maps: Tensor) -> list[tuple[str, list[list[float]]]]:
-    """Words with the mean of the maps `[pieces, rows, columns]` of their pieces; "##" marks a piece that goes on."""
-    words: list[tuple[str, list[Tensor]]] = []
-    for piece, grid in zip(pieces, maps, strict=True):
-        if piece.startswith("##") and words:
-            word, grids = words[-1]
-            words[-1] = (word + piece.removeprefix("##"), [*grids, grid])
-        else:
-            words.append((piece, [grid]))
-    return [(word, torch.stack(grids).mean(dim=0).tolist()) for word, grids in words]
 
 
 def _starts(counts: list[int]) -> list[int]:

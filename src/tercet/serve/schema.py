@@ -68,8 +68,8 @@ class SearchRequest(Body):
         return self
 
 
-class Hit(BaseModel):
-    """An image that was found."""
+class Listed(BaseModel):
+    """An image of the index."""
 
     id: str
     name: str = Field(description="the last part of the URI")
@@ -77,9 +77,20 @@ class Hit(BaseModel):
     caption: str | None
     width: int
     height: int
+
+
+class Hit(Listed):
+    """An image that was found."""
+
     cosine: float = Field(description="similarity by the dual encoder, -1 to 1")
     match: float | None = Field(description="probability of a match by the fusion encoder; null: not re-ranked")
     dual_rank: int = Field(description="place in the dual encoder's own order, from 1")
+
+
+class ImageList(BaseModel):
+    """Images of the index, those indexed last first."""
+
+    images: list[Listed]
 
 
 class SearchResponse(BaseModel):

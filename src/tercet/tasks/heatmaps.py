@@ -47,9 +47,16 @@ def matching_heatmaps(
     Raises:
         TercetError: there is no fusion layer of that index.
     """
-    weights, gradient = matching_attention(model, image_embeds, text_embeds, attention_mask, layer)
+    return matched_heatmaps(model, image_embeds, text_embeds, attention_mask, layer)[0]
+
+
+def matched_heatmaps(
+    model: Tercet, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor, layer: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`matching_heatmaps`, and `itm_logits` `[pairs, 2]` of the same pass."""
+    weights, gradient, logits = _matching_pass(model, image_embeds, text_embeds, attention_mask, layer)
     maps = (weights * gradient.clamp(min=0))[..., 1:].mean(dim=1)
-    return maps * attention_mask[..., None]
+    return maps * attention_mask[..., None], logits
 
 
 def contrast_heatmaps(model: Tercet, images: Tensor, text_feats: Tensor, layer: int | None = None) -> Tensor:
@@ -82,17 +89,7 @@ def matching_attention(
     Returns:
         `[pairs, heads, tokens, 1 + patches]` both.
     """
-    cross_attention = _fusion_attention(model, default_layer(model, "itm") if layer is None else layer)
-    with _differentiable(), _tapped(cross_attention) as tap:
-        memory = model.remember(_plain(image_embeds))
-        # Whatever parameters are frozen, the graph starts here.
-        text = _plain(text_embeds).requires_grad_()
-        fused = model.fuse(text, attention_mask, memory)
-        logits = model.itm_head(fused[:, 0]).float()
-        weights = _read(tap)
-        (gradient,) = torch.autograd.grad(logits[:, 1].sum(), weights)
-    pairs = text.shape[0]
-    return _unfold(weights.detach(), pairs), _unfold(gradient, pairs)
+    return _matching_pass(model, image_embeds, text_embeds, attention_mask, layer)[:2]
 
 
 def contrast_attention(
@@ -146,6 +143,23 @@ def to_grid(maps: Tensor, height: int, width: int) -> Tensor:
 def enlarge(maps: Tensor, height: int, width: int) -> Tensor:
     """`[batch, rows, columns]` to `[batch, height, width]` pixels, bicubic; a cubic may dip below 0 near a peak."""
     return F.interpolate(maps[:, None], size=(height, width), mode="bicubic", align_corners=False)[:, 0]
+
+
+def _matching_pass(
+    model: Tercet, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor, layer: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `matching_attention` gives, and `itm_logits` `[pairs, 2]`."""
+    cross_attention = _fusion_attention(model, default_layer(model, "itm") if layer is None else layer)
+    with _differentiable(), _tapped(cross_attention) as tap:
+        memory = model.remember(_plain(image_embeds))
+        # Whatever parameters are frozen, the graph starts here.
+        text = _plain(text_embeds).requires_grad_()
+        fused = model.fuse(text, attention_mask, memory)
+        logits = model.itm_head(fused[:, 0]).float()
+        weights = _read(tap)
+        (gradient,) = torch.autograd.grad(logits[:, 1].sum(), weights)
+    pairs = text.shape[0]
+    return _unfold(weights.detach(), pairs), _unfold(gradient, pairs), logits.detach()
 
 
 @contextmanager

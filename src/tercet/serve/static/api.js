@@ -36,8 +36,8 @@ async function send(path, options = {}) {
   throw new RequestError(response.status, message[0].toUpperCase() + message.slice(1));
 }
 
-export async function get(path) {
-  return (await send(path, { headers: headers() })).json();
+export async function get(path, signal) {
+  return (await send(path, { headers: headers(), signal })).json();
 }
 
 export async function post(path, body, signal) {

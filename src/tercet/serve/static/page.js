@@ -62,6 +62,7 @@ function drawResults(words) {
   const chosen = words ? order() : "dual";
   const main = results[chosen === "compare" ? "reranked" : chosen];
   const count = main.hits.length;
+  part("newest").hidden = true;
   part("bar").hidden = false;
   part("order").hidden = !words;
   part("summary").textContent = count
@@ -187,12 +188,25 @@ function recall() {
 function clear() {
   running?.abort();
   results = {};
-  part("bar").hidden = part("compare").hidden = true;
+  part("notice").hidden = part("bar").hidden = part("compare").hidden = true;
   part("grid").replaceChildren();
   if (about.images) {
     part("hint").textContent = "Type what you look for, or drop a picture anywhere on this page.";
+    showNewest();
   } else {
     part("hint").replaceChildren("This index holds no pictures yet.", make("br"), make("code", {}, "tercet index FOLDER --model MODEL --to INDEX"));
+  }
+}
+
+// Before anything is searched for, the page shows what was indexed last.
+async function showNewest() {
+  const own = (running = new AbortController());
+  try {
+    const { images } = await get(`v1/images?limit=${part("count").value}`, own.signal);
+    drawGrid(part("newest"), images, (rank) => open(images, rank, ""));
+    part("newest").hidden = false;
+  } catch (error) {
+    if (error.name !== "AbortError") fail(error, showNewest);
   }
 }
 

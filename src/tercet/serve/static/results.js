@@ -19,6 +19,7 @@ export function meter(value) {
 export const title = (hit) => hit.caption || hit.name;
 
 function score(hit) {
+  if (hit.cosine === undefined) return ""; // shown without a search
   return hit.match === null ? `cosine ${hit.cosine.toFixed(3)}` : `match ${percent(hit.match)}`;
 }
 
@@ -26,9 +27,9 @@ function card(hit, rank, open, move, brief) {
   const picture = make("img", { alt: title(hit), loading: "lazy", decoding: "async" });
   show(picture, `v1/thumbnails/${hit.id}`);
   const under = make("span", { className: "under" });
-  under.append(make("span", { className: "score" }, brief ? score(hit).split(" ")[1] : score(hit)));
+  if (score(hit)) under.append(make("span", { className: "score" }, brief ? score(hit).split(" ")[1] : score(hit)));
   if (move) under.append(move);
-  if (hit.match !== null) under.append(meter(hit.match));
+  if (typeof hit.match === "number") under.append(meter(hit.match));
   under.append(make("span", { className: "words-under" }, title(hit)));
   const button = make("button", { type: "button", className: "hit", onclick: () => open(rank) });
   button.dataset.id = hit.id;
