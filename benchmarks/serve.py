@@ -202,28 +202,41 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def measure_engine(size: str, jobs: int = 32, rounds: int = 3) -> dict[str, object]:
+def measure_engine(size: str, images: int, loads: list[str], jobs: int = 32, rounds: int = 3) -> dict[str, object]:
     """The model's part alone, without HTTP: processor time of jobs together over that of each by itself."""
     from tercet import load
     from tercet.data.images import resize
+    from tercet.search.building import build_index
+    from tercet.search.searcher import Query, Searcher
     from tercet.serve.engine import AskJob, ClassifyJob, EmbedJob, Engine, ExplainJob, MatchJob
 
     torch.set_num_threads(1)
+    scenes = SceneSource(jobs, "validation")
+    captions = [scenes.captions(index)[0] for index in range(jobs)]
     with tempfile.TemporaryDirectory() as temporary:
-        make_model(Path(temporary) / "model", size)
-        model = load(Path(temporary) / "model")
-        searches = measure_searches(model, Path(temporary), jobs, rounds)
-    engine, scenes, side = Engine(model), SceneSource(jobs, "validation"), model.config.vision.image_size
-    pairs = [(resize(scenes.array(index), side), scenes.captions(index)[0]) for index in range(jobs)]
-    kinds = {
-        ("match",): [MatchJob(pixels, [text]) for pixels, text in pairs],
-        ("classify",): [ClassifyJob(pixels, ("circle", "star"), ()) for pixels, _ in pairs],
-        ("ask", ()): [AskJob(pixels, "what colour is it?") for pixels, _ in pairs],
-        ("explain",): [ExplainJob(pixels, text) for pixels, text in pairs],
-        ("embed",): [EmbedJob([], [text]) for _, text in pairs],
+        folder = Path(temporary)
+        make_model(folder / "model", size)
+        model = load(folder / "model")
+        draw_scenes(folder / "scenes", images)
+        index, _ = build_index([str(folder / "scenes")], model, "model", str(folder / "index"))
+        engine, side = Engine(model, Searcher(index, model)), model.config.vision.image_size
+        pairs = [(resize(scenes.array(number), side), text) for number, text in enumerate(captions)]
+        kinds: dict[str, tuple[tuple, list]] = {
+            "match": (("match",), [MatchJob(pixels, [text]) for pixels, text in pairs]),
+            "classify": (("classify",), [ClassifyJob(pixels, ("circle", "star"), ()) for pixels, _ in pairs]),
+            "ask": (("ask", ()), [AskJob(pixels, "what colour is it?") for pixels, _ in pairs]),
+            "explain": (("explain",), [ExplainJob(pixels, text) for pixels, text in pairs]),
+            "embed": (("embed",), [EmbedJob([], [text]) for text in captions]),
+            # Tokens of images are kept from the first round, which is not counted.
+            "search": (("search",), [Query(text) for text in captions]),
+            "search_dual": (("search",), [Query(text, rerank=0) for text in captions]),
+        }
+        ratios = {name: compare_batches(engine, *kinds[name], rounds) for name in loads or kinds}
+    machine = {"processor": processor_name(), "threads": 1, "torch": torch.__version__}
+    return {
+        **{"name": "serve_engine", "size": size, "jobs": jobs, "images": images},
+        **{"ratio": ratios, "machine": machine},
     }
-    ratios = {kind[0]: compare_batches(engine, kind, asked, rounds) for kind, asked in kinds.items()} | searches
-    return {"name": "serve_engine", "size": size, "jobs": jobs, "ratio": ratios, "processor": processor_name()}
 
 
 def compare_batches(engine: Engine, kind: tuple, asked: list, rounds: int) -> float:
@@ -238,22 +251,6 @@ def compare_batches(engine: Engine, kind: tuple, asked: list, rounds: int) -> fl
     return round(statistics.median(spent[1][1:]) / statistics.median(spent[len(asked)][1:]), 2)
 
 
-def measure_searches(model: Tercet, folder: Path, jobs: int, rounds: int, images: int = 500) -> dict[str, float]:
-    """Ratios of searches by words in drawn scenes, re-ranked and not; images are read in the first round alone."""
-    from tercet.search.building import build_index
-    from tercet.search.searcher import Query, Searcher
-    from tercet.serve.engine import Engine
-
-    draw_scenes(folder / "scenes", images)
-    index, _ = build_index([str(folder / "scenes")], model, "model", str(folder / "index"))
-    engine, scenes = Engine(model, Searcher(index, model)), SceneSource(jobs, "validation")
-    captions = [scenes.captions(number)[0] for number in range(jobs)]
-    return {
-        "search": compare_batches(engine, ("search",), [Query(text) for text in captions], rounds),
-        "search_dual": compare_batches(engine, ("search",), [Query(text, rerank=0) for text in captions], rounds),
-    }
-
-
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -264,7 +261,10 @@ def main() -> None:
     parser.add_argument("--loads", nargs="*", help="some of the loads; default all")
     parser.add_argument("--engine", action="store_true", help="the model's part alone, in processor time")
     arguments = parser.parse_args()
-    print(json.dumps(measure_engine(arguments.size) if arguments.engine else measure(arguments)))
+    if arguments.engine:
+        print(json.dumps(measure_engine(arguments.size, arguments.images, arguments.loads or [])))
+    else:
+        print(json.dumps(measure(arguments)))
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ class Index:
     def newest(self, count: int) -> list[Entry]:
         """The images that were indexed last, `count` at most, the last first."""
         with lance_errors(f"cannot read {self.path}"):
-            query = self.table.search().select(ENTRY_COLUMNS).limit(count)
+            query = self.table.search().select(list(ENTRY_COLUMNS)).limit(count)
             rows = query.offset(max(0, self.table.count_rows() - count)).to_arrow().to_pylist()
         return [_entry(row) for row in reversed(rows)]
 
