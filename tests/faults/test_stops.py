@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -13,11 +14,20 @@ from faults.test_kills import assert_gone
 from tercet.train.checkpoint import list_checkpoints
 
 STOPPED = 130
+GRACE = 10  # seconds between a cluster's SIGTERM and its SIGKILL
 
 
-def assert_stopped(run: Run) -> None:
-    """The run ended by itself, said so in one line, and left a checkpoint of its last step."""
+def stop(run: Run, group: bool = False) -> None:
+    """SIGTERM: the run ends by itself within the grace, says so in one line, and leaves a checkpoint of its last step.
+
+    Where more processes want to run than there are cores, each gets its share of them alone, and the grace grows.
+    """
+    sent = time.monotonic()
+    run.send(signal.SIGTERM, group)
     assert run.end() == STOPPED, run.messages
+    waited, share = time.monotonic() - sent, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    print(f"ended {waited:.2f} s after SIGTERM, {share:.1f} processes a core")
+    assert waited < GRACE * share
     assert "Traceback" not in run.messages
     assert "stopped by SIGTERM; go on with: tercet train --resume" in run.messages.splitlines()[-1]
     newest = list_checkpoints(run.folder / "checkpoints")[0]
@@ -30,8 +40,7 @@ def test_while_training(unbroken: Path, tmp_path: Path, group: bool) -> None:
     run = Run(tmp_path / "run", data__workers=2, train__checkpoint_every=1000).until_step(3)
     workers = run.workers()
     assert len(workers) == 2
-    run.send(signal.SIGTERM, group)
-    assert_stopped(run)
+    stop(run, group)
     assert "worker process died" not in run.messages
     assert_gone(workers)
     again = Run(run.folder, resume=True)
@@ -45,8 +54,7 @@ def test_while_evaluating(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", evaluate__rerank=400, **slow)
     run.until(lambda: "evaluating on validation" in run.messages)
     time.sleep(0.5)
-    run.send(signal.SIGTERM)
-    assert_stopped(run)
+    stop(run)
     assert lines(run.folder, "evaluate") == []
     again = Run(run.folder, resume=True, evaluate__limit=8, evaluate__rerank=0)
     again.finish()
@@ -59,8 +67,7 @@ def test_while_a_checkpoint_is_written(unbroken: Path, tmp_path: Path) -> None:
     deadline = time.monotonic() + PATIENCE
     while not list(folder.glob("checkpoints/.step-*")):
         assert time.monotonic() < deadline and run.process.is_alive(), run.messages
-    run.send(signal.SIGTERM)
-    assert_stopped(run)
+    stop(run)
     again = Run(folder, resume=True)
     again.finish()
     assert_equal(unbroken, folder)
