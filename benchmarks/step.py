@@ -25,6 +25,7 @@ from tercet.config import Config, ModelConfig, ObjectivesConfig, TrainConfig
 from tercet.data.loader import Batch
 from tercet.model.recompute import recompute_layers
 from tercet.model.tercet import Tercet
+from tercet.ranks import Ranks
 from tercet.tasks.pretrain import Pretraining
 from tercet.train.compilation import compile_encoders, compiled_models
 from tercet.train.cost import count_flops as cost_flops
@@ -67,6 +68,8 @@ class OurStep:
                 task=self.task,
                 optimizer=optimizer,
                 placement=placement,
+                trained=self.task,
+                ranks=Ranks(),
                 step=0,
                 steps_per_epoch=1000,
             ),
