@@ -7,13 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-import torch.distributed as dist
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage] - a public class
+from torch.distributed.distributed_c10d import Store
 
 from tercet.errors import TercetError
 from tercet.train.meeting import agree_on_name
 
 
-def meet(store: dist.Store, delays: list[float]) -> set[str]:
+def meet(store: Store, delays: list[float]) -> set[str]:
     """The names that ranks get who come so many seconds late."""
 
     def come(rank: int) -> str:
@@ -26,7 +27,7 @@ def meet(store: dist.Store, delays: list[float]) -> set[str]:
 
 @pytest.mark.parametrize("delays", [[0.0, 0.0, 0.0], [0.3, 0.0, 0.1], [0.0, 0.3, 0.1], [0.0, 0.1, 0.3]])
 def test_each_start_has_a_name_of_its_own(delays: list[float]) -> None:
-    store = dist.HashStore()
+    store = HashStore()
     first, second, third = (meet(store, now) for now in ([0.0, 0.0, 0.0], delays, delays[::-1]))
     assert len(first) == len(second) == len(third) == 1
     assert len(first | second | third) == 3
@@ -34,7 +35,7 @@ def test_each_start_has_a_name_of_its_own(delays: list[float]) -> None:
 
 @pytest.mark.parametrize("gone", [0, 1, 2])
 def test_after_a_start_in_which_one_died_before_it_agreed(gone: int) -> None:
-    store = dist.HashStore()
+    store = HashStore()
     store.set_timeout(timedelta(seconds=0.3))
     with ThreadPoolExecutor(2) as ranks:
         waits = [ranks.submit(agree_on_name, store, rank, 3) for rank in range(3) if rank != gone]
@@ -46,7 +47,7 @@ def test_after_a_start_in_which_one_died_before_it_agreed(gone: int) -> None:
 
 
 def test_who_does_not_come_is_waited_for_no_longer_than_the_store_waits() -> None:
-    store = dist.HashStore()
+    store = HashStore()
     meet(store, [0.0, 0.0])
     store.set_timeout(timedelta(seconds=0.2))
     with pytest.raises(TercetError, match="not all of the 2 processes came"):
