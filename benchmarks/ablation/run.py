@@ -29,8 +29,8 @@ from tercet.errors import TercetError
 from tercet.files import write_atomic
 
 RESULT = "result.json"
-# A finished run keeps its config, metrics and result: kilobytes instead of megabytes.
-HEAVY = ("checkpoints", "model", "tensorboard", "tokenizer", "gallery.json", "report.html")
+# What a finished run keeps: kilobytes instead of megabytes.
+KEPT = ("config.yaml", "metrics.jsonl", "run.json", RESULT)
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,11 @@ def perform(grid: Grid, run: Run, sources: Sources, folder: Path) -> None:
         "test": splits["test"] | json.loads(space),
     }
     write_atomic(place / RESULT, json.dumps(result))
-    for name in HEAVY:
-        heavy = place / name
-        if heavy.is_dir():
-            shutil.rmtree(heavy)
-        else:
-            heavy.unlink(missing_ok=True)
+    for entry in place.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name not in KEPT:
+            entry.unlink()
     print(f"{run.name}: done in {result['minutes']} minutes", flush=True)
 
 

@@ -98,6 +98,8 @@ def test_a_grid_runs_and_goes_on(tmp_path: Path) -> None:
         assert 0 <= result["test"]["dual"]["r_mean"] <= 100
         assert {"space", "neighbourhood"} <= result["test"].keys()
     assert not list(folder.glob("*/checkpoints"))
+    kept = {file.name for file in (folder / "both-noise50-seed0").iterdir()}
+    assert kept == {"config.yaml", "metrics.jsonl", "run.json", "result.json"}
     assert "Shuffled captions: 50%" in (folder / "table.md").read_text()
     assert (folder / "plot.png").stat().st_size > 1000
 
