@@ -17,7 +17,10 @@ TIMEOUT = 120
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(*arguments)` gives on each of `world` ranks, or its error; it joins by `tercet.train.parallel`."""
+    """What `function(*arguments)` gives on each of `world` ranks, its error, or None of one that was killed.
+
+    `function` joins by `tercet.train.parallel`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -39,7 +42,10 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
         results = []
         for rank, end in enumerate(ends):
             assert end.poll(TIMEOUT), f"rank {rank} of {world} does not answer"
-            results.append(end.recv())
+            try:
+                results.append(end.recv())
+            except EOFError:
+                results.append(None)
     finally:
         for process in processes:
             process.join(5)
@@ -127,6 +133,36 @@ def poisoned_step(overrides: dict[str, Any]) -> dict[str, Any]:
         unchanged = all(torch.equal(value, before[name]) for name, value in session.task.student.state_dict().items())
         after = take_step(session, [batch]).trouble
         return {"first": first, "trouble": result.trouble, "keys": batch.keys, "unchanged": unchanged, "after": after}
+
+
+def fail_while_writing(overrides: dict[str, Any], rank: int, moment: str | None) -> None:
+    """Two steps with a checkpoint each; in the second write one rank fails.
+
+    It dies in the function `moment` of `tercet.train.checkpoint`; None: its disk is full, for which a limit on the size
+    of files stands.
+    """
+    import resource
+    import signal
+
+    from tercet.config_io import load_config
+    from tercet.ranks import Ranks
+    from tercet.train import checkpoint
+    from tercet.train.loop import take_step
+    from tercet.train.parallel import joined
+    from tercet.train.session import due_steps, open_session
+
+    with joined("cpu"):
+        session = open_session(load_config("demo", overrides))
+        steps = due_steps(session)
+        for step in (1, 2):
+            take_step(session, next(steps))
+            session.step = step
+            if step == 2 and Ranks().rank == rank and moment is None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            elif step == 2 and Ranks().rank == rank:
+                setattr(checkpoint, moment, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+            session.checkpoints.save(session.task, session.optimizer, session.position)
+            session.checkpoints.wait()
 
 
 def gathered_rows(sizes: list[int]) -> dict[str, Any]:

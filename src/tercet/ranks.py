@@ -153,6 +153,17 @@ class Spread:
         return rows if len(self.sizes) == 1 else _GatherRows.apply(rows, self)
 
 
+def lost_rank(error: BaseException) -> bool:
+    """Whether a call among ranks ended with `error` because another of them has gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)
+
+
+# Words of the plain errors that a collective call ends with then.
+_LOST = ("gloo", "Gloo", "NCCL", "Connection closed by peer")
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank has of a tensor that is sharded over the ranks; any other as it is."""
     to_local = getattr(tensor, "to_local", None)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from rank_runs import SMALL, fail_while_writing, run_ranks
 from tercet.errors import TercetError
 from tercet.train.checkpoint import RECORD, Best, Checkpoints, Position, list_checkpoints
 
@@ -143,3 +144,23 @@ def test_a_damaged_one_is_written_anew_when_the_run_comes_there_again(tmp_path: 
     checkpoints.save(model, optimizer, Position(2, "", 8))
     checkpoints.wait()
     assert checkpoints.load(model, optimizer) == (Position(2, "", 8), [])
+
+
+@pytest.mark.parametrize("moment", ["_agree", "save", "_digest"])
+def test_a_rank_that_dies_while_a_checkpoint_is_written_is_named_as_the_cause(tmp_path: Path, moment: str) -> None:
+    run = tmp_path / "gloo"  # a word of the errors that tell of a lost rank, which a path is not
+    error, nothing = run_ranks(2, fail_while_writing, {**SMALL, "output": str(run)}, 1, moment)
+    assert isinstance(error, TercetError) and nothing is None
+    newest = run / "checkpoints" / "step-00000002"
+    assert str(error).startswith(f"another of the 2 processes is gone, and {newest} is not written; ")
+    assert "resume the run" in str(error) and "space" not in str(error)
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["step-00000001"]
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_disk_that_is_full_for_one_rank_is_named_as_the_cause_on_all(tmp_path: Path, full: int) -> None:
+    run = tmp_path / "gloo"
+    for error in run_ranks(2, fail_while_writing, {**SMALL, "output": str(run)}, full, None):
+        assert isinstance(error, TercetError)
+        assert str(error).startswith(f"cannot write {run}") and "free some space" in str(error)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000001"]

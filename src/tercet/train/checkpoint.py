@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from tercet.data.json_text import parse_json
 from tercet.errors import TercetError
 from tercet.files import settle_folder, write_atomic
-from tercet.ranks import Ranks
+from tercet.ranks import Ranks, lost_rank
 from tercet.train.checkpoint_reader import METADATA, CheckedPlanner, CheckedReader
 
 RECORD = "checkpoint.json"
@@ -133,7 +133,7 @@ class Checkpoints:
         """Until nothing is being written.
 
         Raises:
-            TercetError: the disk is full.
+            TercetError: the disk is full, or another rank has gone.
         """
         write, self._write = self._write, None
         if write is not None:
@@ -178,6 +178,11 @@ class Checkpoints:
             if ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
             reason = _reason(error)
+            if lost_rank(error):
+                raise TercetError(
+                    f"another of the {ranks.world} processes is gone, and {path} is not written; see what it said, "
+                    f"and resume the run ({reason})"
+                ) from error
             raise TercetError(f"cannot write {path}: {reason}; free some space and resume the run") from error
 
     def _settle(self, partial: Path, path: Path, position: Position, digests: dict[str, str]) -> None:
@@ -204,6 +209,8 @@ class Checkpoints:
             with _one_process():
                 load(state, storage_reader=reader, planner=CheckedPlanner(), no_dist=self._ranks.world == 1)
         except LOAD_ERRORS as error:
+            if lost_rank(error):
+                raise
             if any(isinstance(failure, KeyboardInterrupt) for failure, _ in getattr(error, "failures", {}).values()):
                 raise KeyboardInterrupt from error
             raise TercetError(f"checkpoint {path} does not fit this run: {_reason(error)}") from error
@@ -265,7 +272,7 @@ def _agree(ranks: Ranks, act: Any) -> None:
     """Do something that may fail on one rank; the others wait for it, and fail with it.
 
     Raises:
-        RuntimeError, OSError: what any rank raised.
+        OSError: what any rank raised.
     """
     failure: OSError | None = None
     try:
@@ -276,7 +283,7 @@ def _agree(ranks: Ranks, act: Any) -> None:
     if failure is not None:
         raise failure
     if told:
-        raise RuntimeError(told[0])
+        raise OSError(told[0])
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tercet.config import TrainConfig
 from tercet.errors import TercetError
-from tercet.ranks import Ranks
+from tercet.ranks import Ranks, lost_rank
 from tercet.train.meeting import fresh_store
 from tercet.train.shards import reduce_whole, shard
 
@@ -68,7 +68,7 @@ def joined(device: str) -> Iterator[None]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         yield
     except RuntimeError as error:
-        if not any(word in str(error) for word in LOST):
+        if not lost_rank(error):
             raise
         raise TercetError(
             f"another of the {world} processes is gone; see what it said ({str(error).splitlines()[0]})"
@@ -81,10 +81,6 @@ def joined(device: str) -> Iterator[None]:
 # Kept to the end of the process: the last to let go of a group waits for its threads, and where that is the reducer
 # of DDP it does so with the interpreter's lock, which those threads may want; such a run never ended.
 _former_groups: list[object] = []
-
-
-# Words of the errors that a collective call ends with when the other side has gone.
-LOST = ("gloo", "Gloo", "NCCL", "ncclRemoteError", "Connection closed by peer")
 
 
 def wants_cuda(device: str) -> bool:
