@@ -159,10 +159,21 @@ def fail_while_writing(overrides: dict[str, Any], rank: int, moment: str | None)
             session.step = step
             if step == 2 and Ranks().rank == rank and moment is None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-            elif step == 2 and Ranks().rank == rank:
+            elif step == 2 and Ranks().rank == rank and moment is not None:
                 setattr(checkpoint, moment, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
             session.checkpoints.save(session.task, session.optimizer, session.position)
             session.checkpoints.wait()
+
+
+def train_in_little_memory(overrides: dict[str, Any], more: int) -> None:
+    """Train where the process may take `more` bytes beyond what it has."""
+    import resource
+    from pathlib import Path
+
+    pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+    limit = pages * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    train_run("demo", overrides)
 
 
 def gathered_rows(sizes: list[int]) -> dict[str, Any]:

@@ -194,7 +194,7 @@ class TestCommands:
         path = tmp_path / "resolved.yaml"
         path.write_text(text)
         assert load_config(path) == load_config("pretrain-4m", {"train.batch_size": 8})
-        for words in ("# parameters: 209.", "# FLOPs a pair: ", "# memory of a device, bf16: about "):
+        for words in ("# parameters: 209.", "# FLOPs a pair: ", "# memory of one device alone, bf16: about "):
             assert words in text
 
     def test_dry_run_of_a_task_that_is_not_counted(self, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,26 @@ def test_recipes_follow_the_published_schedules(recipe: str, case: str, parity_d
     assert optim.weight_decay == settings_of["optimizer"]["weight_decay"]
 
 
+DEVICES = 8  # of the published commands; each takes the batch of the published configs
+BATCHES = {
+    "pretrain-4m": 64,
+    "pretrain-14m": 64,
+    "published": 64,
+    "retrieval-flickr": 32,
+    "retrieval-coco": 32,
+    "vqa": 32,
+    "entailment": 32,
+    "nlvr": 16,
+    "nlvr-pretrain": 64,
+    "grounding": 32,
+}
+
+
+@pytest.mark.parametrize(("recipe", "batch_size"), BATCHES.items())
+def test_recipes_count_the_pairs_of_all_published_devices(recipe: str, batch_size: int) -> None:
+    assert load_config(recipe).train.batch_size == DEVICES * batch_size
+
+
 def test_flags_lie_over_a_recipe_which_lies_over_its_parent(tmp_path: Path) -> None:
     write(tmp_path, "optim: {lr: 1e-3, min_lr: 1e-6}\ntrain: {epochs: 7}\n", "parent.yaml")
     child = write(tmp_path, "extends: parent.yaml\noptim:\n  lr: 2e-3\n")

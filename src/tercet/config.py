@@ -283,7 +283,7 @@ class TrainConfig(Section):
 
     epochs: int = Field(default=30, ge=1, description="passes over the data")
     max_steps: int | None = Field(default=None, ge=1, description="stop after this many steps, whatever epochs says")
-    batch_size: int = Field(default=64, ge=1, description="pairs a step, over all ranks together")
+    batch_size: int = Field(default=64, ge=1, description="pairs a batch, over all ranks together")
     seed: int = Field(default=0, ge=0, description="every random choice follows from this and the step")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes CUDA where there is one")
     precision: Literal["auto", "fp32", "bf16"] = Field(

@@ -105,7 +105,7 @@ def test_a_file_with_a_broken_image(tmp_path: Path) -> None:
 
 def test_the_published_settings() -> None:
     config = load_config("grounding")
-    assert (config.task, config.model.vision.image_size, config.train.batch_size) == ("grounding", 384, 32)
+    assert (config.task, config.model.vision.image_size, config.train.batch_size) == ("grounding", 384, 8 * 32)
     optim = config.optim
     assert (optim.lr, optim.min_lr, optim.warmup_lr, optim.warmup_epochs) == (1e-5, 1e-6, 1e-5, 1)
     assert (config.train.epochs, optim.weight_decay, config.objectives.alpha) == (5, 0.02, 0.4)

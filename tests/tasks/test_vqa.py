@@ -311,7 +311,7 @@ def test_the_recipe_has_the_published_settings() -> None:
     settings = load_config("vqa")
     assert settings.task == "vqa" and settings.model.size == "base"
     assert settings.model.vision.image_size == 384
-    assert (settings.train.epochs, settings.train.batch_size, settings.evaluate.batch_size) == (8, 32, 16)
+    assert (settings.train.epochs, settings.train.batch_size, settings.evaluate.batch_size) == (8, 8 * 32, 16)
     optim = settings.optim
     assert (optim.lr, optim.min_lr, optim.warmup_lr, optim.weight_decay) == (2e-5, 1e-6, 1e-5, 0.02)
     assert optim.warmup_epochs == 4

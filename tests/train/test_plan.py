@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from tercet.train.cost import (
     trained_parameters,
 )
 from tercet.train.memory import count_activations, count_memory, largest_batch
-from tercet.train.plan import describe
+from tercet.train.plan import describe, with_less_memory
 
 BATCH, TOKENS = 5, 11
 ALONE = [
@@ -136,6 +138,39 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     assert largest_batch(model, objectives, 20, False, recompute=True, card=card) > most
     assert largest_batch(model, objectives, 20, False, card=1.0) == 0
     assert "largest batch on a card of 80 GB, bf16: about" in describe(load_config("pretrain-4m"))
+
+
+def test_the_plan_tells_what_devices_hold_that_share_a_batch() -> None:
+    text = describe(load_config("pretrain-4m"))
+    assert " T for 512 pairs" in text and "for 256 pairs; 4: " in text
+    alone = describe(load_config("pretrain-4m", {"train.batch_size": 64, "train.precision": "bf16"}))
+    (held,) = re.findall(r"memory of one device alone, bf16: about (\S+ GiB) for 64 pairs", alone)
+    assert f"8: {held} for 64 pairs" in text
+    fp32 = describe(load_config("pretrain-4m", {"train.precision": "fp32"}))
+    assert "so for one such card: " in fp32 and "so for one such card: " not in alone
+    assert "--train.batch_size 256 --optim.accumulate 2" in fp32
+    assert "several devices" not in describe(load_config("pretrain-4m", {"train.batch_size": 1}))
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "devices", "most", "told"),
+    [
+        (512, 1, 1, 294, "--train.batch_size 256 --optim.accumulate 2"),
+        (512, 2, 1, 100, "--train.batch_size 64 --optim.accumulate 16"),
+        (512, 1, 2, 100, "--train.batch_size 128 --optim.accumulate 4"),
+        (500, 1, 1, 300, "--train.batch_size 250 --optim.accumulate 2"),
+        (7, 1, 1, 3, "--train.batch_size 1 --optim.accumulate 7"),
+        (64, 1, 1, 0, "--train.batch_size 32 --optim.accumulate 2"),
+    ],
+)
+def test_the_same_pairs_in_less_memory(batch: int, accumulate: int, devices: int, most: int, told: str) -> None:
+    keys = {"train.batch_size": batch, "optim.accumulate": accumulate}
+    assert told in with_less_memory(load_config("pretrain-4m", keys), devices, most)
+
+
+def test_nothing_is_left_to_divide() -> None:
+    config = load_config("pretrain-4m", {"train.batch_size": 1, "train.recompute": True})
+    assert with_less_memory(config, 1) == "share the batch among more devices with torchrun"
 
 
 def test_expected_shape() -> None:

@@ -22,6 +22,7 @@ from tercet.tasks.task import StepBatch, TaskOutput
 from tercet.train.finish import finish_run, save, validate
 from tercet.train.optim import alpha_of, gradient_norm, learning_rate, step_clipped
 from tercet.train.parallel import joined, keep_memory, machine_name, summing
+from tercet.train.room import memory_told, tight
 from tercet.train.session import Session, due_steps, open_session, text_count
 from tercet.train.stop import StopRequest
 from tercet.train.track import Silence, Tracker
@@ -62,10 +63,10 @@ def train(config: Config, resume: Path | None = None) -> Path:
         The run folder, with `model/`, `metrics.jsonl` and checkpoints in it.
 
     Raises:
-        TercetError: the input is wrong, or the loss was not finite too many times in a row.
+        TercetError: the input is wrong, memory is lacking, or the loss was not finite too many times in a row.
         Stopped: Ctrl-C or SIGTERM came; a checkpoint is written first.
     """
-    with joined(config.train.device):
+    with joined(config.train.device), memory_told(config):
         session = open_session(config, resume)
         if session.placement.device.type == "cpu":
             keep_memory()
@@ -226,7 +227,7 @@ def announce(session: Session, tracker: Tracker) -> None:
     facts = {"recipe": session.config.name, "pairs": texts, "parameters": parameters}
     if session.ranks.first:
         write_atomic(session.folder / FACTS, json.dumps({**facts, "machine": machine_name(placement.device)}))
-    for message in session.messages:
+    for message in [*session.messages, *filter(None, [tight(session.config, placement)])]:
         tracker.event(session.step, message)
     tracker.event(
         session.step,

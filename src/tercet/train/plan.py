@@ -8,6 +8,7 @@ from tercet.train.cost import Shape, count_flops, count_parameters, expected_sha
 from tercet.train.memory import count_activations, count_memory, largest_batch
 
 COUNTED_TASKS = ("pretrain", "retrieval")
+SHARED_BY = (2, 4, 8)  # numbers of devices whose memory is told
 
 
 def describe(config: Config) -> str:
@@ -27,36 +28,88 @@ def describe(config: Config) -> str:
     notes.append(f"parameters: {_millions(sum(parts.values()))}")
     notes += [f"  {name}: {_millions(count)}" for name, count in parts.items()]
     if config.task in COUNTED_TASKS:
-        shape = expected_shape(config.train.batch_size, config.data.max_tokens, config.objectives.mask_probability)
         trained = trained_parameters(model, config.objectives)
         notes.append(f"  of them trained by {', '.join(config.objectives.enabled)}: {_millions(trained)}")
-        notes += _step_notes(config.model_copy(update={"model": model}), shape)
+        notes += _step_notes(config.model_copy(update={"model": model}))
     else:
         notes.append(f"FLOPs and memory are counted for {' and '.join(COUNTED_TASKS)} alone, not for {config.task}")
     return dump_config(config) + "\n" + "\n".join(f"# {note}" for note in notes)
 
 
-def _step_notes(config: Config, shape: Shape) -> list[str]:
+def share_of(config: Config, devices: int) -> int:
+    """The most pairs that one of several devices takes of a batch."""
+    return -(-config.train.batch_size // devices)
+
+
+def foretold(config: Config, devices: int, half: bool, cuda: bool) -> dict[str, int]:
+    """Bytes that each of several devices holds, with the whole model and its share of a batch; see `count_memory`."""
+    shape = expected_shape(share_of(config, devices), config.data.max_tokens, config.objectives.mask_probability)
+    return count_memory(config.model, config.objectives, shape, half, cuda, config.train.recompute)
+
+
+def with_less_memory(config: Config, devices: int, most: int = 0) -> str:
+    """What to pass for steps over the same pairs in less memory.
+
+    Args:
+        config: of the run.
+        devices: how many share a batch.
+        most: pairs that a device holds; 0 where nobody knows.
+    """
+    batch = config.train.batch_size
+    fits = devices * (most or max(1, share_of(config, devices) // 2))
+    parts = next(
+        parts for parts in range(1, batch + 1) if batch % parts == 0 and (batch // parts <= fits or parts == batch)
+    )
+    ways = ["share the batch among more devices with torchrun"]
+    if parts > 1:
+        accumulate = config.optim.accumulate * parts
+        ways.append(f"give --train.batch_size {batch // parts} --optim.accumulate {accumulate}")
+    if not config.train.recompute:
+        ways.append("give --train.recompute true")
+    return ", or ".join(ways)
+
+
+def _step_notes(config: Config) -> list[str]:
     model, objectives, train = config.model, config.objectives, config.train
+    shape = expected_shape(train.batch_size, config.data.max_tokens, objectives.mask_probability)
     flops = count_flops(model, objectives, shape)
     batches = config.optim.accumulate
     notes = [
         f"FLOPs a pair: {_giga(flops.total / shape.batch)} (student forward "
         f"{_giga(flops.student_forward / shape.batch)}, backward {_giga(flops.student_backward / shape.batch)}; "
         f"teacher {_giga(flops.teacher / shape.batch)}) for captions of {shape.tokens} word pieces",
-        f"FLOPs a step on each device: {flops.total * batches / 1e12:,.3f} T "
+        f"FLOPs a step over all devices: {flops.total * batches / 1e12:,.3f} T "
         f"for {shape.batch * batches} pairs" + (f" in {batches} batches" if batches > 1 else ""),
     ]
-    tokens = shape.tokens
     for precision in ("fp32", "bf16") if train.precision == "auto" else (train.precision,):
-        half = precision == "bf16"
-        memory = count_memory(model, objectives, shape, half, train.device == "cuda", train.recompute)
-        held = ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items() if size)
-        kept = count_activations(model, objectives, shape, half, train.recompute)
-        a_pair = f"the forward pass keeps {_bytes(kept.total // shape.batch)} a pair"
-        notes.append(f"memory of a device, {precision}: about {_bytes(sum(memory.values()))} ({held}; {a_pair})")
-        most = largest_batch(model, objectives, tokens, half, train.recompute)
-        notes.append(f"largest batch on a card of 80 GB, {precision}: about {most:,} pairs")
+        notes += _memory_notes(config, shape, precision)
+    return notes
+
+
+def _memory_notes(config: Config, shape: Shape, precision: str) -> list[str]:
+    """What one device that takes whole batches holds, what each of several does, and what fits a card."""
+    model, objectives, train = config.model, config.objectives, config.train
+    half, cuda = precision == "bf16", train.device == "cuda"
+    memory = foretold(config, 1, half, cuda)
+    held = ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items() if size)
+    kept = count_activations(model, objectives, shape, half, train.recompute)
+    notes = [
+        f"memory of one device alone, {precision}: "
+        f"about {_bytes(sum(memory.values()))} for {shape.batch} pairs ({held}; "
+        f"the forward pass keeps {_bytes(kept.total // shape.batch)} a pair)"
+    ]
+    shares = [(devices, sum(foretold(config, devices, half, cuda).values())) for devices in SHARED_BY]
+    told = "; ".join(
+        f"{devices}: {_bytes(size)} for {share_of(config, devices)} pairs"
+        for devices, size in shares
+        if devices <= train.batch_size
+    )
+    if told:
+        notes.append(f"memory of each of several devices that share the batch, {precision}: about {told}")
+    most = largest_batch(model, objectives, shape.tokens, half, train.recompute)
+    notes.append(f"largest batch on a card of 80 GB, {precision}: about {most:,} pairs")
+    if most < train.batch_size:
+        notes.append(f"  so for one such card: {with_less_memory(config, 1, most)}")
     return notes
 
 
