@@ -126,7 +126,7 @@ def poisoned_step(overrides: dict[str, Any]) -> dict[str, Any]:
         session = open_session(load_config("demo", overrides))
         steps = due_steps(session)
         first = take_step(session, next(steps)).trouble
-        batch = next(steps)[0]
+        batch: Any = next(steps)[0]
         before = {name: value.clone() for name, value in session.task.student.state_dict().items()}
         poisoned = dataclasses.replace(batch, images=torch.full(batch.images.shape, float("nan")))
         result = take_step(session, [poisoned if Ranks().rank == 1 else batch])
@@ -225,3 +225,33 @@ def evaluations(tasks: list[str]) -> dict[str, Any]:
             result = evaluate_task(task, model.eval(), open_data(task, ["scenes:test"], config.data, "test"), config)
             found[task] = {"metrics": result.metrics(), "sizes": result.sizes, "rows": result.predictions()}
         return found
+
+
+def feature_evaluations(folder: str) -> tuple[dict[str, Any], int]:
+    """Classification and probes over the files that `test_rank_evaluation.py` writes, 2 at a time, or their error; and
+    how many images this rank encoded."""
+    from pathlib import Path
+
+    from tercet.config import Config
+    from tercet.errors import TercetError
+    from tercet.tasks.build import evaluate_task, open_data
+    from tercet.train.parallel import joined
+    from tiny_model import make_model
+
+    classify = {"train": [f"{folder}/train"], "shots": [1, 2], "templates": ["a {}", "one {} alone"]}
+    sections = {"data": {"workers": 0}, "evaluate": {"batch_size": 2}, "classify": classify}
+    config = Config.model_validate(sections)
+    files = {"classify": f"{folder}/test", **{path.stem: str(path) for path in Path(folder).glob("*.json*")}}
+    model, encoded = make_model(), []
+    model.vision.register_forward_hook(lambda _, images, __: encoded.append(len(images[0])))
+    with joined("cpu"):
+        found: dict[str, Any] = {}
+        for name, file in files.items():
+            task = "classify" if name == "classify" else "probes"
+            try:
+                result = evaluate_task(task, model, open_data(task, [file], config.data, "test"), config)
+            except TercetError as error:
+                found[name] = str(error)
+                continue
+            found[name] = [result.metrics(), result.sizes, result.problems, result.predictions()]
+        return found, sum(encoded)

@@ -10,17 +10,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tercet.config import ClassifyConfig, DataConfig
+from tercet.data.loader import dealt
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
+from tercet.ranks import Ranks
 from tercet.tasks.encoding import encode_sentences
+from tercet.tasks.retrieval import TEXT_WINDOW
 
 TEMPLATES = tuple(ClassifyConfig().templates)
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FOLDS = 5
 
 
-def class_feats(model: Tercet, labels: Sequence[str], templates: Sequence[str], data: DataConfig) -> Tensor:
+def class_feats(
+    model: Tercet, labels: Sequence[str], templates: Sequence[str], data: DataConfig, ranks: Ranks | None = None
+) -> Tensor:
     """A feature for each class, the mean over its sentences by every template: unit vectors `[classes, embed_dim]`.
+
+    With `ranks` each of them encodes a part of the sentences, and all get the features.
 
     Raises:
         TercetError: a label stands twice, or a template has no place for the label.
@@ -32,7 +39,9 @@ def class_feats(model: Tercet, labels: Sequence[str], templates: Sequence[str], 
         if template.count("{}") != 1:
             raise TercetError(f"the template {template!r} needs one {{}} where the label goes, as in 'a photo of {{}}'")
     sentences = [template.replace("{}", label) for label in labels for template in templates]
-    feats = encode_sentences(model, sentences, data).text_feats
+    windows = [sentences[start : start + TEXT_WINDOW] for start in range(0, len(sentences), TEXT_WINDOW)]
+    own = [encode_sentences(model, windows[number], data).text_feats for number in dealt(len(windows), ranks)]
+    feats = torch.cat(own if ranks is None else ranks.gather_in_turn(own))
     return F.normalize(feats.unflatten(0, (len(labels), len(templates))).mean(dim=1), dim=-1)
 
 
@@ -102,21 +111,25 @@ def fit_probe(feats: Tensor, labels: Tensor, classes: int, penalty: float) -> Li
     return LinearProbe(weight.detach(), bias.detach(), mean, scale)
 
 
-def choose_penalty(feats: Tensor, labels: Tensor, classes: int) -> float:
-    """The penalty with the lowest cross-entropy on held-out folds; the middle one where a class has a single image."""
+def choose_penalty(feats: Tensor, labels: Tensor, classes: int, ranks: Ranks | None = None) -> float:
+    """The penalty with the lowest cross-entropy on held-out folds; the middle one where a class has a single image.
+
+    With `ranks` each of them fits a part of the probes, and all get the penalty.
+    """
     fewest = int(labels.bincount(minlength=classes).min())
     if fewest < 2:
         return PENALTIES[len(PENALTIES) // 2]
     folds = assign_folds(labels, min(FOLDS, fewest))
-    losses = []
-    for penalty in PENALTIES:
-        total = 0.0
-        for fold in range(int(folds.max()) + 1):
-            held = folds == fold
-            probe = fit_probe(feats[~held], labels[~held], classes, penalty)
-            total += F.cross_entropy(probe(feats[held]), labels[held], reduction="sum").item()
-        losses.append(total)
-    return PENALTIES[losses.index(min(losses))]
+    due = [(penalty, fold) for penalty in PENALTIES for fold in range(int(folds.max()) + 1)]
+    own = []
+    for penalty, fold in (due[number] for number in dealt(len(due), ranks)):
+        held = folds == fold
+        probe = fit_probe(feats[~held], labels[~held], classes, penalty)
+        own.append(F.cross_entropy(probe(feats[held]), labels[held], reduction="sum").item())
+    losses = dict.fromkeys(PENALTIES, 0.0)
+    for (penalty, _), loss in zip(due, own if ranks is None else ranks.gather_in_turn(own), strict=True):
+        losses[penalty] += loss
+    return min(losses, key=lambda penalty: losses[penalty])
 
 
 def assign_folds(labels: Tensor, folds: int) -> Tensor:
@@ -145,7 +158,13 @@ def draw_shots(labels: Tensor, classes: int, shots: int, seed: int) -> Tensor:
 
 
 def few_shot(
-    feats: Tensor, labels: Tensor, test_feats: Tensor, test_labels: Tensor, shots: int, draws: int = 3
+    feats: Tensor,
+    labels: Tensor,
+    test_feats: Tensor,
+    test_labels: Tensor,
+    shots: int,
+    draws: int = 3,
+    ranks: Ranks | None = None,
 ) -> tuple[float, float]:
     """Accuracy in percent of linear probes fitted on `shots` images a class: mean and standard deviation over draws.
 
@@ -156,13 +175,14 @@ def few_shot(
         test_labels: their class numbers `[test images]`.
         shots: images of each class.
         draws: how many choices of images are averaged.
+        ranks: each of them fits the probes of a part of the draws, and all get the result; None: this process alone.
     """
     classes = int(labels.max()) + 1
     found = []
-    for seed in range(draws):
+    for seed in dealt(draws, ranks):
         rows = draw_shots(labels, classes, shots, seed)
         penalty = choose_penalty(feats[rows], labels[rows], classes)
         probe = fit_probe(feats[rows], labels[rows], classes, penalty)
         found.append(accuracy(probe(test_feats), test_labels))
-    values = torch.tensor(found, dtype=torch.float64)
+    values = torch.tensor(found if ranks is None else ranks.gather_in_turn(found), dtype=torch.float64)
     return values.mean().item(), values.std(correction=0).item()

@@ -16,6 +16,7 @@ from tercet.data.sources import Source
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
+from tercet.ranks import Ranks
 from tercet.tasks.classify import accuracy, choose_penalty, class_feats, few_shot, fit_probe, zero_shot
 from tercet.tasks.embedding import embedding_quality
 from tercet.tasks.encoding import evaluating
@@ -89,7 +90,7 @@ def evaluate_classes(model: Tercet, source: Source, config: Config) -> FeatureRe
         raise TercetError(f"all images have the label {names[0]!r}; a classification has two classes at least")
     with evaluating(model):
         test = _labelled_feats(model, source, names, config)
-        classes = class_feats(model, names, config.classify.templates, config.data)
+        classes = class_feats(model, names, config.classify.templates, config.data, Ranks())
         chances = zero_shot(test.image_feats, classes, model.temperature.item())
         numbers = {"zero-shot": _ranks(chances, test.labels)}
         if config.classify.train:
@@ -121,29 +122,35 @@ def evaluate_embedding(model: Tercet, source: Source, config: Config) -> Feature
 
 
 def _labelled_feats(model: Tercet, source: Source, names: Sequence[str], config: Config) -> LabelledFeats:
-    """Features of the images whose label is among `names`."""
+    """Features of the images whose label is among `names`, encoded by all ranks."""
     places = {name: place for place, name in enumerate(names)}
     labels = labels_of(source)
-    found = LabelledFeats(torch.empty(0), torch.empty(0), torch.empty(0), [], list(source.problems))
-    feats, hidden, numbers = [], [], []
-    device = next(model.parameters()).device
+    problems = list(source.problems)
+    ranks, device = Ranks(), next(model.parameters()).device
     size, limit = config.evaluate.batch_size, config.evaluate.limit
-    for batch in image_batches(source, config.data, model.config.vision.image_size, size, limit):
-        found.problems += batch.problems
-        own = [labels[index] for index in batch.indices.tolist()]
-        known = torch.tensor([label in places for label in own], dtype=torch.bool)
-        if not known.any():
-            continue
-        tokens = model.encode_image(batch.images[known].to(device))[:, 0]
-        feats.append(model.project_image(tokens).cpu())
-        hidden.append(tokens.float().cpu())
-        numbers += [places[label] for label in own if label in places]
-        found.keys += [key for key, kept in zip(batch.keys, known.tolist(), strict=True) if kept]
-    if not feats:
-        why = f"; the first problem: {found.problems[0]}" if found.problems else ""
+    own: list[tuple[Tensor, Tensor, list[int], list[str], list[str]]] = []
+    for batch in image_batches(source, config.data, model.config.vision.image_size, size, limit, ranks=ranks):
+        known = [(row, index) for row, index in enumerate(batch.indices.tolist()) if labels[index] in places]
+        rows = [row for row, _ in known]
+        feats = hidden = torch.empty(0)
+        if rows:
+            tokens = model.encode_image(batch.images[rows].to(device))[:, 0]
+            feats, hidden = model.project_image(tokens).cpu(), tokens.float().cpu()
+        numbers = [places[labels[index]] for _, index in known]
+        own.append((feats, hidden, numbers, [batch.keys[row] for row in rows], batch.problems))
+    parts = ranks.gather_in_turn(own)
+    problems += [problem for *_, told in parts for problem in told]
+    filled = [part for part in parts if part[2]]
+    if not filled:
+        why = f"; the first problem: {problems[0]}" if problems else ""
         raise TercetError(f"none of {source.image_count} labelled images can be read{why}")
-    found.image_feats, found.hidden, found.labels = torch.cat(feats), torch.cat(hidden), torch.tensor(numbers)
-    return found
+    return LabelledFeats(
+        image_feats=torch.cat([feats for feats, *_ in filled]),
+        hidden=torch.cat([hidden for _, hidden, *_ in filled]),
+        labels=torch.tensor([number for _, _, numbers, *_ in filled for number in numbers]),
+        keys=[key for *_, keys, _ in filled for key in keys],
+        problems=problems,
+    )
 
 
 def _probes(train: LabelledFeats, test: LabelledFeats, names: Sequence[str], config: Config) -> dict[str, float]:
@@ -156,11 +163,13 @@ def _probes(train: LabelledFeats, test: LabelledFeats, names: Sequence[str], con
             "give some of every class"
         )
     numbers: dict[str, float] = {}
+    ranks = Ranks()
     for shots in config.classify.shots:
         if shots <= int(counts.min()):
-            found = few_shot(train.hidden, train.labels, test.hidden, test.labels, shots, config.classify.draws)
+            feats, labels = (train.hidden, test.hidden), (train.labels, test.labels)
+            found = few_shot(feats[0], labels[0], feats[1], labels[1], shots, config.classify.draws, ranks)
             numbers[f"{shots} shots"], numbers[f"{shots} shots, deviation"] = found
-    penalty = choose_penalty(train.hidden, train.labels, classes)
+    penalty = choose_penalty(train.hidden, train.labels, classes, ranks)
     probe = fit_probe(train.hidden, train.labels, classes, penalty)
     numbers["all"] = accuracy(probe(test.hidden), test.labels)
     return numbers

@@ -13,12 +13,14 @@ from torch import Tensor
 from tercet.config import Config, DataConfig
 from tercet.data.images import decode
 from tercet.data.inputs import to_batch
+from tercet.data.loader import dealt
 from tercet.data.probe_files import Benchmark, Probe, read_probes
 from tercet.data.samples import choose_layout, image_root
 from tercet.data.sources import find_files
 from tercet.data.storage import is_url, read_bytes
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
+from tercet.ranks import Ranks
 from tercet.tasks.encoding import encode_sentences, evaluating
 from tercet.tasks.rerank import score_image
 
@@ -187,41 +189,72 @@ def winoground_scores(scores: Sequence[Tensor], kinds: Sequence[str]) -> dict[st
 def evaluate_probes(model: Tercet, probes: ProbeSet, config: Config) -> ProbeResult:
     """Score every row by the dual encoder and by the fusion encoder; rows whose image is broken are left out.
 
+    The rows are shared out over the ranks, and every rank gets all scores.
+
     Raises:
         TercetError: a box lies outside its image, no row can be read, or the model has no tokenizer.
     """
     result = ProbeResult(probes.benchmark)
+    ranks = Ranks()
     rows = range(len(probes.probes))[: config.evaluate.limit]
-    with evaluating(model) as device:
-        for chunk, images in _chunks(probes, rows, config, model.config.vision.image_size, result.problems):
-            texts = [text for row in chunk for text in probes.probes[row].texts]
-            encoded = encode_sentences(model, texts, config.data)
-            image_embeds = model.encode_image(images.to(device))
-            image_feats = model.project_image(image_embeds[:, 0]).cpu()
-            image, text = 0, 0
-            for row in chunk:
-                probe = probes.probes[row]
-                ours = slice(image, image + len(probe.images))
-                said = slice(text, text + len(probe.texts))
-                embeds = [tokens.to(device) for tokens in encoded.text_embeds[said]]
-                matching = [score_image(model, own, embeds).cpu() for own in image_embeds[ours]]
-                result.probes.append(probe)
-                result.scores["similarity"].append(image_feats[ours] @ encoded.text_feats[said].T)
-                result.scores["matching"].append(torch.stack(matching))
-                image, text = ours.stop, said.stop
+    done: list[_Chunk | BoxOutsideError] = []
+    with evaluating(model):
+        try:
+            for chunk, images in _chunks(probes, rows, config, model.config.vision.image_size, ranks):
+                done.append(chunk)
+                if images is not None:
+                    _score(model, probes, chunk, images, config)
+        except BoxOutsideError as error:
+            done.append(error)
+    for found in ranks.gather_in_turn(done):
+        if isinstance(found, BoxOutsideError):
+            raise found
+        result.probes += [probes.probes[row] for row in found.rows]
+        result.problems += found.problems
+        for name, scores in found.scores.items():
+            result.scores[name] += scores
     if not result.probes:
         raise TercetError(f"none of {len(rows)} rows can be read; the first: {result.problems[0]}")
     return result
 
 
+@dataclass
+class _Chunk:
+    """Some rows: those that could be read, their scores as in `ProbeResult`, and why others were left out."""
+
+    rows: list[int] = field(default_factory=list)
+    scores: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in SCORERS})
+    problems: list[str] = field(default_factory=list)
+
+
+def _score(model: Tercet, probes: ProbeSet, chunk: _Chunk, images: Tensor, config: Config) -> None:
+    """Fill in the scores of a chunk's rows, whose images are `[images, 3, size, size]`."""
+    device = next(model.parameters()).device
+    encoded = encode_sentences(model, [text for row in chunk.rows for text in probes.probes[row].texts], config.data)
+    image_embeds = model.encode_image(images.to(device))
+    image_feats = model.project_image(image_embeds[:, 0]).cpu()
+    image, text = 0, 0
+    for row in chunk.rows:
+        probe = probes.probes[row]
+        ours = slice(image, image + len(probe.images))
+        said = slice(text, text + len(probe.texts))
+        embeds = [tokens.to(device) for tokens in encoded.text_embeds[said]]
+        matching = [score_image(model, own, embeds).cpu() for own in image_embeds[ours]]
+        chunk.scores["similarity"].append(image_feats[ours] @ encoded.text_feats[said].T)
+        chunk.scores["matching"].append(torch.stack(matching))
+        image, text = ours.stop, said.stop
+
+
 def _chunks(
-    probes: ProbeSet, rows: range, config: Config, size: int, problems: list[str]
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Rows with their images `[images, 3, size, size]`, some at a time."""
-    for start in range(0, len(rows), config.evaluate.batch_size):
-        chunk: list[int] = []
+    probes: ProbeSet, rows: range, config: Config, size: int, ranks: Ranks
+) -> Iterator[tuple[_Chunk, Tensor | None]]:
+    """Some rows at a time with their images `[images, 3, size, size]`, None where none can be read; those chunks that
+    are dealt to this rank."""
+    batch = config.evaluate.batch_size
+    for number in dealt(-(-len(rows) // batch), ranks):
+        chunk = _Chunk()
         images: list[np.ndarray] = []
-        for row in rows[start : start + config.evaluate.batch_size]:
+        for row in rows[number * batch : (number + 1) * batch]:
             probe = probes.probes[row]
             try:
                 own = [probes.pixels(row, place, config.data.pixel_limit) for place in range(len(probe.images))]
@@ -229,12 +262,11 @@ def _chunks(
                 raise
             except TercetError as error:
                 message = str(error)
-                problems.append(message if message.startswith(probe.where) else f"{probe.where}: {message}")
+                chunk.problems.append(message if message.startswith(probe.where) else f"{probe.where}: {message}")
                 continue
-            chunk.append(row)
+            chunk.rows.append(row)
             images += own
-        if chunk:
-            yield chunk, to_batch(images, size)
+        yield chunk, to_batch(images, size) if images else None
 
 
 def _by_kind(right: Sequence[bool], kinds: Sequence[str]) -> dict[str, list[bool]]:
