@@ -29,6 +29,7 @@ from tercet.data.scene_layout import BACKGROUNDS, COLOURS, SHAPES, SIZES, pick, 
 from tercet.data.scene_tasks import expressions
 from tercet.data.scenes import Scene, SceneSource, scene_generator
 from tercet.data.vqa_files import draw_questions
+from tercet.model.stem import ConvolutionStem
 from tercet.model.tercet import Tercet
 from tercet.model.vision import VisionTransformer, to_patches
 from tercet.tasks.boxes import inside
@@ -71,7 +72,9 @@ def places(model: Tercet) -> dict[str, float]:
     vision = model.vision
     images = torch.stack([_pixels(SceneSource(64, "test").array(index)) for index in range(64)])
     tokens = vision(images)[:, 1:]
-    embedded = vision.patch_embed(to_patches(vision.normalise(images), vision.patch_size))
+    pixels = vision.normalise(images)
+    convolves = isinstance(vision.patch_embed, ConvolutionStem)
+    embedded = vision.patch_embed(pixels if convolves else to_patches(pixels, vision.patch_size))
     column = (torch.arange(tokens.shape[1]) % model.config.vision.grid).repeat(64).float()
     read = F.pad(tokens.flatten(0, 1), (0, 1), value=1.0)
     half = len(read) // 2

@@ -50,6 +50,16 @@ class VisionConfig(Section):
 
     image_size: int = Field(default=256, ge=8, le=16384, description="side of the square input in pixels")
     patch_size: int = Field(default=16, ge=2, le=16384, description="side of a patch in pixels")
+    stem: Literal["patch", "convolution"] = Field(
+        default="patch",
+        description="patch: one linear map of each patch, as published; convolution: residual stages of 3x3 "
+        "convolutions down to one vector a patch, which learn shapes from few images",
+    )
+    pool: Literal["class", "maximum"] = Field(
+        default="class",
+        description="class: the class token gathers by attention alone, as published; maximum: the largest value of "
+        "each channel among the patches is added to it at the end, which begins to learn sooner",
+    )
     width: int = Field(default=768, ge=8, le=65536, description="channels of a token")
     depth: int = Field(default=12, ge=1, le=1024, description="number of blocks")
     heads: int = Field(default=12, ge=1, le=1024, description="attention heads")
@@ -61,12 +71,22 @@ class VisionConfig(Section):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.stem == "convolution" and self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"patch_size {self.patch_size} is not a power of 2, which stem convolution needs")
+        if self.stem == "convolution" and self.width % 4:
+            raise ValueError(f"width {self.width} is not a multiple of 4, which stem convolution needs")
         return self
 
     @property
     def grid(self) -> int:
         """Patches along one side."""
         return self.image_size // self.patch_size
+
+    @property
+    def stem_channels(self) -> tuple[int, ...]:
+        """Channels of each stage of stem convolution: half as many as the next, and half the width at the end."""
+        stages = self.patch_size.bit_length() - 1
+        return tuple(max(16, self.width // 2 ** (stages - stage) // 8 * 8) for stage in range(stages))
 
 
 class TextConfig(Section):

@@ -43,10 +43,13 @@ CASES = [
 ]
 
 
-def model_config(dropout: float = 0.0) -> ModelConfig:
+STEMS = pytest.mark.parametrize("stem", ["patch", "convolution"])
+
+
+def model_config(dropout: float = 0.0, stem: str = "patch") -> ModelConfig:
     sizes = {
         "size": "tiny",
-        "vision": {"width": 96, "depth": 3, "heads": 3},
+        "vision": {"width": 96, "depth": 3, "heads": 3, "stem": stem},
         "text": {"dropout": dropout, "vocabulary_size": 300, "depth": 5, "fusion_layer": 2},
     }
     return ModelConfig.model_validate(sizes)
@@ -69,9 +72,10 @@ def build(objectives: ObjectivesConfig, model: ModelConfig) -> tuple[Pretraining
     return task, batch, Shape(BATCH, TOKENS, labels, slots)
 
 
+@STEMS
 @pytest.mark.parametrize("changes", CASES, ids=str)
-def test_parameters(changes: dict[str, float]) -> None:
-    model = model_config()
+def test_parameters(changes: dict[str, float], stem: str) -> None:
+    model = model_config(stem=stem)
     objectives = ObjectivesConfig.model_validate({"queue_size": 40, **changes})
     task, _, _ = build(objectives, model)
     student = list(task.student.parameters())
@@ -81,9 +85,10 @@ def test_parameters(changes: dict[str, float]) -> None:
     assert teacher_parameters(model, objectives) == sum(weight.numel() for weight in kept)
 
 
+@STEMS
 @pytest.mark.parametrize("changes", CASES, ids=str)
-def test_flops_are_those_that_pytorch_counts(changes: dict[str, float]) -> None:
-    model = model_config()
+def test_flops_are_those_that_pytorch_counts(changes: dict[str, float], stem: str) -> None:
+    model = model_config(stem=stem)
     objectives = ObjectivesConfig.model_validate({"queue_size": 40, **changes})
     task, batch, shape = build(objectives, model)
     # Written out, attention is the matrix products that the arithmetic counts; fused kernels go uncounted on a CPU.
@@ -96,9 +101,10 @@ def test_flops_are_those_that_pytorch_counts(changes: dict[str, float]) -> None:
     assert counted.student_backward == pytest.approx(counter.get_total_flops() - forward, rel=1e-3)
 
 
+@STEMS
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_activations_are_about_those_that_autograd_keeps(dropout: float) -> None:
-    model = model_config(dropout)
+def test_activations_are_about_those_that_autograd_keeps(dropout: float, stem: str) -> None:
+    model = model_config(dropout, stem)
     objectives = ObjectivesConfig(queue_size=40)
     task, batch, shape = build(objectives, model)
     weights = {weight.untyped_storage().data_ptr() for weight in task.parameters()}

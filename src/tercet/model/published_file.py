@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from tercet.config import VisionConfig
 from tercet.errors import TercetError
 from tercet.files import write_atomic
 from tercet.model.published import state_to_published
@@ -53,7 +54,7 @@ def write_published(model: Tercet, file: str | Path, style: PublishedStyle | Non
         style: default the form of pre-training, and of a model with heads for tasks that of fine-tuning.
 
     Raises:
-        TercetError: another suffix, heads that the published form cannot hold together, or a full disk.
+        TercetError: another suffix, a model that the published form cannot hold, or a full disk.
     """
     file = Path(file).expanduser()
     if file.suffix not in (".pth", ".pt", ".safetensors"):
@@ -62,6 +63,7 @@ def write_published(model: Tercet, file: str | Path, style: PublishedStyle | Non
         raise TercetError(f"{file} is a folder; name a file")
     heads: set[str] = set(model.config.heads)
     _refuse_together(heads)
+    _refuse_ours(model.config.vision)
     style = style or ("downstream" if heads else "pretraining")
     if style == "pretraining" and heads:
         raise TercetError(f"the form of pre-training has no place for {', '.join(sorted(heads))}; leave --style out")
@@ -82,6 +84,14 @@ def _refuse_together(heads: set[str]) -> None:
         raise TercetError(
             f"the model has heads for {' and '.join(classifiers)}, which bear one name in the published form; "
             "convert the models that were fine-tuned for each"
+        )
+
+
+def _refuse_ours(vision: VisionConfig) -> None:
+    if (vision.stem, vision.pool) != ("patch", "class"):
+        raise TercetError(
+            f"the model has model.vision.stem {vision.stem} and model.vision.pool {vision.pool}, which the published "
+            "form has no place for; train with stem patch and pool class"
         )
 
 

@@ -14,6 +14,7 @@ from tercet.model.layers import VisionBlock, take_rows
 from tercet.model.linear import Linear
 from tercet.model.projection import kept_patches
 from tercet.model.recompute import LayerStack
+from tercet.model.stem import ConvolutionStem, sine_positions
 
 # Statistics of CLIP's training images, which the published models are normalised with.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -21,7 +22,11 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class VisionTransformer(LayerStack):
-    """Patches and a class token through pre-norm blocks, with a final norm over all tokens (ViT, arXiv 2010.11929)."""
+    """Patches and a class token through pre-norm blocks, with a final norm over all tokens (ViT, arXiv 2010.11929).
+
+    A convolution stem and pooling by the maximum (`model.vision.stem`, `model.vision.pool`) are ours, for few images:
+    docs/results.md has what they do.
+    """
 
     image_mean: Tensor
     image_std: Tensor
@@ -30,7 +35,12 @@ class VisionTransformer(LayerStack):
         super().__init__()
         self.patch_size = config.patch_size
         width = config.width
-        self.patch_embed = Linear(3 * config.patch_size**2, width)
+        self.pool = config.pool
+        self.patch_embed = (
+            ConvolutionStem(config.stem_channels, width)
+            if config.stem == "convolution"
+            else Linear(3 * config.patch_size**2, width)
+        )
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.position_embed = nn.Parameter(torch.zeros(1, 1 + config.grid**2, width))
         mlp_width = int(width * config.mlp_ratio)
@@ -39,6 +49,8 @@ class VisionTransformer(LayerStack):
         self.register_buffer("image_mean", torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(1, 3, 1, 1), persistent=False)
         self._initialise()
+        if config.stem == "convolution":
+            self.position_embed.data.copy_(sine_positions(config.grid, width))
 
     def _initialise(self) -> None:
         for parameter in (self.class_token, self.position_embed):
@@ -69,17 +81,21 @@ class VisionTransformer(LayerStack):
                 f"an image of {width}x{height} pixels does not divide into patches of {self.patch_size}; "
                 f"resize it to multiples of {self.patch_size}"
             )
-        patches = to_patches(self.normalise(images), self.patch_size)
+        pixels = self.normalise(images)
+        convolves = isinstance(self.patch_embed, ConvolutionStem)
+        patches = self.patch_embed(pixels) if convolves else to_patches(pixels, self.patch_size)
         positions = resize_position_embed(self.position_embed, rows, columns)
         if drop > 0 and self.training:
             left = draw_patches(patches, kept_patches(rows * columns, drop))
             own = take_rows(positions[:, 1:].expand(patches.shape[0], -1, -1), left)
             patches = take_rows(patches, left)
             positions = torch.cat([positions[:, :1].expand(patches.shape[0], -1, -1), own], dim=1)
-        hidden = torch.cat([self.class_token.expand(patches.shape[0], -1, -1), self.patch_embed(patches)], dim=1)
-        hidden = hidden + positions
+        embedded = patches if convolves else self.patch_embed(patches)
+        hidden = torch.cat([self.class_token.expand(patches.shape[0], -1, -1), embedded], dim=1) + positions
         for block in self.blocks:
             hidden = self.run(block, hidden)
+        if self.pool == "maximum":
+            hidden = torch.cat([hidden[:, :1] + hidden[:, 1:].amax(dim=1, keepdim=True), hidden[:, 1:]], dim=1)
         return self.norm(hidden)
 
     def normalise(self, images: Tensor) -> Tensor:

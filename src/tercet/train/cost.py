@@ -7,6 +7,7 @@ keys and values of the images for every fusion layer, up to 2 % more.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -100,7 +101,7 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
         _attention_parameters(vision.width) + 4 * vision.width + _mlp_parameters(vision.width, _mlp_width(vision))
     )
     return {
-        "image encoder": (3 * vision.patch_size**2 + 1) * vision.width
+        "image encoder": _stem_parameters(vision)
         + (2 + vision.grid**2) * vision.width
         + vision.depth * vision_block
         + 2 * vision.width,
@@ -111,6 +112,15 @@ def count_parameters(model: ModelConfig) -> dict[str, int]:
         "itm head": 2 * (width + 1),
         "mlm head": width * width + 3 * width + text.vocabulary_size,
     }
+
+
+def _stem_parameters(vision: VisionConfig) -> int:
+    if vision.stem == "patch":
+        return (3 * vision.patch_size**2 + 1) * vision.width
+    channels = vision.stem_channels
+    halving = sum(9 * before * after + after for before, after in itertools.pairwise((3, *channels)))
+    residual = sum(2 * (9 * width * width + width) + 4 * width for width in channels)
+    return halving + residual + 2 * channels[-1] + (channels[-1] + 1) * vision.width
 
 
 def teacher_parameters(model: ModelConfig, objectives: ObjectivesConfig) -> int:
@@ -161,10 +171,23 @@ def count_flops(model: ModelConfig, objectives: ObjectivesConfig, shape: Shape) 
 
 def _encode_image(tally: Tally, vision: VisionConfig, images: int) -> None:
     patches, width = tally.patches, vision.width
-    # The pixels need no gradient.
-    tally.add(2 * images * patches * 3 * vision.patch_size**2 * width, gradients=1)
+    if vision.stem == "convolution":
+        _convolve(tally, vision, images)
+    else:
+        # The pixels need no gradient.
+        tally.add(2 * images * patches * 3 * vision.patch_size**2 * width, gradients=1)
     for _ in range(vision.depth):
         _layer(tally, images, 1 + patches, 1 + patches, width, _mlp_width(vision))
+
+
+def _convolve(tally: Tally, vision: VisionConfig, images: int) -> None:
+    """The convolution stem, which sees the whole image whatever share of its patches is left out later."""
+    channels = vision.stem_channels
+    for stage, (before, after) in enumerate(itertools.pairwise((3, *channels)), start=1):
+        places = images * (vision.image_size >> stage) ** 2
+        tally.add(18 * places * before * after, gradients=1 if stage == 1 else 2)
+        tally.add(36 * places * after * after)
+    tally.add(2 * images * vision.grid**2 * channels[-1] * vision.width)
 
 
 def _encode_text(tally: Tally, text: TextConfig, shape: Shape) -> None:

@@ -121,7 +121,16 @@ def _vision_bytes(vision: VisionConfig, image_tokens: int, half: bool, recompute
     size, width = (2 if half else 4), vision.width
     block = image_tokens * (size * (8 * width + 2 * int(width * vision.mlp_ratio)) + (4 - size) * 2 * width)
     layers = vision.depth * (image_tokens * 4 * width if recompute else block)
-    return layers + size * 2 * image_tokens * width, block
+    return layers + size * 2 * image_tokens * width + size * _stem_elements(vision), block
+
+
+def _stem_elements(vision: VisionConfig) -> int:
+    """Of an image in a convolution stem: what each stage reads, and its two norms' inputs and outputs."""
+    if vision.stem == "patch":
+        return 0
+    places = [(vision.image_size >> stage) ** 2 for stage in range(len(vision.stem_channels) + 1)]
+    read = sum(place * width for place, width in zip(places, (3, *vision.stem_channels), strict=True))
+    return read + sum(4 * place * width for place, width in zip(places[1:], vision.stem_channels, strict=True))
 
 
 def _text_elements(

@@ -1,0 +1,96 @@
+"""What is ours in the image encoder: the convolution stem, its position table, pooling by the maximum."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tercet
+from tercet.config import ModelConfig, VisionConfig
+from tercet.config_io import load_config
+from tercet.errors import TercetError
+from tercet.model.published_file import write_published
+from tercet.model.stem import sine_positions
+from tercet.model.tercet import Tercet
+from tercet.model.vision import VisionTransformer
+
+SIZES = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 2}
+
+
+def build(**changes: object) -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(VisionConfig.model_validate({**SIZES, **changes}))
+
+
+@pytest.mark.parametrize("patch_size", [2, 8, 16])
+def test_one_token_a_patch_for_images_of_any_shape(patch_size: int) -> None:
+    vision = build(stem="convolution", patch_size=patch_size)
+    tokens = vision(torch.randint(0, 256, (2, 3, 48, 80), dtype=torch.uint8))
+    assert tokens.shape == (2, 1 + (48 // patch_size) * (80 // patch_size), 32)
+
+
+def test_tokens_of_the_stem_run_row_by_row() -> None:
+    stem = build(stem="convolution").patch_embed
+    torch.manual_seed(1)
+    image = torch.randn(1, 3, 64, 64)
+    changed = image.clone()
+    changed[..., 40:48, 16:24] = 3.0  # the patch of row 5, column 2
+    moved = (stem(changed) - stem(image)).norm(dim=2)[0]
+    for token in moved.topk(4).indices.tolist():
+        row, column = divmod(token, 8)
+        assert abs(row - 5) <= 1 and abs(column - 2) <= 1
+
+
+def test_sines_tell_row_and_column() -> None:
+    table = sine_positions(6, 32)[0]
+    assert not table[0].any() and abs(table[1:].pow(2).mean().sqrt() - 0.2) < 1e-6
+    rows, columns = table[1:].unflatten(0, (6, 6)).split(16, dim=2)
+    assert torch.equal(rows, rows[:, :1].expand_as(rows)) and torch.equal(columns, columns[:1].expand_as(columns))
+    for along in (rows[:, 0], columns[0]):
+        apart = torch.cdist(along, along)
+        assert apart[~torch.eye(6, dtype=torch.bool)].min() > 0.1
+    assert torch.equal(build(stem="convolution").position_embed, sine_positions(4, 32))
+
+
+def test_the_maximum_joins_the_class_token_alone() -> None:
+    plain, pooled = build(), build(pool="maximum")
+    for vision in (plain, pooled):
+        vision.norm.register_forward_hook(lambda _, inputs, __: inputs[0])
+    image = torch.randn(2, 3, 32, 32)
+    before, after = plain(image), pooled(image)
+    torch.testing.assert_close(after[:, 1:], before[:, 1:], rtol=0, atol=0)
+    torch.testing.assert_close(after[:, 0], before[:, 0] + before[:, 1:].amax(1))
+
+
+def test_patches_are_left_out_behind_the_stem() -> None:
+    vision = build(stem="convolution")
+    assert vision(torch.randn(1, 3, 32, 32), drop=0.5).shape == (1, 1 + 8, 32)
+
+
+def test_a_model_with_both_is_saved_and_loaded_but_has_no_published_form(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Tercet(ModelConfig.model_validate({"size": "tiny", "vision": {"stem": "convolution", "pool": "maximum"}}))
+    model.save(tmp_path / "model")
+    image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(tercet.load(tmp_path / "model").vision(image), model.eval().vision(image))
+    with pytest.raises(
+        TercetError, match=r"stem convolution and model\.vision\.pool maximum, which the published form"
+    ):
+        write_published(model, tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"patch_size": 12, "image_size": 48}, "patch_size 12 is not a power of 2, which stem convolution needs"),
+        ({"width": 30, "heads": 2}, "width 30 is not a multiple of 4, which stem convolution needs"),
+    ],
+)
+def test_sizes_that_the_stem_cannot_have(keys: dict[str, int], told: str) -> None:
+    with pytest.raises(TercetError, match=told):
+        load_config(
+            "demo", {f"model.vision.{key}": value for key, value in keys.items()} | {"model.vision.stem": "convolution"}
+        )
