@@ -38,19 +38,19 @@ class ConvolutionStem(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions beside the identity, each behind a norm and a ReLU."""
+    """A 3x3 convolution beside the identity, behind a norm and a ReLU.
+
+    One and not two: it learns shapes as soon, costs half, and leaves a token closer to its own patch.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.GroupNorm(GROUPS, channels) for _ in range(2))
-        self.convolutions = nn.ModuleList(nn.Conv2d(channels, channels, 3, 1, 1) for _ in range(2))
+        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.convolution = nn.Conv2d(channels, channels, 3, 1, 1)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[batch, channels, height, width]` to the same."""
-        added = hidden
-        for norm, convolution in zip(self.norms, self.convolutions, strict=True):
-            added = convolution(F.relu(norm(added)))
-        return hidden + added
+        return hidden + self.convolution(F.relu(self.norm(hidden)))
 
 
 def sine_positions(grid: int, width: int) -> Tensor:

@@ -119,7 +119,7 @@ def _stem_parameters(vision: VisionConfig) -> int:
         return (3 * vision.patch_size**2 + 1) * vision.width
     channels = vision.stem_channels
     halving = sum(9 * before * after + after for before, after in itertools.pairwise((3, *channels)))
-    residual = sum(2 * (9 * width * width + width) + 4 * width for width in channels)
+    residual = sum(9 * width * width + 3 * width for width in channels)
     return halving + residual + 2 * channels[-1] + (channels[-1] + 1) * vision.width
 
 
@@ -186,7 +186,7 @@ def _convolve(tally: Tally, vision: VisionConfig, images: int) -> None:
     for stage, (before, after) in enumerate(itertools.pairwise((3, *channels)), start=1):
         places = images * (vision.image_size >> stage) ** 2
         tally.add(18 * places * before * after, gradients=1 if stage == 1 else 2)
-        tally.add(36 * places * after * after)
+        tally.add(18 * places * after * after)
     tally.add(2 * images * vision.grid**2 * channels[-1] * vision.width)
 
 

@@ -125,12 +125,12 @@ def _vision_bytes(vision: VisionConfig, image_tokens: int, half: bool, recompute
 
 
 def _stem_elements(vision: VisionConfig) -> int:
-    """Of an image in a convolution stem: what each stage reads, and its two norms' inputs and outputs."""
+    """Of an image in a convolution stem: what each stage reads, and its norm's input and output."""
     if vision.stem == "patch":
         return 0
     places = [(vision.image_size >> stage) ** 2 for stage in range(len(vision.stem_channels) + 1)]
     read = sum(place * width for place, width in zip(places, (3, *vision.stem_channels), strict=True))
-    return read + sum(4 * place * width for place, width in zip(places[1:], vision.stem_channels, strict=True))
+    return read + sum(2 * place * width for place, width in zip(places[1:], vision.stem_channels, strict=True))
 
 
 def _text_elements(
