@@ -110,6 +110,14 @@ def train_run(recipe: str, overrides: dict[str, Any], resume: str | None = None)
     return str(train(config, None if resume is None else Path(resume)))
 
 
+def train_runs(recipe: str, runs: list[dict[str, Any]]) -> list[str]:
+    """Train several runs one after the other in the same processes; gives the run folders."""
+    from tercet.train.parallel import joined
+
+    with joined("cpu"):
+        return [train_run(recipe, overrides) for overrides in runs]
+
+
 def poisoned_step(overrides: dict[str, Any]) -> dict[str, Any]:
     """One good step, one whose images are not finite on rank 1 alone, and a good one."""
     import dataclasses

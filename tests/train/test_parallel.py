@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from rank_runs import SMALL, poisoned_step, run_ranks, train_run
+from rank_runs import SMALL, poisoned_step, run_ranks, train_run, train_runs
 from tercet.cli import main
 from tercet.data.scenes import SceneSource
 from tercet.train.checkpoint import list_checkpoints
@@ -55,6 +55,41 @@ def assert_close_models(first: Path, second: Path, tolerance: float = 1e-5) -> N
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One rank with 8 pairs a step."""
     return run(tmp_path_factory.mktemp("runs") / "alone", 1)
+
+
+WITHOUT_TEACHER = {"objectives.teacher": False, "objectives.queue_size": 0}
+# What is trained alone or together; the losses that each gives, and keys of their own.
+SUBSETS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+    (("cma",), {}),
+    (("cma",), WITHOUT_TEACHER),
+    (("cma", "imc"), {}),
+    (("cma", "lmi"), {}),
+    (("itm",), {}),
+    (("mlm",), {}),
+    (("itm", "mlm"), WITHOUT_TEACHER),
+    (("cma", "imc", "lmi", "itm", "mlm"), {}),
+]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_any_choice_of_objectives_equals_one_rank(tmp_path: Path, parallel: str) -> None:
+    """Parameters that an objective does not reach are waited for by no rank."""
+    runs: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+    for number, (names, keys) in enumerate(SUBSETS):
+        weights = {f"objectives.{name}": float(name in names) for name in ("cma", "imc", "lmi", "itm", "mlm")}
+        own = {**SMALL, **weights, **keys, "train.max_steps": 3, "train.parallel": parallel, "data.scenes": 16}
+        for world, named in runs.items():
+            named.append({**own, "output": str(tmp_path / f"{number}-{world}")})
+    for world, named in runs.items():
+        assert run_ranks(world, train_runs, "demo", named) == [[each["output"] for each in named]] * world
+    for number, (names, _) in enumerate(SUBSETS):
+        alone, together = (lines(tmp_path / f"{number}-{world}") for world in runs)
+        assert len(alone) == len(together) == 3
+        numbers = ("loss", *names, "grad_norm", "temperature", "lr")
+        for one, other in zip(alone, together, strict=True):
+            for name in numbers:
+                assert other[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), (names, one["step"], name)
+            assert not ({"cma", "imc", "lmi", "itm", "mlm"} - set(names)) & other.keys()
 
 
 @pytest.mark.parametrize(("world", "parallel"), [(2, "ddp"), (2, "fsdp"), (4, "ddp")])
