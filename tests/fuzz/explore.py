@@ -47,8 +47,8 @@ def run(name: str, seconds: int, findings: Path) -> int:
             "-max_len=65536",
             f"-artifact_prefix={prefix}",
         ]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=TESTS.parent, check=False)
-    said = done.stderr.decode("utf-8", "replace")
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=TESTS.parent, check=False)
+    said = done.stdout.decode("utf-8", "replace")
     files = max((int(number) for number in re.findall(r"^#(\d+)", said, re.MULTILINE)), default=0)
     broken = re.search(r"(?:=== Uncaught Python exception: ===\n|ERROR: |Fatal Python error: )([^\n]*)", said)
     line = {"reader": name, "files": files, "broken": broken.group(1) if broken else None}

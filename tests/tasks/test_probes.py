@@ -110,6 +110,12 @@ def test_broken_images_are_left_out_and_told(photos: Path) -> None:
     assert "swap_obj.json row '1'" in result.problems[0] and "1.png" in result.problems[0]
 
 
+def test_an_image_that_is_gone_names_its_row(photos: Path) -> None:
+    probes = open_probes([sugarcrepe(photos, images=("0.png", "9.png"))], DataConfig(), "test")
+    with pytest.raises(TercetError, match=r"swap_obj\.json row '1': no file .*9\.png"):
+        probes.pixels(1, 0, 10**6)
+
+
 def test_what_is_refused(photos: Path, tmp_path: Path) -> None:
     other = photos / "other.jsonl"
     other.write_text(json.dumps({"image_0": "0", "image_1": "1", "caption_0": "a", "caption_1": "b"}), "utf-8")

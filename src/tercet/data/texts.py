@@ -223,6 +223,9 @@ def _well_formed(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "ignore").decode()
 
 
+_TRIALS = ("a", "\N{SNOWMAN}", "\N{CUNEIFORM SIGN A}" * 200)
+
+
 def _find_special(tokenizer: tokenizers.Tokenizer, role: str, origin: str) -> str:
     """How `tokenizer` writes a special token, which from now on is found inside texts as well."""
     for name in _ALIASES[role]:
@@ -266,7 +269,10 @@ def _parse_json(path: Path, text: str) -> tokenizers.Tokenizer:
     if not isinstance(content, dict) or "model" not in content:
         raise TercetError(f"{path}: JSON, but not a tokenizer (no key 'model'); give the {TOKENIZER_FILE} beside it")
     try:
-        return tokenizers.Tokenizer.from_str(text)
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+        for unknown in _TRIALS:  # one that lacks its own token for unknown words fails at the first of them
+            tokenizer.encode(unknown)
+        return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exceptions, and in its panics not even those

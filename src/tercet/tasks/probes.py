@@ -54,12 +54,15 @@ class ProbeSet:
         """Image `place` of row `index`, uint8 `[height, width, 3]`, cut to the row's part of it.
 
         Raises:
-            TercetError: it cannot be read or decoded.
+            TercetError: it cannot be read or decoded; begins with the row.
             BoxOutsideError: no pixel of it lies in the row's box.
         """
         probe = self.probes[index]
         location = f"{self.folders[index].rstrip('/')}/{probe.images[place]}{self.suffixes[index]}"
-        image = decode(read_bytes(location), location, pixel_limit)
+        try:
+            image = decode(read_bytes(location), location, pixel_limit)
+        except TercetError as error:
+            raise TercetError(f"{probe.where}: {error}") from error
         if probe.crop is None:
             return image
         height, width = image.shape[:2]
@@ -261,8 +264,7 @@ def _chunks(
             except BoxOutsideError:
                 raise
             except TercetError as error:
-                message = str(error)
-                chunk.problems.append(message if message.startswith(probe.where) else f"{probe.where}: {message}")
+                chunk.problems.append(str(error))
                 continue
             chunk.rows.append(row)
             images += own
