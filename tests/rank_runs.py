@@ -11,6 +11,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tiny_run import TINY
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch._dynamo", "tercet.train.loop", "tercet.config_io", "rank_runs"])
 TIMEOUT = 120
@@ -74,28 +76,13 @@ def _be_rank(
 
 
 SMALL = {
-    "model.vision.image_size": 32,
-    "model.vision.width": 32,
-    "model.vision.depth": 1,
-    "model.vision.heads": 2,
-    "model.text.width": 32,
-    "model.text.mlp_width": 64,
+    **TINY,
     "model.text.depth": 3,
-    "model.text.fusion_layer": 1,
-    "model.text.heads": 2,
     "model.text.dropout": 0.0,
-    "model.embed_dim": 16,
-    "objectives.queue_size": 20,
     "objectives.gather_negatives": True,
-    "data.scenes": 24,
-    "data.workers": 0,
-    "data.validation": [],
-    "data.test": [],
     "train.batch_size": 8,
     "train.epochs": 2,
-    "train.log_every": 1,
     "train.checkpoint_every": 3,
-    "optim.warmup_steps": 2,
 }
 
 

@@ -19,16 +19,11 @@ from table import difference, mean_and_error
 
 from tercet.config_io import load_config
 from tercet.errors import TercetError
+from tiny_run import TINY_MODEL
 
 ABLATION = Path(__file__).resolve().parents[2] / "benchmarks" / "ablation"
 TINY = {
-    "model.vision.image_size": 32,
-    "model.vision.width": 32,
-    "model.vision.depth": 1,
-    "model.vision.heads": 2,
-    "model.text.width": 32,
-    "model.text.mlp_width": 64,
-    "model.text.heads": 2,
+    **TINY_MODEL,
     "data.scenes": 16,
     "data.workers": 0,
     "data.tokenizer_size": 150,

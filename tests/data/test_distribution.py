@@ -12,7 +12,7 @@ from PIL import Image
 from tercet.data.augment import OPERATIONS, Pixels
 from tercet.data.changes import draw_full
 from tercet.data.images import resize
-from tercet.data.views import ViewStyle, two_views
+from tercet.data.views import ViewStyle
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -79,7 +79,10 @@ def test_whole_views_have_pillows_distribution(photographs: list[Pixels]) -> Non
     ours, theirs = [], []
     for draw in range(DRAWS):
         image = photographs[draw % len(photographs)]
-        first, _ = two_views(image, SIZE, np.random.default_rng((1, draw)))
+        height, width = image.shape[:2]
+        style = ViewStyle(SIZE)
+        drawn, _ = style.draw_two(height, width, np.random.default_rng((1, draw)))
+        first = style.make(image, drawn, height, width)
         plain = pillow_views.view(Image.fromarray(image), SIZE, np.random.default_rng((2, draw)))
         ours.append(statistics(first))
         theirs.append(statistics(plain.transpose(1, 2, 0)))

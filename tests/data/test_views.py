@@ -19,7 +19,7 @@ from tercet.data.augment import Pixels, apply_changes
 from tercet.data.changes import Change, draw_full
 from tercet.data.device_augment import OPERATIONS, schedule
 from tercet.data.images import EncodedImage, resize
-from tercet.data.views import View, ViewStyle, one_view, resize_fast, two_views
+from tercet.data.views import View, ViewStyle, one_view, resize_fast
 
 
 def paint(height: int = 48, width: int = 64) -> Pixels:
@@ -36,6 +36,13 @@ def jpeg_of(image: Pixels, orientation: int = 1) -> bytes:
     return stream.getvalue()
 
 
+def two_views(image: Pixels, style: ViewStyle, seed: int) -> list[Pixels]:
+    """Both views of an image, as the loader has them."""
+    height, width = image.shape[:2]
+    drawn = style.draw_two(height, width, np.random.default_rng(seed))
+    return [style.make(image, view, height, width) for view in drawn]
+
+
 @pytest.fixture(scope="module")
 def photographs(data_dir: Path) -> list[Pixels]:
     files = sorted((data_dir / "flickr8k" / "originals").glob("*.jpg"))[:8]
@@ -46,9 +53,10 @@ def photographs(data_dir: Path) -> list[Pixels]:
 @pytest.mark.parametrize("compat", ["tercet", "published"])
 def test_views_follow_from_the_state_of_the_generator(augment: Any, compat: Any) -> None:
     image = paint(144, 192)
-    first = two_views(image, 112, np.random.default_rng(4), augment, compat=compat)
-    second = two_views(image, 112, np.random.default_rng(4), augment, compat=compat)
-    other = two_views(image, 112, np.random.default_rng(5), augment, compat=compat)
+    style = ViewStyle(112, augment, compat=compat)
+    first = two_views(image, style, 4)
+    second = two_views(image, style, 4)
+    other = two_views(image, style, 5)
     for view, again in zip(first, second, strict=True):
         assert view.shape == (112, 112, 3) and view.dtype == np.uint8
         assert (view == again).all()
@@ -59,7 +67,7 @@ def test_views_follow_from_the_state_of_the_generator(augment: Any, compat: Any)
 
 def test_no_augmentation_is_the_evaluation_transform() -> None:
     image = paint(100, 70)
-    first, second = two_views(image, 64, np.random.default_rng(0), "none")
+    first, second = two_views(image, ViewStyle(64, "none"), 0)
     assert (first == resize(image, 64)).all() and (second == first).all()
 
 

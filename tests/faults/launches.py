@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from faults.runs import PATIENCE
+from tiny_run import flag
 
 
 class Launch:
@@ -35,9 +36,9 @@ class Launch:
         """
         # Else torchrun (2.13) leaves a machine that comes back waiting for an address that nobody writes.
         surroundings = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if "c10d" in where else None
-        flags = [part for name, value in keys.items() if value != [] for part in (f"--{name}", str(value))]
+        flags = [part for name, value in keys.items() for part in flag(name, value)]
         command = [sys.executable, "-m", "torch.distributed.run", *where, "--max-restarts", "3"]
-        command += ["-m", "tercet", "train", "demo", *flags, "--data.validation", "--data.test"]
+        command += ["-m", "tercet", "train", "demo", *flags]
         command += ["--output", str(folder), "--resume-if-there"]
         self.said = said
         with said.open("wb") as stream:

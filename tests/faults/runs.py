@@ -20,26 +20,8 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-TINY = {
-    "model.vision.image_size": 32,
-    "model.vision.width": 32,
-    "model.vision.depth": 1,
-    "model.vision.heads": 2,
-    "model.text.width": 32,
-    "model.text.mlp_width": 64,
-    "model.text.depth": 2,
-    "model.text.fusion_layer": 1,
-    "model.text.heads": 2,
-    "model.embed_dim": 16,
-    "objectives.queue_size": 20,
-    "data.scenes": 24,
-    "data.workers": 0,
-    "train.batch_size": 6,
-    "train.epochs": 3,
-    "train.log_every": 1,
-    "train.checkpoint_every": 2,
-    "optim.warmup_steps": 2,
-}
+from tiny_run import TINY, flag
+
 PATIENCE = 600  # seconds for what takes a few where nothing else runs
 
 _context = multiprocessing.get_context("forkserver")
@@ -78,9 +60,7 @@ class Run:
         settings = {name.replace("__", "."): value for name, value in keys.items()}
         if not resume:
             settings = {**TINY, "output": str(folder), **settings}
-        recipe = self.said.with_suffix(".yaml")
-        recipe.write_text("extends: demo\ndata: {validation: [], test: []}\n", "utf-8")
-        arguments = (settings, recipe, folder if resume else None, self.said, tensorboard)
+        arguments = (settings, folder if resume else None, self.said, tensorboard)
         self.process: BaseProcess = _context.Process(target=_train, args=arguments)
         _started.append(self)
         self.process.start()
@@ -132,7 +112,7 @@ class Run:
         return self.said.read_text("utf-8", "replace") if self.said.is_file() else ""
 
 
-def _train(settings: dict[str, Any], recipe: Path, resume: Path | None, said: Path, tensorboard: bool) -> None:
+def _train(settings: dict[str, Any], resume: Path | None, said: Path, tensorboard: bool) -> None:
     os.setpgrp()
     multiprocessing.set_start_method("fork", force=True)  # of the workers, as where a run is started by hand
     with said.open("wb") as stream:
@@ -146,8 +126,8 @@ def _train(settings: dict[str, Any], recipe: Path, resume: Path | None, said: Pa
         Tracker._open_board = lambda self, step: None  # type: ignore[method-assign]
     from tercet.cli import main
 
-    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    sys.exit(main(["train", *(["--resume", str(resume)] if resume else [str(recipe)]), *flags]))
+    flags = [part for name, value in settings.items() for part in flag(name, value)]
+    sys.exit(main(["train", *(["--resume", str(resume)] if resume else ["demo"]), *flags]))
 
 
 def lines(folder: Path, kind: str = "train") -> list[dict[str, Any]]:

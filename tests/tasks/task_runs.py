@@ -11,19 +11,13 @@ from safetensors.torch import load_file
 
 from tercet.config_io import load_config
 from tercet.train.loop import train
+from tiny_run import TINY_MODEL
 
 TINY: dict[str, Any] = {
-    "model.vision.image_size": 32,
-    "model.vision.width": 32,
-    "model.vision.depth": 1,
-    "model.vision.heads": 2,
-    "model.text.width": 32,
-    "model.text.mlp_width": 64,
+    **TINY_MODEL,
     "model.text.depth": 4,
     "model.text.fusion_layer": 2,
-    "model.text.heads": 2,
     "model.text.dropout": 0.0,
-    "model.embed_dim": 16,
     "data.tokenizer_size": 150,
     "data.scenes": 8,
     "data.workers": 0,

@@ -22,29 +22,7 @@ from tercet.errors import TercetError
 from tercet.train.checkpoint import list_checkpoints
 from tercet.train.loop import take_step, train
 from tercet.train.session import CHECKPOINTS, due_steps, open_session
-
-TINY = {
-    "model.vision.image_size": 32,
-    "model.vision.width": 32,
-    "model.vision.depth": 1,
-    "model.vision.heads": 2,
-    "model.text.width": 32,
-    "model.text.mlp_width": 64,
-    "model.text.depth": 2,
-    "model.text.fusion_layer": 1,
-    "model.text.heads": 2,
-    "model.embed_dim": 16,
-    "objectives.queue_size": 20,
-    "data.scenes": 24,
-    "data.workers": 0,
-    "data.validation": [],
-    "data.test": [],
-    "train.batch_size": 6,
-    "train.epochs": 3,
-    "train.log_every": 1,
-    "train.checkpoint_every": 2,
-    "optim.warmup_steps": 2,
-}
+from tiny_run import TINY, flag
 
 
 def tiny(output: Path, **overrides: Any) -> Config:
@@ -122,11 +100,6 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(unbroken: Path, tmp_pat
     assert [path.name for path in list_checkpoints(run / CHECKPOINTS)] == [f"step-{stopped:08d}"]
     train(load_config(run), run)
     assert_same_model(run, unbroken)
-
-
-def flag(name: str, value: Any) -> list[str]:
-    values = [str(part) for part in value] if isinstance(value, list) else [str(value)]
-    return [f"--{name}", *values] if values else []
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(unbroken: Path, tmp_path: Path) -> None:

@@ -123,19 +123,3 @@ def one_view(
     style = ViewStyle(size, augment, crop_scale, compat)
     height, width = image.shape[:2]
     return style.make(image, style.draw(height, width, rng, flip), height, width)
-
-
-def two_views(
-    image: Pixels,
-    size: int,
-    rng: np.random.Generator,
-    augment: Augment = "full",
-    crop_scale: tuple[float, float] = (0.2, 1.0),
-    compat: Compat = "tercet",
-    flip: bool = True,
-) -> tuple[Pixels, Pixels]:
-    """Two independently augmented views of one decoded image, each uint8 `[size, size, 3]`."""
-    style = ViewStyle(size, augment, crop_scale, compat)
-    height, width = image.shape[:2]
-    first, second = style.draw_two(height, width, rng, flip)
-    return style.make(image, first, height, width), style.make(image, second, height, width)
