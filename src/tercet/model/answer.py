@@ -39,7 +39,7 @@ class AnswerDecoder(nn.Module):
             for _ in range(config.depth - config.fusion_layer)
         )
         self.head = MlmHead(width, config.vocabulary_size)
-        self.apply(initialise_bert)
+        self.apply(initialise_bert(width))
 
     def remember(self, question_states: Tensor, question_mask: Tensor) -> ImageMemory:
         """Keys and values of every layer for a set of questions, with padding hidden.

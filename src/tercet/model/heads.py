@@ -28,7 +28,7 @@ class MlmHead(nn.Module):
         self.transform = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=1e-12)
         self.bias = nn.Parameter(torch.zeros(vocabulary_size))
-        self.apply(initialise_bert)
+        self.apply(initialise_bert(width))
 
     def forward(self, hidden: Tensor, word_embed: Tensor) -> Tensor:
         """Vocabulary logits.

@@ -12,6 +12,18 @@ from torch.nn import functional as F
 from tercet.model.dropout import drop
 from tercet.model.linear import Linear, linear
 
+EMBEDDING_DEVIATION = 0.02  # of ViT's and BERT's tables at the start, whatever the width
+BASE_WIDTH = 768
+
+
+def weight_deviation(width: int) -> float:
+    """Standard deviation of the matrices of a stack at the start: 0.02 at the published width of 768, as published.
+
+    A product's deviation grows with the square root of the width.  Narrow models get it back, so that their queries
+    find their keys as soon as those of the base model do.
+    """
+    return EMBEDDING_DEVIATION * (BASE_WIDTH / width) ** 0.5
+
 
 @dataclass
 class AttentionTap:

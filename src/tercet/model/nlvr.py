@@ -34,7 +34,7 @@ class SecondFusion(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, TextLayer)
             del layer.cross_attention.key_value  # the first layer of the pair makes them for both
-        self.apply(initialise_bert)
+        self.apply(initialise_bert(config.width))
 
     @torch.no_grad()
     def start_from(self, model: Tercet) -> None:

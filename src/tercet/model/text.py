@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from tercet.config import TextConfig
 from tercet.errors import TercetError
 from tercet.model.dropout import drop
-from tercet.model.layers import ImageMemory, TextLayer
+from tercet.model.layers import EMBEDDING_DEVIATION, ImageMemory, TextLayer, weight_deviation
 from tercet.model.memory import LeanMemory
 from tercet.model.projection import pays_to_project
 from tercet.model.recompute import LayerStack
@@ -19,13 +21,18 @@ def key_mask(attention_mask: Tensor) -> Tensor:
     return attention_mask[:, None, None, :].bool()
 
 
-def initialise_bert(module: nn.Module) -> None:
-    """Normal weights of standard deviation 0.02 and zero biases, as BERT starts."""
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+def initialise_bert(width: int) -> Callable[[nn.Module], None]:
+    """Normal weights and zero biases, as BERT starts: to be applied to every module of a stack of this width."""
+    deviation = weight_deviation(width)
+
+    def initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=deviation)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=EMBEDDING_DEVIATION)
+
+    return initialise
 
 
 class TextEncoder(LayerStack):
@@ -42,7 +49,7 @@ class TextEncoder(LayerStack):
         self.layers = nn.ModuleList(
             TextLayer(width, config.heads, config.mlp_width, config.dropout) for _ in range(config.fusion_layer)
         )
-        self.apply(initialise_bert)
+        self.apply(initialise_bert(width))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encode texts.
@@ -82,7 +89,7 @@ class FusionEncoder(LayerStack):
             TextLayer(config.width, config.heads, config.mlp_width, config.dropout, image_width)
             for _ in range(config.depth - config.fusion_layer)
         )
-        self.apply(initialise_bert)
+        self.apply(initialise_bert(config.width))
 
     def remember(self, image_embeds: Tensor, readers: tuple[int, int] | None = None) -> ImageMemory:
         """What every layer reads of images.

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tercet.config import VisionConfig
 from tercet.errors import TercetError
-from tercet.model.layers import VisionBlock, take_rows
+from tercet.model.layers import EMBEDDING_DEVIATION, VisionBlock, take_rows, weight_deviation
 from tercet.model.linear import Linear
 from tercet.model.projection import kept_patches
 from tercet.model.recompute import LayerStack
@@ -54,10 +54,11 @@ class VisionTransformer(LayerStack):
 
     def _initialise(self) -> None:
         for parameter in (self.class_token, self.position_embed):
-            nn.init.trunc_normal_(parameter, std=0.02)
+            nn.init.trunc_normal_(parameter, std=EMBEDDING_DEVIATION)
+        deviation = weight_deviation(self.position_embed.shape[2])
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=deviation)
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor, drop: float = 0.0) -> Tensor:
