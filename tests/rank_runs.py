@@ -97,6 +97,24 @@ def train_run(recipe: str, overrides: dict[str, Any], resume: str | None = None)
     return str(train(config, None if resume is None else Path(resume)))
 
 
+def train_until_one_is_told_to_stop(overrides: dict[str, Any]) -> None:
+    """Train; the second rank alone gets a SIGTERM once two steps are logged."""
+    import signal
+    import threading
+    import time
+    from pathlib import Path
+
+    def send() -> None:
+        metrics = Path(overrides["output"], "metrics.jsonl")
+        while not metrics.is_file() or metrics.read_text("utf-8").count('"train"') < 2:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if os.environ["RANK"] == "1":
+        threading.Thread(target=send, daemon=True).start()
+    train_run("demo", overrides)
+
+
 def train_runs(recipe: str, runs: list[dict[str, Any]]) -> list[str]:
     """Train several runs one after the other in the same processes; gives the run folders."""
     from tercet.train.parallel import joined

@@ -116,6 +116,14 @@ class TestMistakes:
     def test_one_line_and_status_2(self, line: str, wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert wanted in fail(capsys, *line.split())
 
+    def test_a_rank_other_than_the_first_says_which_it_is(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for rank, named in (("0", ""), ("3", "rank 3: ")):
+            monkeypatch.setenv("RANK", rank)
+            assert main(["train", "nothing-by-this-name"]) == 2
+            assert capsys.readouterr().err.startswith(f"tercet: {named}error: no recipe")
+
     def test_no_traceback_from_the_command_itself(self) -> None:
         command = [sys.executable, "-m", "tercet", "train", "demo", "--optim.lr", "abc"]
         done = subprocess.run(command, capture_output=True, text=True)

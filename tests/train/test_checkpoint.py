@@ -51,6 +51,17 @@ def test_the_newest_few_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000010"]
 
 
+def test_a_step_that_is_saved_already_is_not_written_again(tmp_path: Path) -> None:
+    model, optimizer = parts(0)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    written = []
+    for step in (1, 1, 2):
+        checkpoints.save(model, optimizer, Position(step, "abc", 8))
+        checkpoints.wait()
+        written.append((list_checkpoints(tmp_path)[0] / RECORD).stat().st_mtime_ns)
+    assert written[0] == written[1] < written[2]
+
+
 def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_rubbish(tmp_path: Path) -> None:
     """A limit on the size of files stands for a full disk: both make `write` fail half-way."""
     model, optimizer = parts(0)

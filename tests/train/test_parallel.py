@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from rank_runs import SMALL, poisoned_step, run_ranks, train_run, train_runs
+from rank_runs import SMALL, poisoned_step, run_ranks, train_run, train_runs, train_until_one_is_told_to_stop
 from tercet.cli import main
 from tercet.data.scenes import SceneSource
+from tercet.errors import TercetError
 from tercet.train.checkpoint import list_checkpoints
+from tercet.train.lock import FolderLock
 from tiny_run import flag
 
 NUMBERS = ("loss", "cma", "imc", "lmi", "itm", "mlm", "grad_norm", "temperature", "lr", "alpha")
@@ -141,6 +143,40 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all_and_named(tmp_
     assert "Samples of rank 1" in first["trouble"] and "rank 0" not in first["trouble"]
     assert second["keys"][0] in first["trouble"] and first["keys"][0] not in first["trouble"]
     assert all(part["unchanged"] and part["first"] is None and part["after"] is None for part in (first, second))
+
+
+def test_every_rank_hears_that_the_folder_is_taken(tmp_path: Path) -> None:
+    lock, folder = FolderLock(), tmp_path / "run"
+    folder.mkdir()
+    lock.hold(folder)
+    for error in run_ranks(2, train_run, "demo", {**SMALL, "output": str(folder)}):
+        assert isinstance(error, TercetError)
+        assert str(error).startswith(f"another process is training in {folder}; ")
+    lock.release()
+    assert list(folder.iterdir()) == []
+    run(folder, 2, train__max_steps=1)
+    assert not (folder / ".lock").exists()
+
+
+def test_a_signal_to_one_rank_stops_all_behind_the_same_step(alone: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    told = run_ranks(
+        2, train_until_one_is_told_to_stop, {**SMALL, "train.checkpoint_every": 1000, "output": str(folder)}
+    )
+    assert [type(error).__name__ for error in told] == ["Stopped", "Stopped"]
+    assert all(str(error) == f"stopped by SIGTERM; go on with: tercet train --resume {folder}" for error in told)
+    stopped = lines(folder)[-1]["step"]
+    assert 2 <= stopped < 6
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")] == [f"step-{stopped:08d}"]
+    run(folder, 2, resume=True)
+    assert_same_losses(alone, folder)
+
+
+def test_another_number_of_pairs_a_step_is_told_when_a_run_goes_on(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", 1, train__max_steps=1)
+    run(folder, 1, resume=True, train__max_steps=2, train__batch_size=6)
+    events = [line["message"] for line in lines(folder, "event")]
+    assert any(text.startswith("a step takes 6 pairs and took 8: ") and "come twice" in text for text in events)
 
 
 def test_one_command_starts_a_run_and_goes_on_with_it(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tercet.data.loader import dealt
 from tercet.data.probe_files import Benchmark, Probe, read_probes
 from tercet.data.samples import choose_layout, image_root
 from tercet.data.sources import find_files
-from tercet.data.storage import is_url, read_bytes
+from tercet.data.storage import is_url, missing, read_image
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
 from tercet.ranks import Ranks
@@ -60,8 +60,10 @@ class ProbeSet:
         probe = self.probes[index]
         location = f"{self.folders[index].rstrip('/')}/{probe.images[place]}{self.suffixes[index]}"
         try:
-            image = decode(read_bytes(location), location, pixel_limit)
-        except TercetError as error:
+            image = decode(read_image(location), location, pixel_limit)
+        except FileNotFoundError as error:
+            raise TercetError(f"{probe.where}: {missing(location)}") from error
+        except (OSError, TercetError) as error:
             raise TercetError(f"{probe.where}: {error}") from error
         if probe.crop is None:
             return image
