@@ -118,7 +118,10 @@ def _read_chain(recipe: str | Path) -> list[Layer]:
     seen: list[str] = []
     wanted, folder = str(recipe), Path()
     while True:
-        name, text, folder = _read(wanted, folder)
+        try:
+            name, text, folder = _read(wanted, folder)
+        except TercetError as error:
+            raise TercetError(f"{seen[-1]}: extends: {error}" if seen else str(error)) from error
         if name in seen:
             raise TercetError(f"{name}: extends itself through {' -> '.join([*seen, name])}; break the circle")
         seen.append(name)

@@ -307,6 +307,8 @@ def _matches(pattern: str) -> list[str]:
     """Files that a pattern without braces names, sorted; a folder that holds shards or tables stands for these."""
     if is_url(pattern) or is_file(pattern):
         return [pattern]
+    if "\0" in pattern:
+        raise TercetError(f"no file is named {pattern}: a name holds no null character")
     folder = Path(pattern)
     if os.path.isdir(pattern):  # noqa: PTH112 - Path.is_dir raises on a name that is too long
         for extensions in ({".tar"}, TABLE_SUFFIXES):
