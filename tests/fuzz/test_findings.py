@@ -155,7 +155,7 @@ FINDINGS: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "a model of a billion layers": ("model config", huge_config, "model"),
     "a .pth whose strides make it a terabyte": ("weights pth", endless_strides, "w.pth"),
     "a compressed .pth": ("weights pth", lambda: compressed(TARGETS["weights pth"].seeds[0]), "w.pth"),
-    "a config that extends what is not there": ("config", lambda: b"extends: nowhere near\n", "c.yaml: extends: no file"),
+    "a config that extends what is not there": ("config", lambda: b"extends: nowhere near\n", "c.yaml: extends: "),
     "a pattern with a null character": ("file names", lambda: b"a\0,y/a*", "null character"),
     "a trillion names of shards": ("file names", lambda: b"{000000..999999999999}.tar", ""),
 }  # fmt: skip

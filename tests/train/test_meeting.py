@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage] - a public class
@@ -52,3 +57,36 @@ def test_who_does_not_come_is_waited_for_no_longer_than_the_store_waits() -> Non
     store.set_timeout(timedelta(seconds=0.2))
     with pytest.raises(TercetError, match="not all of the 2 processes came"):
         agree_on_name(store, 0, 2)
+
+
+def be_rank(late: int) -> None:
+    """Join; in the first start rank 1 is then killed, in the second one rank comes two seconds late."""
+    import torch.distributed as dist
+
+    from tercet.train.meeting import fresh_store
+
+    starts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    time.sleep(2 if starts and int(os.environ["RANK"]) == late else 0)
+    store, rank, world = fresh_store()
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    dist.barrier()
+    if not starts:
+        time.sleep(0.5)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(100)
+    print("joined", flush=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0, 1])
+def test_under_torchrun_whoever_comes_back_late(late: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", __file__, str(late)]
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[2] / "src"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
+    assert (done.stdout.count("joined"), done.returncode) == (2, 0), done.stderr
+
+
+if __name__ == "__main__":
+    be_rank(int(sys.argv[1]))
