@@ -2,7 +2,7 @@
 
 python benchmarks/scene_skills.py MODEL                              # a pre-trained model
 python benchmarks/scene_skills.py MODEL --entailment FINE_TUNED      # and claims by form, of an entailment model
-python benchmarks/scene_skills.py --learn                            # shapes by a transformer and by convolutions
+python benchmarks/scene_skills.py --learn                            # shapes, to encoders of five kinds
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tercet.model.vision import VisionTransformer, to_patches
 from tercet.tasks.boxes import inside
 from tercet.tasks.entailment import evaluate_entailment
 
-SINGLE_OF = 60  # validation scenes among which those of a single figure are looked for
+SINGLE_OF = 60  # scenes of a single figure
 FRAME = r"^(in this picture |here |as far as one can tell )"
 THINGS = r"\b(" + "|".join((*COLOURS, *SHAPES, *map(plural, SHAPES), *SIZES, *NUMBERS.values())) + r"|figures?)\b"
 FORMS = {
@@ -49,8 +49,8 @@ FORMS = {
 
 def attributes(model: Tercet) -> dict[str, dict[str, int]]:
     """Single figures whose shape, and whose colour, is told among all eight by matching and by similarity."""
-    source = SceneSource(500, "validation", distinct=True)
-    single = [scene for scene in map(source.scene, range(500)) if len(scene.objects) == 1][:SINGLE_OF]
+    source = SceneSource(1000, "validation")
+    single = [scene for scene in map(source.scene, range(1000)) if len(scene.objects) == 1][:SINGLE_OF]
     right = {"shape": defaultdict(int), "colour": defaultdict(int)}
     for scene in single:
         size, colour, shape = scene.objects[0].size, scene.objects[0].colour, scene.objects[0].shape
@@ -186,8 +186,18 @@ def _pixels(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
-def _transformer() -> nn.Module:
-    return VisionTransformer(VisionConfig(image_size=64, patch_size=8, width=128, depth=4, heads=4))
+def _transformer(**changes: Any) -> nn.Module:
+    sizes = {"image_size": 64, "patch_size": 8, "width": 128, "depth": 4, "heads": 4}
+    return VisionTransformer(VisionConfig.model_validate(sizes | changes))
+
+
+LEARNERS: dict[str, Callable[[], nn.Module]] = {
+    "patches, class token": _transformer,
+    "patches, maximum": lambda: _transformer(pool="maximum"),
+    "convolution stem, class token": lambda: _transformer(stem="convolution", depth=1),
+    "convolution stem, maximum": lambda: _transformer(stem="convolution", pool="maximum", depth=1),
+    "convolutions alone": Convolutions,
+}
 
 
 def main() -> None:
@@ -196,7 +206,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?")
     parser.add_argument("--entailment", help="a model fine-tuned by demo-entailment")
     parser.add_argument("--words", action="store_true", help="answer questions without the picture")
-    parser.add_argument("--learn", action="store_true", help="teach shapes instead, some minutes")
+    parser.add_argument("--learn", action="store_true", help="teach shapes to encoders of five kinds, some minutes")
     parser.add_argument("--steps", type=int, default=600)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -204,8 +214,7 @@ def main() -> None:
     if arguments.words:
         found["words_alone"] = words_alone()
     if arguments.learn:
-        found["transformer"] = learn(_transformer, arguments.steps)
-        found["convolutions"] = learn(Convolutions, arguments.steps)
+        found["learn"] = {name: learn(build, arguments.steps) for name, build in LEARNERS.items()}
     if arguments.model:
         model = tercet.load(arguments.model)
         found |= {"attributes": attributes(model), "places": places(model), "pointing": pointing(model)}
