@@ -14,6 +14,7 @@ from tercet.arguments import options_of, split_flags
 from tercet.cli import main
 from tercet.commands import COMMANDS
 from tercet.commands.evaluation import EvaluateArguments
+from tercet.commands.printing import print_table
 from tercet.commands.training import DemoArguments, TrainArguments
 from tercet.config import Config
 from tercet.config_io import config_fields, load_config
@@ -243,3 +244,12 @@ class TestCommands:
         capsys.readouterr()
         assert (run / "report.html").is_file()
         assert "holds a run already" in fail(capsys, *line.split())
+
+
+def test_a_table_on_a_terminal_keeps_square_brackets(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    print_table(["text", "match [%]"], [["a [red] ring [/]", "12"]])
+    shown = capsys.readouterr().out
+    assert "a [red] ring [/]" in shown and "match [%]" in shown

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tercet.cli import main
+from tercet.data.contact_sheet import LINES, TILE, _font, _lines
 from tercet.data.inspection import alike, fingerprint, groups_of_equal
 
 
@@ -69,6 +70,14 @@ def test_a_folder_with_everything_in_it(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert "near duplicate images  2" in text and "broken: " in text and "refused: " in text
+    assert "\nduplicates: a.jpg, copy.jpg\n" in text
+
+
+@pytest.mark.parametrize("caption", ["WWWW MMMM WWWW " * 9, "one-unbroken-" * 20, "iiii llll " * 30, ""])
+def test_captions_stay_under_their_picture(caption: str) -> None:
+    font = _font()
+    lines = _lines(caption, font)
+    assert len(lines) <= LINES and all(font.getlength(line) <= TILE for line in lines)
 
 
 def test_scenes_are_inspected_as_they_are_drawn(capsys: pytest.CaptureFixture[str]) -> None:

@@ -206,8 +206,10 @@ def test_splits_and_ids_over_several_shards(tmp_path: Path, tar: MakeTar, no_wal
             record = {"caption": "c", "split": ["train", "val"][number % 2], "image_id": number // 2}
             made |= {f"{number}.jpg": b"x", f"{number}.json": json.dumps(record).encode()}
         tar(tmp_path / f"{shard}.tar", made | {"none.jpg": b"y", "none.txt": b"z"})
-    with pytest.raises(TercetError, match="holds several splits"):
+    with pytest.raises(TercetError, match=rf"^{tmp_path} holds several splits.*say which, as in {tmp_path}#"):
         opened(tmp_path)
+    with pytest.raises(TercetError, match=rf"shards lie in {tmp_path}: name that folder"):
+        opened(tmp_path.parent)
     no_walk()
     train = opened(f"{tmp_path}/*.tar#train")
     assert [train.key(index)[-7:] for index in range(4)] == ["0.tar#0", "0.tar#2", "1.tar#0", "1.tar#2"]

@@ -60,6 +60,23 @@ def test_command_pushes_a_run(hub: Any, tmp_path: Path, capsys: Any, monkeypatch
     assert hub.models["somebody/birds"]["README.md"] == b"# From a run\n"
 
 
+def test_command_writes_into_a_folder(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = make_model()
+    model.save("run/model", card="# From a run\n")
+    assert main(["push", "run", "--to", "./shared/birds"]) == 0
+    assert "shared/birds" in capsys.readouterr().out
+    back = tercet.load("shared/birds")
+    assert all(torch.equal(back.state_dict()[name], value) for name, value in model.state_dict().items())
+    assert Path("shared/birds/README.md").read_text("utf-8") == "# From a run\n"
+
+
+def test_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(TercetError, match=r"cannot push to somebody/birds: the hub cannot be reached \(.*check the"):
+        make_model().push_to_hub("somebody/birds", token="none")
+
+
 def test_refusals(hub: Any, tmp_path: Path) -> None:
     with pytest.raises(TercetError, match=r"cannot push to somebody/birds: "):
         make_model().push_to_hub("somebody/birds", token="bad")

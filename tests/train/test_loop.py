@@ -169,6 +169,12 @@ def test_accumulated_batches_train(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(run)] == [1, 2, 3, 4]
 
 
+def test_the_last_step_is_logged_whatever_the_interval(tmp_path: Path) -> None:
+    run = train(tiny(tmp_path / "run", train__max_steps=3, train__log_every=10))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [3]
+
+
 def test_a_set_smaller_than_a_batch_trains(tmp_path: Path) -> None:
     run = train(tiny(tmp_path / "run", data__scenes=8, train__batch_size=50, train__epochs=2))
     assert [line["step"] for line in lines(run)] == [1, 2]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tercet.train.track import METRICS, Tracker
 
 
@@ -39,3 +41,13 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     events.Reload()
     assert events.Scalars("train/loss")[0].value == 1.5
     assert events.Scalars("evaluate/dual/r_mean")[0].value == 12.5
+
+
+def test_the_missing_extra_is_named_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with Tracker(tmp_path, total=2) as tracker, tracker.waiting("evaluating on [test]"):
+        pass
+    shown = capsys.readouterr().err
+    assert "pip install 'tercet[track]'" in shown and "evaluating on [test] ..." in shown

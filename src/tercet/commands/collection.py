@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -279,6 +280,8 @@ def _print_inspection(summary: dict[str, Any], named: dict[str, Any]) -> None:
             print(f"{title}: {line}")
     for title in ("duplicates", "near_duplicates"):
         for group in named[title]:
-            print(
-                f"{title.replace('_', ' ')}: {', '.join(group[:4])}{f' and {len(group) - 4} more' * (len(group) > 4)}"
-            )
+            # The folder or shard that all of them share is named once, by the first.
+            shared = max(os.path.commonprefix(group).rfind(mark) for mark in "/#") + 1  # noqa: RUF071 - '#' ends it too
+            names = [group[0], *(name[shared:] for name in group[1:4])]
+            more = f" and {len(group) - 4} more" * (len(group) > 4)
+            print(f"{title.replace('_', ' ')}: {', '.join(names)}{more}")

@@ -10,6 +10,8 @@ import tyro
 
 from tercet.arguments import parse
 
+FOLDER_MARKS = ("./", "../", "/", "~")
+
 
 @dataclass(frozen=True)
 class ExportArguments:
@@ -33,13 +35,14 @@ class ExportArguments:
 class PushArguments:
     """Upload a model to the Hugging Face Hub, with its card; the repository is made where there is none.
 
-    Log in first with `hf auth login`, or set HF_TOKEN.
+    Log in first with `hf auth login`, or set HF_TOKEN.  A TO that begins with ./, / or ~ is a folder of this machine,
+    which the model is written into instead.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """model folder or run folder"""
     to: Annotated[str, tyro.conf.arg(metavar="ORGANISATION/NAME")]
-    """repository on the hub"""
+    """repository on the hub, or ./FOLDER"""
     private: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """make a new repository private"""
     message: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
@@ -68,4 +71,7 @@ def push(arguments: list[str]) -> None:
 
     # A path, so that a folder that is not there is not looked for on the hub.
     model = load(Path(options.model))
+    if options.to.startswith(FOLDER_MARKS):
+        print(f"The model is in {model.save(Path(options.to).expanduser())}.")
+        return
     print(model.push_to_hub(options.to, private=options.private or None, message=options.message))

@@ -48,10 +48,14 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(*header)
+        # As plain text: a label or caption of the user's may hold square brackets, which Rich would read as a style.
+        table = Table()
+        for title in header:
+            table.add_column(Text(title))
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         Console().print(table)
         return
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]

@@ -65,16 +65,23 @@ def read_pairs(file: str, suffix: str | None, data: DataConfig, problems: Proble
         ):
             paths.add(encode(row.image))
     chosen.check(file)
-    looked_for = (
-        "images with a .txt file of the same name beside them"
-        if folder
-        else f"rows with {data.image_column!r} and {data.caption_column!r}"
-    )
-    require_pairs(collector, file, looked_for)
+    if not len(collector):
+        require_pairs(collector, file, _folder_wants(file) if folder else _rows_want(data))
     pairs = collector.finish()
     images = FileImages(_root(file, folder, data), paths.pack().take(pairs.rows))
     images.require_some(file)
     return pairs, images
+
+
+def _rows_want(data: DataConfig) -> str:
+    return f"rows with {data.image_column!r} and {data.caption_column!r}"
+
+
+def _folder_wants(folder: str) -> str:
+    """What a folder should hold, and where below it shards lie, which are read from their own folder alone."""
+    shard = next(Path(folder).rglob("*.tar"), None)
+    shards = f" (shards lie in {shard.parent}: name that folder)" if shard else ""
+    return f"images with a .txt file of the same name beside them{shards}"
 
 
 def _root(file: str, folder: bool, data: DataConfig) -> str:

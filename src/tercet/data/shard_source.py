@@ -185,8 +185,14 @@ class ShardSource:
             os.close(handle)
 
 
-def open_shards(files: Sequence[str], suffix: str | None, data: DataConfig) -> ShardSource:
+def open_shards(files: Sequence[str], suffix: str | None, data: DataConfig, name: str | None = None) -> ShardSource:
     """The pairs of tar shards, each indexed now where it has no index of its present state.
+
+    Args:
+        files: the shards.
+        suffix: the split after '#', if any.
+        data: columns and cache.
+        name: what the user called them, for messages; default the first shard.
 
     Raises:
         TercetError: a shard is missing, unreadable or compressed, or no shard gives a pair.
@@ -203,10 +209,10 @@ def open_shards(files: Sequence[str], suffix: str | None, data: DataConfig) -> S
         problems.extend_counted(
             [f"{shard.location}{message}" for message in index.header["problems"]], index.header["problem_count"]
         )
-        for name, count in index.header["splits"].items():
+        for split, count in index.header["splits"].items():
             if count:
-                chosen.count(name, count)
-    shown = files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+                chosen.count(split, count)
+    shown = name or files[0]
     chosen.check(shown)
     rows = _chosen_rows(indexes, chosen)
     if not (sum(index.count for index in indexes) if rows is None else len(rows)):

@@ -210,7 +210,7 @@ def _open(spec: str, data: DataConfig, split: str) -> Iterator[Source]:
     files, suffix = find_files(spec)
     shards = [file for file in files if _extension(file) == ".tar"]
     if shards:
-        yield open_shards(shards, suffix, data)
+        yield open_shards(shards, suffix, data, _divide(spec)[0])
     for file in files:
         if file not in shards:
             yield _open_file(file, suffix, data)

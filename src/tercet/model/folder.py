@@ -340,6 +340,10 @@ def _hub_errors(what: str) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, transport):
             raise
+        if not isinstance(error, errors.HfHubHTTPError):
+            raise TercetError(
+                f"{what}: the hub cannot be reached ({' '.join(str(error).split())}); check the connection"
+            ) from error
         raise TercetError(f"{what}: {' '.join(str(error).split())}") from error
 
 

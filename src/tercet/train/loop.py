@@ -98,7 +98,7 @@ def run_steps(session: Session, tracker: Tracker, stop: StopRequest) -> None:
             raise TercetError(
                 f"{bad_steps} steps in a row were not finite; lower optim.lr and go on with --resume {session.folder}"
             )
-        if session.step % settings.log_every == 0 and result.losses:
+        if (session.step % settings.log_every == 0 or session.step == session.total_steps) and result.losses:
             tracker.log_train(session.step, measure(session, result, pace))
         else:
             tracker.advance(session.step)

@@ -107,7 +107,7 @@ class Tracker:
         if self.console.is_terminal:
             self._progress.update(self._bar, description=description)
         else:
-            self.console.print(f"{description} ...", highlight=False)
+            self.console.print(f"{description} ...", highlight=False, markup=False)
         return contextlib.nullcontext()
 
     def _write(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
@@ -138,7 +138,8 @@ class Tracker:
 
     def _open_board(self, step: int) -> Any:
         if importlib.util.find_spec("tensorboard") is None:
-            self.console.print("TensorBoard is not installed (pip install 'tercet[track]'); metrics.jsonl has it all")
+            hint = "TensorBoard is not installed (pip install 'tercet[track]'); metrics.jsonl has it all"
+            self.console.print(hint, highlight=False, markup=False)
             return None
         from torch.utils.tensorboard import SummaryWriter
 
