@@ -208,8 +208,10 @@ def test_splits_and_ids_over_several_shards(tmp_path: Path, tar: MakeTar, no_wal
         tar(tmp_path / f"{shard}.tar", made | {"none.jpg": b"y", "none.txt": b"z"})
     with pytest.raises(TercetError, match=rf"^{tmp_path} holds several splits.*say which, as in {tmp_path}#"):
         opened(tmp_path)
-    with pytest.raises(TercetError, match=rf"shards lie in {tmp_path}: name that folder"):
-        opened(tmp_path.parent)
+    (tmp_path / "outer" / "inner").mkdir(parents=True)
+    shutil.copy(tmp_path / "0.tar", tmp_path / "outer" / "inner")
+    with pytest.raises(TercetError, match=rf"shards lie in {tmp_path}/outer/inner: name that folder"):
+        opened(tmp_path / "outer")
     no_walk()
     train = opened(f"{tmp_path}/*.tar#train")
     assert [train.key(index)[-7:] for index in range(4)] == ["0.tar#0", "0.tar#2", "1.tar#0", "1.tar#2"]
