@@ -10,6 +10,7 @@ questions.json is a list of {"image": "a.jpg", "question": "what is it?", "answe
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -70,8 +71,22 @@ def search(model: tercet.Tercet, folder: Path, query: str, count: int = 5) -> li
     return sorted(zip(chances[:, 0].tolist(), map(str, best), strict=True), reverse=True)[:count]
 
 
+def search_index(model: tercet.Tercet, run: Path, pictures: Path, index: Path, query: str) -> None:
+    """Step 4: the same with an index on disk, which grows with its folder and is searched without reading it again."""
+    if importlib.util.find_spec("lancedb") is None:
+        print("Skipped the index: it needs LanceDB; pip install 'tercet[search]'")
+        return
+    from tercet.search.building import build_index
+    from tercet.search.searcher import Query, Searcher
+
+    made, _ = build_index([str(pictures)], model, str(run.absolute()), str(index))
+    print(f"{index}: {made.count} pictures")
+    for hit in Searcher(made, model).search(Query(query, k=3)):
+        print(f"{hit.match:.3f}  {hit.uri}")
+
+
 def train_answers(run: Path, questions: str, work: Path, steps: int | None) -> tercet.Tercet:
-    """Step 4: fine-tune on questions."""
+    """Step 5: fine-tune on questions."""
     keys = {"data.train": [questions], "data.validation": [], "data.test": [], "init": str(run / "model")}
     answering = train(load_config("demo-vqa", {**keys, "train.max_steps": steps, "output": str(work / "answers")}))
     return tercet.load(answering)
@@ -98,6 +113,7 @@ def main() -> None:
     found = search(model, held_out, arguments.query)
     for chance, file in found:
         print(f"{chance:.3f}  {file}")
+    search_index(model, run, held_out, work / "index", arguments.query)
 
     answering = train_answers(run, str(arguments.questions or "scenes"), work, arguments.steps)
     answer = answering.answer(found[0][1], arguments.question)

@@ -57,6 +57,8 @@ def test_shards(tmp_path: Path) -> None:
         assert [image.uri.rpartition("/")[2] for image in images] == ["1", "s-0.tar#2", "s-1.tar#4"]
         assert [image.caption for image in images] == ["one", "two", None]
         assert [read_image(image.uri, image.size, image.offset) for image in images] == [png(1), png(2), png(4)]
+    with pytest.raises(TercetError, match="takes shards and tables whole, not split 'test'"):
+        listed(f"{tmp_path}#test")
     whole = (tmp_path / "s-0.tar").read_bytes()
     (tmp_path / "s-0.tar").write_bytes(whole[: 512 + 512])
     images, problems = listed(tmp_path / "s-0.tar")

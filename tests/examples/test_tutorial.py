@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -18,6 +19,13 @@ def test_from_pictures_to_answers(tmp_path: Path) -> None:
     held_out = tmp_path / "work" / "held_out"
     assert len(list(held_out.glob("*.png"))) == 6
     found = [line.split() for line in lines if str(held_out) in line and not line.startswith("{")]
+    if importlib.util.find_spec("lancedb") is None:
+        assert any("pip install 'tercet[search]'" in line for line in lines)
+    else:
+        assert f"{tmp_path / 'work' / 'index'}: 6 pictures" in lines
+        # Both searches rank all six pictures by the same model.
+        found, indexed = found[:5], found[5:]
+        assert indexed == found[:3]
     assert len(found) == 5
     assert [float(row[0]) for row in found] == sorted((float(row[0]) for row in found), reverse=True)
     last = json.loads(lines[-1])

@@ -53,7 +53,7 @@ def test_comparison(runs: list[Path], tmp_path: Path) -> None:
     assert "<td class=top>89</td>" in html  # the higher recall
     assert "<td>1.7</td><td class=top>1.5</td>" in html  # the lower alignment
     assert html.count("var(--run-1)") > 3 and html.count("var(--run-2)") > 3
-    assert "Mean recall, dual encoder, test" in html
+    assert "Mean recall, dual encoder, test" in html and "test data: dual encoder" in html and ">mean</th>" in html
     assert "<script" not in html and "http://" not in html
 
 

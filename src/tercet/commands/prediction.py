@@ -87,6 +87,8 @@ def match(arguments: list[str]) -> None:
     if not options.texts:
         raise TercetError('give a text: tercet match IMAGE "a dog in the snow"')
     model = load_chosen(options.model)
+    if not model.matches:
+        print("this model's matching head was not trained (itm was off): look at the cosine alone", file=sys.stderr)
     # Lists in, so that the results are lists as well.
     chances = model.match([options.image], options.texts)
     cosines = model.similarity([options.image], options.texts)

@@ -124,6 +124,10 @@ def _list(spec: str, problems: Problems) -> Iterator[ListedImage]:
         return
     files, suffix = find_files(spec)
     for file in files:
+        if suffix not in (None, "all") and _suffix(file) in {".tar", *TABLE_SUFFIXES}:
+            raise TercetError(
+                f"{spec}: an index takes shards and tables whole, not split {suffix!r}; name the files of that split"
+            )
         if not is_url(file):
             file = os.path.abspath(file)  # noqa: PTH100 - links stay as they are
         if not is_url(file) and Path(file).is_dir():

@@ -10,12 +10,20 @@ from typing import Any
 from tercet.errors import TercetError
 from tercet.files import write_atomic
 from tercet.report.figures import RUN_COLOURS, curves_svg
-from tercet.report.page import LOSSES, MEASURES, OVER_TIME, UNSMOOTHED, html_page
+from tercet.report.page import CUTOFFS, LOSSES, MEASURES, OVER_TIME, UNSMOOTHED, html_page
 from tercet.report.record import RunRecord, finite, read_run
 from tercet.report.words import count, minutes, number, plural, text
 
 # Settings that name a run instead of shaping it.
 NAMES = ("name", "output")
+GROUPS = {"dual": "dual encoder", "reranked": "re-ranked"}
+METRICS = {
+    "r_mean": "mean",
+    **{f"text_r{k}": f"image → text R@{k}" for k in CUTOFFS},
+    **{f"image_r{k}": f"text → image R@{k}" for k in CUTOFFS},
+    "text_r_mean": "image → text, mean",
+    "image_r_mean": "text → image, mean",
+}
 LOWER_IS_BETTER = ("alignment", "image_uniformity", "text_uniformity", "modality_gap")
 
 Reached = dict[tuple[str, str, str], float]
@@ -119,12 +127,17 @@ def _reached(records: Sequence[RunRecord], names: Sequence[str]) -> str:
         data, group, metric = key
         if (data, group) != heading:
             heading = (data, group)
-            rows += f"<tr class=group><th colspan={len(names) + 1}>{escape(data)} data: {escape(group)}</th></tr>"
+            title = f"{data} data: {GROUPS.get(group, group)}"
+            rows += f"<tr class=group><th colspan={len(names) + 1}>{escape(title)}</th></tr>"
         values = [own.get(key) for own in reached]
         there = [value for value in values if value is not None]
         best = min(there) if metric in LOWER_IS_BETTER else max(there)
         tops = [value == best and len(set(there)) > 1 for value in values]
-        rows += _row(escape(metric.replace("_", " ")), [None if v is None else number(v) for v in values], tops)
+        rows += _row(
+            escape(METRICS.get(metric, metric.replace("_", " "))),
+            [None if v is None else number(v) for v in values],
+            tops,
+        )
     if not rows:
         return ""
     note = "the last evaluation of each; the best of a row is bold"

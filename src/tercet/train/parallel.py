@@ -154,7 +154,8 @@ def machine_name(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{_processor()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
     return f"{name}, PyTorch {torch.__version__}"
 
 
