@@ -59,6 +59,7 @@ def _fit(image: Image.Image) -> Image.Image:
 
 def _lines(caption: str, font: ImageFont.FreeTypeFont) -> list[str]:
     """A caption in as many lines as fit under a tile, none of them wider than it."""
+    lines: list[str] = []
     for width in range(TILE // 4, 1, -1):
         lines = textwrap.wrap(caption, width, max_lines=LINES, placeholder=" …", break_on_hyphens=False)
         if all(font.getlength(line) <= TILE for line in lines):
