@@ -40,10 +40,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_task(
         RECIPE,
         tmp_path_factory.mktemp("nlvr") / "run",
-        train__max_steps=50,
+        train__max_steps=70,
         train__batch_size=16,
         train__checkpoint_every=100,
-        optim__lr=3e-3,
+        optim__lr=2e-3,
         optim__schedule="constant",
         data__test=["scenes:test"],
     )

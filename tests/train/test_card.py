@@ -25,7 +25,8 @@ def test_card_of_a_run(tmp_path: Path) -> None:
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tr')
     (tmp_path / "run.json").write_text(json.dumps({"pairs": 4000, "machine": "2 cores"}))
-    config = load_config("demo", {"objectives.itm": 0, "train.seed": 5, "data.train": ["/home/me/photos"]})
+    keys = {"objectives.itm": 0, "train.seed": 5, "train.batch_size": 32, "data.train": ["/home/me/photos"]}
+    config = load_config("demo", keys)
     card = run_card(make_model(), config, tmp_path)
     assert front_matter(card)["model-index"][0]["results"][0]["metrics"][0] == {
         "type": "image_r1",
