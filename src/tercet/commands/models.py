@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,3 +45,9 @@ def model_and_config(model: str, overrides: dict[str, Any]) -> tuple[str, Config
     if folder.name == "model" and (folder.parent / "config.yaml").is_file():
         return model, load_config(folder.parent, overrides)
     return model, default_config(overrides)
+
+
+def warn_untrained_matching(model: Tercet, consequence: str) -> None:
+    """Say on stderr what it means that the model's matching head was not trained, where it was not."""
+    if not model.matches:
+        print(f"this model's matching head was not trained (itm was off): {consequence}", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from tercet.arguments import ImageArgument, JsonFlag, ModelFlag, parse
-from tercet.commands.models import load_chosen
+from tercet.commands.models import load_chosen, warn_untrained_matching
 from tercet.commands.printing import print_table
 from tercet.errors import TercetError
 
@@ -87,8 +86,7 @@ def match(arguments: list[str]) -> None:
     if not options.texts:
         raise TercetError('give a text: tercet match IMAGE "a dog in the snow"')
     model = load_chosen(options.model)
-    if not model.matches:
-        print("this model's matching head was not trained (itm was off): look at the cosine alone", file=sys.stderr)
+    warn_untrained_matching(model, "look at the cosine alone")
     # Lists in, so that the results are lists as well.
     chances = model.match([options.image], options.texts)
     cosines = model.similarity([options.image], options.texts)
@@ -131,8 +129,7 @@ def explain(arguments: list[str]) -> None:
     from tercet.report.explain import draw_explanation
 
     model = load_chosen(options.model)
-    if not model.matches:
-        print("this model's matching head was not trained (itm was off): the heatmaps mean nothing", file=sys.stderr)
+    warn_untrained_matching(model, "the heatmaps mean nothing")
     found = model.explain(options.image, options.text, options.layer)
     assert not isinstance(found, list)
     print(draw_explanation(found, options.to))

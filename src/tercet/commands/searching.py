@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from tercet.arguments import JsonFlag, ModelFlag, parse
-from tercet.commands.models import DEMO_MODEL, lasting_name, load_chosen
+from tercet.commands.models import DEMO_MODEL, lasting_name, load_chosen, warn_untrained_matching
 from tercet.commands.printing import print_table
 from tercet.commands.progress import progress_bar
 from tercet.errors import TercetError
@@ -107,10 +107,8 @@ def search(arguments: list[str]) -> None:
     check_query(query)
     opened = Index.open(options.index)
     model = load_chosen(options.model or opened.model)
-    if text and not model.matches and options.rerank != 0:
-        print(
-            "this model's matching head was not trained (itm was off): the order is the dual encoder's", file=sys.stderr
-        )
+    if text and options.rerank != 0:
+        warn_untrained_matching(model, "the order is the dual encoder's")
     hits = Searcher(opened, model).search(query)
     if options.html is not None:
         print(_write_page(options, opened, hits))

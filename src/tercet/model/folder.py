@@ -16,8 +16,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from tercet.config import ModelConfig
 from tercet.errors import TercetError
 from tercet.files import atomic_folder
+from tercet.model.hub import download, hub_errors
 from tercet.model.tercet import Tercet
 from tercet.model.vision import IMAGE_MEAN, IMAGE_STD
 from tercet.version import __version__
@@ -137,7 +137,7 @@ def find_model_folder(source: str | Path, revision: str | None = None, local_onl
         )
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
         raise TercetError(f"no model folder at {source}; check the path")
-    return _download(source, revision, local_only)
+    return find_model_folder(download(source, _FILES, revision, local_only))
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -290,61 +290,13 @@ def push_model(
     from huggingface_hub import HfApi
 
     api = HfApi(token=token, library_name="tercet", library_version=__version__)
-    with tempfile.TemporaryDirectory() as temporary, _hub_errors(f"cannot push to {repo_id}"):
+    with tempfile.TemporaryDirectory() as temporary, hub_errors(f"cannot push to {repo_id}"):
         folder = save_model(model, Path(temporary) / "model", tokenizer, card)
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message=message or f"Upload with tercet {__version__}"
         )
     return str(commit.commit_url)
-
-
-def _download(repo_id: str, revision: str | None, local_only: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    with _hub_errors(f"no folder {repo_id} here, and the hub does not give a model of that name"):
-        folder = snapshot_download(
-            repo_id,
-            revision=revision,
-            allow_patterns=list(_FILES),
-            library_name="tercet",
-            library_version=__version__,
-            local_files_only=local_only,
-        )
-    return find_model_folder(Path(folder))
-
-
-@contextmanager
-def _hub_errors(what: str) -> Iterator[None]:
-    """Word the hub's errors for a user, `what` first."""
-    from huggingface_hub import errors
-
-    # The error of the HTTP client beneath, which differs from version to version of the hub's library.
-    transport = errors.HfHubHTTPError.__bases__[0]
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise TercetError(f"{what}: access must be asked for on its page, then `hf auth login`") from error
-    except errors.RepositoryNotFoundError as error:
-        raise TercetError(
-            f"{what}: no such repository, or a private one; check the name, or `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise TercetError(f"{what}: no such revision; check its name on the repository's page") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
-        raise TercetError(
-            f"{what}: the hub cannot be reached and the cache has no copy; check the connection"
-        ) from error
-    except (errors.EntryNotFoundError, OSError, ValueError) as error:
-        raise TercetError(f"{what}: {' '.join(str(error).split())}") from error
-    except Exception as error:
-        if not isinstance(error, transport):
-            raise
-        if not isinstance(error, errors.HfHubHTTPError):
-            raise TercetError(
-                f"{what}: the hub cannot be reached ({' '.join(str(error).split())}); check the connection"
-            ) from error
-        raise TercetError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 def _read_weights(path: Path, model: Tercet, device: str | torch.device) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from tercet.config import ClassifyConfig, DataConfig
 from tercet.data.loader import dealt
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
-from tercet.ranks import Ranks
+from tercet.ranks import Ranks, Value
 from tercet.tasks.encoding import encode_sentences
 from tercet.tasks.retrieval import TEXT_WINDOW
 
@@ -41,7 +41,7 @@ def class_feats(
     sentences = [template.replace("{}", label) for label in labels for template in templates]
     windows = [sentences[start : start + TEXT_WINDOW] for start in range(0, len(sentences), TEXT_WINDOW)]
     own = [encode_sentences(model, windows[number], data).text_feats for number in dealt(len(windows), ranks)]
-    feats = torch.cat(own if ranks is None else ranks.gather_in_turn(own))
+    feats = torch.cat(_together(own, ranks))
     return F.normalize(feats.unflatten(0, (len(labels), len(templates))).mean(dim=1), dim=-1)
 
 
@@ -127,7 +127,7 @@ def choose_penalty(feats: Tensor, labels: Tensor, classes: int, ranks: Ranks | N
         probe = fit_probe(feats[~held], labels[~held], classes, penalty)
         own.append(F.cross_entropy(probe(feats[held]), labels[held], reduction="sum").item())
     losses = dict.fromkeys(PENALTIES, 0.0)
-    for (penalty, _), loss in zip(due, own if ranks is None else ranks.gather_in_turn(own), strict=True):
+    for (penalty, _), loss in zip(due, _together(own, ranks), strict=True):
         losses[penalty] += loss
     return min(losses, key=lambda penalty: losses[penalty])
 
@@ -184,5 +184,10 @@ def few_shot(
         penalty = choose_penalty(feats[rows], labels[rows], classes)
         probe = fit_probe(feats[rows], labels[rows], classes, penalty)
         found.append(accuracy(probe(test_feats), test_labels))
-    values = torch.tensor(found if ranks is None else ranks.gather_in_turn(found), dtype=torch.float64)
+    values = torch.tensor(_together(found, ranks), dtype=torch.float64)
     return values.mean().item(), values.std(correction=0).item()
+
+
+def _together(own: list[Value], ranks: Ranks | None) -> list[Value]:
+    """What `dealt` spread over the ranks, in its order again; without ranks it is all here."""
+    return own if ranks is None else ranks.gather_in_turn(own)

@@ -166,8 +166,8 @@ def _probes(train: LabelledFeats, test: LabelledFeats, names: Sequence[str], con
     ranks = Ranks()
     for shots in config.classify.shots:
         if shots <= int(counts.min()):
-            feats, labels = (train.hidden, test.hidden), (train.labels, test.labels)
-            found = few_shot(feats[0], labels[0], feats[1], labels[1], shots, config.classify.draws, ranks)
+            draws = config.classify.draws
+            found = few_shot(train.hidden, train.labels, test.hidden, test.labels, shots, draws, ranks)
             numbers[f"{shots} shots"], numbers[f"{shots} shots, deviation"] = found
     penalty = choose_penalty(train.hidden, train.labels, classes, ranks)
     probe = fit_probe(train.hidden, train.labels, classes, penalty)
