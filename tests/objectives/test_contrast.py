@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -71,3 +73,27 @@ def test_gradient_reaches_student_and_temperature_and_not_the_candidates() -> No
 
 def test_same_image_without_ids_is_the_diagonal() -> None:
     assert torch.equal(same_image(None, 3, torch.device("cpu")), torch.eye(3, dtype=torch.bool))
+
+
+def test_sigmoid_judges_each_pair_alone() -> None:
+    images, texts, teacher = unit(4, 8, seed=5), unit(4, 8, seed=6), unit(4, 8, seed=7)
+    temperature, bias = torch.tensor(0.2), -math.log(3)
+    candidates = gather_candidates(teacher, texts, None, None)
+    image_to_text, _ = cross_modal(images, texts, teacher, texts, candidates, temperature, 0.0, sigmoid=True)
+    logits = images @ texts.T / temperature + bias
+    signs = 2 * torch.eye(4) - 1
+    torch.testing.assert_close(image_to_text, -F.logsigmoid(signs * logits).sum(1).mean())
+    softened, _ = cross_modal(images, texts, teacher, texts, candidates, temperature, 0.4, sigmoid=True)
+    targets = 0.4 * (teacher @ texts.T / temperature + bias).sigmoid() + 0.6 * torch.eye(4)
+    expected = -(targets * F.logsigmoid(logits) + (1 - targets) * F.logsigmoid(-logits)).sum(1).mean()
+    torch.testing.assert_close(softened, expected)
+
+
+def test_sigmoid_takes_several_positives_whole_and_leaves_empty_slots_out() -> None:
+    images, texts, ids = unit(3, 8, seed=1), unit(3, 8, seed=2), torch.tensor([7, 7, 5])
+    temperature = torch.tensor(0.1)
+    candidates = gather_candidates(images, texts, ids, FeatureQueue(5, 8))
+    loss, _ = cross_modal(images, texts, None, None, candidates, temperature, 0.0, sigmoid=True)
+    signs = 2.0 * (ids[:, None] == ids[None, :]) - 1
+    logits = images @ texts.T / temperature - math.log(8 - 1)
+    torch.testing.assert_close(loss, -F.logsigmoid(signs * logits).sum(1).mean())

@@ -6,10 +6,12 @@ and with those of the queue.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tercet.objectives.features import EMPTY_ID, FeatureQueue
 
@@ -107,6 +109,27 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, count: float | None = No
     return losses.mean() if count is None else losses.sum() / count
 
 
+def pairwise_sigmoid(logits: Tensor, targets: Tensor, count: float | None = None) -> Tensor:
+    """Each pair judged alone (arXiv 2303.15343): cross-entropy summed over candidates, and its mean over rows, `[]`.
+
+    Args:
+        logits: `[batch, candidates]`; `sigmoid_bias` is part of them.
+        targets: `[batch, candidates]` between 0 and 1.
+        count: see `soft_cross_entropy`.
+    """
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=1)
+    return losses.mean() if count is None else losses.sum() / count
+
+
+def sigmoid_bias(candidates: int) -> float:
+    """What is added to cosines over temperature before a sigmoid: the log odds of one positive among `candidates`.
+
+    The published bias is learned, from -10 on; this is where it must lie for features that say nothing yet, and needs
+    no parameter that a checkpoint of this model has no place for.
+    """
+    return -math.log(max(1, candidates - 1))
+
+
 def cross_modal(
     image_feats: Tensor,
     text_feats: Tensor,
@@ -116,6 +139,7 @@ def cross_modal(
     temperature: Tensor,
     alpha: float,
     count: float | None = None,
+    sigmoid: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cross-modal alignment: image to text and text to image.
 
@@ -128,20 +152,30 @@ def cross_modal(
         temperature: `[]`.
         alpha: share of the teacher's own similarities in the targets.
         count: see `soft_cross_entropy`.
+        sigmoid: judge each pair alone (`pairwise_sigmoid`), not as one of its row as published.
 
     Returns:
         The two losses, `[]` each; `cma` is their mean.
     """
+    bias = sigmoid_bias(candidates.targets.shape[1]) if sigmoid else 0.0
+    hard = (candidates.targets > 0).to(candidates.targets.dtype) if sigmoid else candidates.targets
+
+    def compare(logits: Tensor, targets: Tensor) -> Tensor:
+        return (
+            pairwise_sigmoid(logits + bias, targets, count) if sigmoid else soft_cross_entropy(logits, targets, count)
+        )
+
+    def believe(logits: Tensor) -> Tensor:
+        return (logits + bias).sigmoid() if sigmoid else logits.softmax(dim=1)
 
     def loss(feats: Tensor, teacher_feats: Tensor | None, others: tuple[Tensor, ...]) -> Tensor:
         if alpha == 0 or teacher_feats is None:
             logits = similarity(feats, others, temperature, candidates.excluded)
-            return soft_cross_entropy(logits, candidates.targets, count)
+            return compare(logits, hard)
         # One product for both: it costs what reading the queue costs, however few the rows are.
         both = similarity(torch.cat([feats, teacher_feats]), others, temperature, candidates.excluded)
         logits, believed = both.chunk(2)
-        targets = alpha * believed.detach().softmax(dim=1) + (1 - alpha) * candidates.targets
-        return soft_cross_entropy(logits, targets, count)
+        return compare(logits, alpha * believe(believed.detach()) + (1 - alpha) * hard)
 
     image_to_text = loss(image_feats, teacher_image_feats, candidates.text_feats)
     text_to_image = loss(text_feats, teacher_text_feats, candidates.image_feats)

@@ -11,9 +11,12 @@ from torch.nn import functional as F
 
 from tercet.config import TextConfig
 from tercet.data.batches import Batch
+from tercet.data.order import mix
 from tercet.objectives.contrast import same_image
 from tercet.objectives.masking import MaskedTexts, hide_words
 from tercet.ranks import Ranks, Spread
+
+SECOND_STREAM = 1  # what the teacher's texts are hidden by, apart from what masked language modelling draws
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,19 @@ class Counts:
     judged: float
 
 
+@dataclass(frozen=True)
+class Hiding:
+    """Which chance each word piece has to be hidden.
+
+    Attributes:
+        masked: from masked language modelling, which guesses it; None without that.
+        second: from the teacher, for whom it makes a second view of the text (`objectives.second_text_mask`).
+    """
+
+    masked: float | None = None
+    second: float = 0.0
+
+
 @dataclass
 class PairBatch:
     """A batch of pairs on the device, or the part of it that this rank has.
@@ -44,6 +60,7 @@ class PairBatch:
         attention_mask: bool `[batch, tokens]`.
         image_ids: `[batch]`, the same for all captions of one image.
         masked: the texts with hidden words; None without masked language modelling.
+        second_ids: `[batch, tokens]`, the texts as the teacher reads them for its features; by default `input_ids`.
         spread: how the whole batch is spread over the ranks; by default all of it is here.
         all_image_ids: `image_ids` of the whole batch.
         counts: what the losses divide by; None: as much as there is here.
@@ -56,12 +73,15 @@ class PairBatch:
     attention_mask: Tensor
     image_ids: Tensor
     masked: MaskedTexts | None = None
+    second_ids: Tensor = None  # type: ignore[assignment] - set below
     spread: Spread = None  # type: ignore[assignment] - set below
     all_image_ids: Tensor = None  # type: ignore[assignment] - set below
     counts: Counts | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.second_ids is None:
+            self.second_ids = self.input_ids
         if self.spread is None:
             self.spread = Spread((len(self.images),))
         if self.all_image_ids is None:
@@ -77,7 +97,7 @@ def lay_out(
     device: torch.device,
     seed: int,
     text: TextConfig,
-    mask_probability: float | None,
+    hiding: Hiding,
     gather: bool,
     by_id: bool,
 ) -> PairBatch:
@@ -90,7 +110,7 @@ def lay_out(
         device: where the step runs.
         seed: the same on every rank.
         text: names the special ids.
-        mask_probability: chance of each word piece to be hidden; None hides none.
+        hiding: which words are hidden from whom.
         gather: negatives are found among the pairs of all ranks.
         by_id: pairs of one image are no negatives of one another.
     """
@@ -100,11 +120,14 @@ def lay_out(
     told = ranks.gather_numbers(torch.tensor([len(batch), tokens, worded]))
     spread = Spread(tuple(told[:, 0].tolist()), ranks.rank)
     longest = int(told[:, 1].max())
-    masked = None
-    if mask_probability is not None:
-        texts, whole = (batch.input_ids, batch.attention_mask), (spread.total, longest)
+    texts, whole = (batch.input_ids, batch.attention_mask), (spread.total, longest)
+    masked, second_ids = None, None
+    if hiding.masked is not None:
         generator = torch.Generator().manual_seed(seed)
-        masked = hide_words(*texts, mask_probability, text, generator, whole, spread.start)
+        masked = hide_words(*texts, hiding.masked, text, generator, whole, spread.start)
+    if hiding.second:
+        generator = torch.Generator().manual_seed(mix(seed, SECOND_STREAM))
+        second_ids = hide_words(*texts, hiding.second, text, generator, whole, spread.start).input_ids
     hidden = 0 if masked is None else len(masked.labels)
     ids = F.pad(batch.image_ids, (0, max(spread.sizes) - len(batch)))
     told_later = ranks.gather_numbers(torch.cat([torch.tensor([hidden]), ids]))
@@ -114,6 +137,8 @@ def lay_out(
     counts = (spread.total, int(told[:, 2].sum()), int(told_later[:, 0].sum()), judged)
     if gather:
         batch, masked = _pad_texts(batch, masked, longest, text.pad_id)
+    if second_ids is not None:
+        second_ids = F.pad(second_ids, (0, batch.input_ids.shape[1] - second_ids.shape[1]), value=text.pad_id)
     batch = batch.to(device)
     return PairBatch(
         images=batch.images,
@@ -122,6 +147,7 @@ def lay_out(
         attention_mask=batch.attention_mask,
         image_ids=batch.image_ids,
         masked=None if masked is None else masked.to(device),
+        second_ids=batch.input_ids if second_ids is None else second_ids.to(device, non_blocking=True),
         spread=spread,
         all_image_ids=all_ids.to(device, non_blocking=True),
         counts=Counts(*((count or 1) / ranks.world for count in counts)),

@@ -25,7 +25,7 @@ from tercet.objectives.masking import masked_language
 from tercet.objectives.matching import Negatives, draw_negatives, gumbel_noise, matching
 from tercet.ranks import Spread
 from tercet.tasks.fusion_passes import FusionPasses, count_readers, encode_texts, gather_features, published_order
-from tercet.tasks.pair_batch import PairBatch, lay_out
+from tercet.tasks.pair_batch import Hiding, PairBatch, lay_out
 from tercet.tasks.task import Task
 
 
@@ -116,8 +116,10 @@ class Pretraining(Task):
     def prepare(self, batch: Batch, device: torch.device, seed: int) -> PairBatch:
         """The host's part of a step: hide words as `seed` says, and send the batch to `device`; see `lay_out`."""
         probability = self.config.mask_probability if "mlm" in self.enabled else None
+        second = self.config.second_text_mask if self.teacher is not None and self.contrasts else 0.0
+        hiding = Hiding(probability, second)
         gather = self.config.gather_negatives
-        return lay_out(batch, device, seed, self.student.config.text, probability, gather, by_id=self.match_ids)
+        return lay_out(batch, device, seed, self.student.config.text, hiding, gather, by_id=self.match_ids)
 
     @torch.no_grad()
     def begin_step(self) -> None:
@@ -198,7 +200,7 @@ class Pretraining(Task):
             model,
             batch.attention_mask,
             [
-                batch.input_ids if self.contrasts else None,
+                batch.second_ids if self.contrasts else None,
                 None if masked is None else masked.input_ids,
             ],
         )
@@ -234,7 +236,8 @@ class Pretraining(Task):
         if "cma" in self.enabled:
             believed = (None, None) if teacher is None else (teacher.image_feats, teacher.text_feats)
             feats = (features.image_feats, features.text_feats)
-            pair = cross_modal(*feats, *believed, candidates, temperature, alpha, batch.count("pairs"))
+            sigmoid = self.config.alignment == "sigmoid"
+            pair = cross_modal(*feats, *believed, candidates, temperature, alpha, batch.count("pairs"), sigmoid)
             losses["cma"] = torch.stack(pair).mean()
         if "imc" in self.enabled:
             feats = (features.image_feats, features.text_feats)
