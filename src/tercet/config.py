@@ -101,6 +101,11 @@ class TextConfig(Section):
     depth: int = Field(default=12, ge=2, le=1024, description="layers of text encoder and fusion encoder together")
     fusion_layer: int = Field(default=6, ge=1, description="index of the first layer with cross-attention to the image")
     heads: int = Field(default=12, ge=1, le=1024, description="attention heads")
+    pool: Literal["class", "mean"] = Field(
+        default="class",
+        description="class: [CLS] gathers by attention, as published; mean: the mean over all tokens takes its place "
+        "at the end of the text encoder, which begins to learn sooner",
+    )
     dropout: float = Field(default=0.1, ge=0, lt=1, description="dropout of hidden states and attention while training")
     pad_id: int = Field(default=0, ge=0, description="token id of padding")
     cls_id: int = Field(default=101, ge=0, description="token id of [CLS]")

@@ -1,4 +1,4 @@
-"""What is ours in the image encoder: the convolution stem, its position table, pooling by the maximum."""
+"""What is ours in the encoders: the convolution stem, its position table, pooling by maximum and mean."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import tercet
-from tercet.config import ModelConfig, VisionConfig
+from tercet.config import ModelConfig, TextConfig, VisionConfig
 from tercet.config_io import load_config
 from tercet.errors import TercetError
 from tercet.model.published_file import write_published
 from tercet.model.stem import sine_positions
 from tercet.model.tercet import Tercet
+from tercet.model.text import TextEncoder
 from tercet.model.vision import VisionTransformer
 
 SIZES = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 2}
@@ -74,9 +75,29 @@ def test_a_model_with_both_is_saved_and_loaded_but_has_no_published_form(tmp_pat
     image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
         assert torch.equal(tercet.load(tmp_path / "model").vision(image), model.eval().vision(image))
-    with pytest.raises(
-        TercetError, match=r"stem convolution and model\.vision\.pool maximum, which the published form"
-    ):
+    with pytest.raises(TercetError, match=r"has model\.vision\.stem convolution, which the published form"):
+        write_published(model, tmp_path / "model.pth")
+
+
+def test_the_mean_over_the_tokens_takes_the_place_of_the_class_token_and_no_padding_counts() -> None:
+    sizes = {"width": 32, "mlp_width": 64, "depth": 2, "fusion_layer": 1, "heads": 2, "vocabulary_size": 60}
+    plain, pooled = (
+        TextEncoder(TextConfig.model_validate({**sizes, "pool": pool})).eval() for pool in ("class", "mean")
+    )
+    pooled.load_state_dict(plain.state_dict())
+    ids, mask = torch.randint(5, 60, (2, 7)), torch.arange(7) < torch.tensor([[7], [4]])
+    before, after = plain(ids, mask), pooled(ids, mask)
+    torch.testing.assert_close(after[:, 1:], before[:, 1:], rtol=0, atol=0)
+    for row, length in enumerate((7, 4)):
+        torch.testing.assert_close(after[row, 0], before[row, :length].mean(0))
+    torch.testing.assert_close(pooled(ids[1:, :4], mask[1:, :4])[0, 0], after[1, 0])
+
+
+def test_a_text_pooled_by_the_mean_has_no_published_form(tmp_path: Path) -> None:
+    model = Tercet(ModelConfig.model_validate({"size": "tiny", "text": {"pool": "mean"}}))
+    model.save(tmp_path / "model")
+    assert tercet.load(tmp_path / "model").text.pool == "mean"
+    with pytest.raises(TercetError, match=r"has model\.text\.pool mean, which the published form"):
         write_published(model, tmp_path / "model.pth")
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tercet.config import VisionConfig
+from tercet.config import ModelConfig
 from tercet.errors import TercetError
 from tercet.files import write_atomic
 from tercet.model.published import state_to_published
@@ -63,7 +63,7 @@ def write_published(model: Tercet, file: str | Path, style: PublishedStyle | Non
         raise TercetError(f"{file} is a folder; name a file")
     heads: set[str] = set(model.config.heads)
     _refuse_together(heads)
-    _refuse_ours(model.config.vision)
+    _refuse_ours(model.config)
     style = style or ("downstream" if heads else "pretraining")
     if style == "pretraining" and heads:
         raise TercetError(f"the form of pre-training has no place for {', '.join(sorted(heads))}; leave --style out")
@@ -87,12 +87,18 @@ def _refuse_together(heads: set[str]) -> None:
         )
 
 
-def _refuse_ours(vision: VisionConfig) -> None:
-    if (vision.stem, vision.pool) != ("patch", "class"):
-        raise TercetError(
-            f"the model has model.vision.stem {vision.stem} and model.vision.pool {vision.pool}, which the published "
-            "form has no place for; train with stem patch and pool class"
-        )
+def _refuse_ours(config: ModelConfig) -> None:
+    vision, text = config.vision, config.text
+    ours = {
+        "model.vision.stem": (vision.stem, "patch"),
+        "model.vision.pool": (vision.pool, "class"),
+        "model.text.pool": (text.pool, "class"),
+    }
+    for key, (value, published) in ours.items():
+        if value != published:
+            raise TercetError(
+                f"the model has {key} {value}, which the published form has no place for; train with {key} {published}"
+            )
 
 
 def _with_teacher(published: Mapping[str, Tensor]) -> dict[str, Tensor]:

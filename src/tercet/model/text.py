@@ -36,11 +36,15 @@ def initialise_bert(width: int) -> Callable[[nn.Module], None]:
 
 
 class TextEncoder(LayerStack):
-    """Embeddings and the lower layers of the stack."""
+    """Embeddings and the lower layers of the stack.
+
+    Pooling by the mean (`model.text.pool`) is ours, for few pairs: docs/results.md has what it does.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         width = config.width
+        self.pool = config.pool
         self.dropout = config.dropout
         self.word_embed = nn.Embedding(config.vocabulary_size, width, padding_idx=config.pad_id)
         self.position_embed = nn.Embedding(config.max_positions, width)
@@ -77,6 +81,10 @@ class TextEncoder(LayerStack):
         mask = key_mask(attention_mask)
         for layer in self.layers:
             hidden = self.run(layer, hidden, mask)
+        if self.pool == "mean":
+            real = attention_mask[:, :, None].to(hidden.dtype)
+            mean = (hidden * real).sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True)
+            hidden = torch.cat([mean, hidden[:, 1:]], dim=1)
         return hidden
 
 
