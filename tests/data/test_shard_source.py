@@ -173,6 +173,17 @@ def test_a_shard_replaced_under_a_run_is_named(tmp_path: Path, tar: MakeTar, in_
             pickle.loads(pickle.dumps(source)).image(2)
 
 
+def test_an_index_of_the_same_shard_that_another_run_wrote_too_is_read_on(tmp_path: Path, tar: MakeTar) -> None:
+    path = tar(tmp_path / "a.tar", members(range(6)))
+    source = opened(path)
+    captions, waiting = [source.captions(row) for row in range(6)], pickle.dumps(source)
+    Path(f"{path}.index").unlink()
+    opened(path)
+    again = pickle.loads(waiting)
+    assert [again.captions(row) for row in range(6)] == captions
+    assert again.image(2) == source.image(2)
+
+
 def test_an_index_made_anew_under_a_run_is_noticed(tmp_path: Path, tar: MakeTar) -> None:
     path = tar(tmp_path / "a.tar", members(range(6)))
     old = pickle.dumps(opened(path))

@@ -127,10 +127,15 @@ class ShardIndex:
             stream = self.path.open("rb")
         except OSError as error:
             raise TercetError(f"cannot read {self.path}: {error.strerror}; start again to make it anew") from error
-        if _identity(stream) != self._identity:
-            stream.close()
-            raise TercetError(f"{self.path} was made anew: its shard has changed; start again to read it anew")
-        return stream
+        if _identity(stream) == self._identity:
+            return stream
+        # Two programs that open a shard for the first time together both write its index, and write the same.
+        again = load_index(self.path, self.header["state"])
+        if again is not None and again.header == self.header and again._identity == _identity(stream):
+            self._identity = again._identity
+            return stream
+        stream.close()
+        raise TercetError(f"{self.path} was made anew: its shard has changed; start again to read it anew")
 
     def unmap(self) -> None:
         """Give the map of the file back; the next reader makes a new one."""
