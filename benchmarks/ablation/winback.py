@@ -1,0 +1,100 @@
+"""What `tercet data filter` wins back of what noisy captions cost: train, filter with that model, train again.
+
+    python benchmarks/ablation/winback.py --noise 0.4 --train shards/train-*.tar --validation shards/val-*.tar \\
+        --test shards/test-*.tar --to runs/winback
+
+For each seed: a share of the captions moves to other images; a model is trained on all pairs; the pairs that this same
+model finds most alike are kept, as many as are right; and a second model is trained on them for as many steps.  Prints
+one JSON line: recall of both, and which share of the kept pairs is right.  What is done is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from noise import shuffle_captions, unpack
+from run import call, last_evaluations
+
+from tercet.errors import TercetError
+from tercet.files import write_atomic
+
+MODEL = "model"
+BATCH = 128
+
+
+def main() -> int:
+    """Parse, run what is due for every seed, and print the means."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--noise", type=float, default=0.4, help="share of images whose captions move")
+    parser.add_argument("--epochs", type=int, default=5, help="passes over the noisy pairs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--recipe", default="small-data")
+    parser.add_argument("--train", nargs="+", required=True, help="training pairs, as --data.train takes them")
+    parser.add_argument("--validation", nargs="+", required=True, help="pairs to validate on")
+    parser.add_argument("--test", nargs="+", required=True, help="pairs to report on")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further keys of both trainings")
+    parser.add_argument("--to", type=Path, required=True, help="folder of the runs")
+    options = parser.parse_args()
+    try:
+        clean = unpack(options.train, options.to / "pairs")
+        found = [one_seed(options, clean, seed) for seed in options.seeds]
+    except TercetError as error:
+        print(f"winback: error: {error}", file=sys.stderr)
+        return 1
+    means = {key: round(statistics.mean(row[key] for row in found), 2) for key in found[0]}
+    print(json.dumps({"name": "winback", "noise": options.noise, "mean": means, "seeds": found}))
+    return 0
+
+
+def one_seed(options: argparse.Namespace, clean: Path, seed: int) -> dict[str, float]:
+    """Recall with the noisy pairs and with the kept ones, and the share of kept pairs that are right."""
+    noisy = shuffle_captions(clean, options.noise, seed)
+    rows = json.loads(clean.read_text("utf-8"))
+    first, second = (options.to / f"{name}-noise{round(100 * options.noise)}-seed{seed}" for name in ("all", "kept"))
+    steps = options.epochs * (len(rows) // BATCH)
+    train(options, noisy, first, seed, steps)
+    kept = options.to / f"{second.name}.jsonl"
+    if not kept.is_file():
+        share = ["--share", str(1 - options.noise), "--by", "similarity"]
+        call(first, "data", "filter", str(noisy), "--model", str(first / MODEL), "--to", str(kept), *share)
+    train(options, kept, second, seed, steps)
+    captions = {row["image"]: set(row["caption"]) for row in rows}
+    pairs = [json.loads(line) for line in kept.read_text("utf-8").splitlines()]
+    right = [pair["caption"] in captions[Path(pair["image"]).name] for pair in pairs]
+    return {
+        "seed": seed,
+        "all": recall(first),
+        "kept": recall(second),
+        "right_before": 100 * (1 - options.noise),
+        "right_kept": 100 * statistics.mean(right),
+    }
+
+
+def train(options: argparse.Namespace, pairs: Path, place: Path, seed: int, steps: int) -> None:
+    """Train on `pairs` for `steps`, or go on with it; nothing where the model is there."""
+    if (place / MODEL).is_dir():
+        return
+    if (place / "config.yaml").is_file():
+        call(place, "train", "--resume", str(place))
+        return
+    words = ["--data.train", str(pairs), "--data.image_root", str(options.to / "pairs")]
+    words += ["--data.validation", *options.validation, "--data.test", *options.test, "--output", str(place)]
+    # As many passes as the steps may take; the schedule ends with the last step.
+    words += ["--train.epochs", str(10 * options.epochs), "--train.max_steps", str(steps), "--train.seed", str(seed)]
+    for setting in options.set:
+        key, _, value = setting.partition("=")
+        words += [f"--{key}", value]
+    call(place, "train", options.recipe, *words)
+
+
+def recall(place: Path) -> float:
+    """Mean recall of the dual encoder on the test split."""
+    return last_evaluations(place / "metrics.jsonl")["test"]["dual"]["r_mean"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
