@@ -20,7 +20,6 @@ from noise import shuffle_captions, unpack
 from run import call, last_evaluations
 
 from tercet.errors import TercetError
-from tercet.files import write_atomic
 
 MODEL = "model"
 BATCH = 128
