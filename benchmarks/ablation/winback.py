@@ -54,7 +54,7 @@ def one_seed(options: argparse.Namespace, clean: Path, seed: int) -> dict[str, f
     noisy = shuffle_captions(clean, options.noise, seed)
     rows = json.loads(clean.read_text("utf-8"))
     first, second = (options.to / f"{name}-noise{round(100 * options.noise)}-seed{seed}" for name in ("all", "kept"))
-    steps = options.epochs * (len(rows) // BATCH)
+    steps = max(1, options.epochs * (len(rows) // BATCH))
     train(options, noisy, first, seed, steps)
     kept = options.to / f"{second.name}.jsonl"
     if not kept.is_file():
@@ -80,8 +80,16 @@ def train(options: argparse.Namespace, pairs: Path, place: Path, seed: int, step
     if (place / "config.yaml").is_file():
         call(place, "train", "--resume", str(place))
         return
-    words = ["--data.train", str(pairs), "--data.image_root", str(options.to / "pairs")]
-    words += ["--data.validation", *options.validation, "--data.test", *options.test, "--output", str(place)]
+    words = [
+        "--data.train",
+        str(pairs),
+        "--data.validation",
+        *options.validation,
+        "--data.test",
+        *options.test,
+        "--output",
+        str(place),
+    ]
     # As many passes as the steps may take; the schedule ends with the last step.
     words += ["--train.epochs", str(10 * options.epochs), "--train.max_steps", str(steps), "--train.seed", str(seed)]
     for setting in options.set:

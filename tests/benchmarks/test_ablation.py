@@ -18,6 +18,7 @@ from noise import shuffle_captions
 from table import difference, mean_and_error
 
 from tercet.config_io import load_config
+from tercet.data.scenes import SceneSource
 from tercet.errors import TercetError
 from tiny_run import TINY_MODEL
 
@@ -104,3 +105,26 @@ def test_a_grid_runs_and_goes_on(tmp_path: Path) -> None:
     assert again.stdout.count("done in") == 1
     remade = json.loads((folder / "both-noise50-seed0" / "result.json").read_text())
     assert remade["test"] == results["both-noise50-seed0"]["test"]
+
+
+def test_filtering_after_noise_keeps_as_many_pairs_as_are_right_and_trains_on_them(tmp_path: Path) -> None:
+    scenes = SceneSource(20, "validation")
+    for index in range(20):
+        (tmp_path / f"{index}.png").write_bytes(scenes.image(index))
+    rows = [{"image": f"{index}.png", "caption": scenes.captions(index)[0]} for index in range(20)]
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    folder, data = tmp_path / "runs", str(tmp_path / "own.json")
+    sources = ["--train", data, "--validation", data, "--test", data, "--to", str(folder)]
+    settings = {**TINY, "train.max_steps": None, "data.scenes": None}
+    keys = [f"{key}={value}" for key, value in settings.items() if value is not None]
+    command = [sys.executable, str(ABLATION / "winback.py"), *sources, "--seeds", "0", "--noise", "0.5", "--set", *keys]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert len((folder / "kept-noise50-seed0.jsonl").read_text().splitlines()) == 10
+    (row,) = told["seeds"]
+    assert row["right_before"] == 50
+    assert 0 < row["right_kept"] < 100
+    assert 0 <= row["all"] <= 100
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.stdout == done.stdout
