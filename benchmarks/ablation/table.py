@@ -100,7 +100,8 @@ def draw(grid: Grid, results: Sequence[dict[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for index, cell in enumerate(grid.cells):
+    measured = [cell for cell in grid.cells if any(result["cell"] == cell for result in results)]
+    for index, cell in enumerate(measured):
         points = []
         for noise in grid.noise:
             runs = [result for result in results if result["cell"] == cell and result["noise"] == noise]
@@ -119,8 +120,8 @@ def draw(grid: Grid, results: Sequence[dict[str, Any]], file: Path) -> None:
         axes.set(xlabel="captions shuffled between images (%)", ylabel="mean recall on the test split (%)")
         axes.legend()
     else:
-        axes.set(xlabel="mean recall on the test split (%)", yticks=range(len(grid.cells)))
-        axes.set_yticklabels(list(grid.cells))
+        axes.set(xlabel="mean recall on the test split (%)", yticks=range(len(measured)))
+        axes.set_yticklabels(measured)
         axes.invert_yaxis()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
