@@ -82,6 +82,15 @@ def test_a_batch(source: Source) -> None:
         assert source.key(image_id) == key
 
 
+@pytest.mark.parametrize("augment_on", ["worker", "device"])
+def test_one_view_is_the_first_of_two(source: Source, augment_on: str) -> None:
+    data = {"augment": "full", "augment_on": augment_on}
+    two, one = (next(loader_of(source, data=dict(data), views=views).batches(0)).to("cpu") for views in (2, 1))
+    assert torch.equal(one.images, two.images)
+    assert one.second_views is None
+    assert two.second_views is not None
+
+
 @pytest.mark.parametrize("choice", ["random", "each"])
 def test_any_number_of_workers_gives_the_same_bits(source: Source, choice: str) -> None:
     alone = loader_of(source, data={"caption_choice": choice})

@@ -47,7 +47,7 @@ class Batch(HostBatch):
 
     Attributes:
         images: uint8 [batch, 3, height, width], RGB.
-        second_views: uint8 [batch, 3, height, width], another view of each image; None when evaluating.
+        second_views: uint8 [batch, 3, height, width], another view of each image; None where nothing reads it.
         input_ids: int64 [batch, tokens]; [CLS] and word pieces, no [SEP], padded to the batch's longest.
         attention_mask: bool [batch, tokens]; True where not padding.
         image_ids: int64 [batch]; the same number for every caption of one image.
@@ -76,8 +76,10 @@ class Batch(HostBatch):
     def to(self, device: torch.device | str) -> Batch:
         """A copy on `device`, its views finished there; from pinned memory the host does not wait for it."""
         moved = super().to(device)
-        if moved.changes is None or moved.second_views is None:
+        if moved.changes is None:
             return moved
+        if moved.second_views is None:
+            return dataclasses.replace(moved, images=moved.changes.apply(moved.images), changes=None)
         both = moved.changes.apply(torch.cat([moved.images, moved.second_views]))
         first, second = both.split(len(moved.images))
         return dataclasses.replace(moved, images=first, second_views=second, changes=None)

@@ -42,6 +42,7 @@ class TrainPlan:
         image_size: int,
         order: PairOrder,
         compat: Literal["tercet", "published"],
+        views: Literal[1, 2],
     ) -> None:
         self.source = source
         self.tokenizer = tokenizer
@@ -49,6 +50,7 @@ class TrainPlan:
         self.image_size = image_size
         self.order = order
         self.compat: Literal["tercet", "published"] = compat
+        self.views = views
         self._image_ids = image_ids(source)
         self._style = ViewStyle(image_size, data.augment, data.crop_scale, compat)
         self._on_device = data.augment_on == "device"
@@ -57,8 +59,7 @@ class TrainPlan:
         """The batch of `number`, an (epoch, step)."""
         epoch, step = number
         pairs = self.order.step_indices(epoch, step)
-        firsts: list[np.ndarray] = []
-        seconds: list[np.ndarray] = []
+        cuts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         changes: tuple[list[list[Change]], list[list[Change]]] = ([], [])
         captions: list[str] = []
         kept: list[int] = []
@@ -74,14 +75,14 @@ class TrainPlan:
                 problems.append(describe(self.source, image, error))
                 continue
             for place, (view, own) in enumerate(zip(views, drawn, strict=True)):
-                (firsts, seconds)[place].append(view)
+                cuts[place].append(view)
                 changes[place].append(own.changes)
             captions.append(clean_caption(text, self.data.max_words))
             kept.append(image)
         input_ids, attention_mask = encode_captions(self.tokenizer, captions, self.data.max_tokens)
         return Batch(
-            images=stack(firsts, self.image_size),
-            second_views=stack(seconds, self.image_size),
+            images=stack(cuts[0], self.image_size),
+            second_views=stack(cuts[1], self.image_size) if self.views == 2 else None,
             input_ids=input_ids,
             attention_mask=attention_mask,
             image_ids=torch.from_numpy(self._image_ids[kept]),
@@ -94,23 +95,21 @@ class TrainPlan:
             changes=schedule(changes[0] + changes[1], self.compat) if self._on_device else None,
         )
 
-    def _views(
-        self, image: int, text: str, rng: np.random.Generator
-    ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[View, View]]:
-        """Both views of an image, as they were drawn; left unfinished where the device is to finish them."""
+    def _views(self, image: int, text: str, rng: np.random.Generator) -> tuple[list[np.ndarray], tuple[View, ...]]:
+        """The views of an image, as they were drawn; left unfinished where the device is to finish them."""
         style = self._style
         flip = self.data.flip and (self.compat == "published" or not tells_sides(text))
         encoded = encoded_picture(self.source, image, self.data.pixel_limit)
         if isinstance(encoded, EncodedImage):
             height, width = encoded.height, encoded.width
-            drawn = style.draw_two(height, width, rng, flip)
+            drawn = style.draw_two(height, width, rng, flip)[: self.views]
             pixels = style.decode(encoded, drawn)
         else:
             height, width = encoded.shape[:2]
-            drawn = style.draw_two(height, width, rng, flip)
+            drawn = style.draw_two(height, width, rng, flip)[: self.views]
             pixels = encoded
         finish = style.cut if self._on_device else style.make
-        return (finish(pixels, drawn[0], height, width), finish(pixels, drawn[1], height, width)), drawn
+        return [finish(pixels, view, height, width) for view in drawn], drawn
 
 
 class ImagePlan:
@@ -159,6 +158,7 @@ class TrainLoader:
         compat: 'published' for the published code's augmentation.
         rank, world: this process among those that train together.
         drop_last: leave out an epoch's last batch when it is smaller; a set smaller than a batch gives one batch.
+        views: of each image; 1 where nothing reads the second.
 
     Attributes:
         report: what was left out so far, and why.
@@ -176,6 +176,7 @@ class TrainLoader:
         rank: int = 0,
         world: int = 1,
         drop_last: bool = True,
+        views: Literal[1, 2] = 2,
     ) -> None:
         if data.augment_on == "auto":
             data = data.model_copy(update={"augment_on": "device" if torch.cuda.is_available() else "worker"})
@@ -194,7 +195,7 @@ class TrainLoader:
             block_size=block,
         )
         self.report = SkipReport()
-        plan = TrainPlan(source, tokenizer, data, image_size, self.order, compat)
+        plan = TrainPlan(source, tokenizer, data, image_size, self.order, compat, views)
         self._pool: WorkerPool[Batch] = WorkerPool(plan, data.workers)
 
     @property
