@@ -195,6 +195,6 @@ def test_the_base_model_costs_less_than_the_published_method() -> None:
 def test_the_plan_counts_the_vocabulary_of_a_tokenizer_to_be_trained() -> None:
     text = describe(load_config("small-data"))
     assert "# vocabulary: 4,096 word pieces" in text
-    assert "of them trained by cma, imc, lmi:" in text
+    assert "of them trained by cma:" in text
     assert "# vocabulary" not in describe(load_config("small-data", {"data.tokenizer": "vocab.txt"}))
     assert "brings its own" in describe(load_config("small-data", {"init": "folder"}))
