@@ -61,12 +61,7 @@ def perform(grid: Grid, run: Run, sources: Sources, folder: Path) -> None:
     if (place / RESULT).is_file():
         return
     started = time.monotonic()
-    if (place / "config.yaml").is_file():
-        call(place, "train", "--resume", str(place))
-    else:
-        shutil.rmtree(place, ignore_errors=True)
-        flags = [*sources.flags(run, folder), *run.command(), "--output", str(place)]
-        call(place, "train", grid.recipe, *flags)
+    train(grid.recipe, [*sources.flags(run, folder), *run.command()], place)
     space = call(place, "evaluate", str(place), "--task", "embedding", "--data", *sources.test, "--json")
     splits = last_evaluations(place / "metrics.jsonl")
     result = {
@@ -84,6 +79,15 @@ def perform(grid: Grid, run: Run, sources: Sources, folder: Path) -> None:
         elif entry.name not in KEPT:
             entry.unlink()
     print(f"{run.name}: done in {result['minutes']} minutes", flush=True)
+
+
+def train(recipe: str, flags: Sequence[str], place: Path) -> None:
+    """Train into `place`, or go on with the run that is there."""
+    if (place / "config.yaml").is_file():
+        call(place, "train", "--resume", str(place))
+    else:
+        shutil.rmtree(place, ignore_errors=True)
+        call(place, "train", recipe, *flags, "--output", str(place))
 
 
 def call(place: Path, *words: str) -> str:

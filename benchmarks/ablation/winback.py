@@ -16,8 +16,9 @@ import statistics
 import sys
 from pathlib import Path
 
+from grid import Run
 from noise import shuffle_captions, unpack
-from run import call, last_evaluations
+from run import Sources, call, last_evaluations, train
 
 from tercet.errors import TercetError
 
@@ -55,12 +56,12 @@ def one_seed(options: argparse.Namespace, clean: Path, seed: int) -> dict[str, f
     rows = json.loads(clean.read_text("utf-8"))
     first, second = (options.to / f"{name}-noise{round(100 * options.noise)}-seed{seed}" for name in ("all", "kept"))
     steps = max(1, options.epochs * (len(rows) // BATCH))
-    train(options, noisy, first, seed, steps)
+    train_once(options, noisy, first, seed, steps)
     kept = options.to / f"{second.name}.jsonl"
     if not kept.is_file():
         share = ["--share", str(1 - options.noise), "--by", "similarity"]
         call(first, "data", "filter", str(noisy), "--model", str(first / MODEL), "--to", str(kept), *share)
-    train(options, kept, second, seed, steps)
+    train_once(options, kept, second, seed, steps)
     captions = {row["image"]: set(row["caption"]) for row in rows}
     pairs = [json.loads(line) for line in kept.read_text("utf-8").splitlines()]
     right = [pair["caption"] in captions[Path(pair["image"]).name] for pair in pairs]
@@ -73,29 +74,15 @@ def one_seed(options: argparse.Namespace, clean: Path, seed: int) -> dict[str, f
     }
 
 
-def train(options: argparse.Namespace, pairs: Path, place: Path, seed: int, steps: int) -> None:
+def train_once(options: argparse.Namespace, pairs: Path, place: Path, seed: int, steps: int) -> None:
     """Train on `pairs` for `steps`, or go on with it; nothing where the model is there."""
     if (place / MODEL).is_dir():
         return
-    if (place / "config.yaml").is_file():
-        call(place, "train", "--resume", str(place))
-        return
-    words = [
-        "--data.train",
-        str(pairs),
-        "--data.validation",
-        *options.validation,
-        "--data.test",
-        *options.test,
-        "--output",
-        str(place),
-    ]
     # As many passes as the steps may take; the schedule ends with the last step.
-    words += ["--train.epochs", str(10 * options.epochs), "--train.max_steps", str(steps), "--train.seed", str(seed)]
-    for setting in options.set:
-        key, _, value = setting.partition("=")
-        words += [f"--{key}", value]
-    call(place, "train", options.recipe, *words)
+    keys = {"train.epochs": 10 * options.epochs, "train.max_steps": steps, "train.seed": seed}
+    run = Run(place.name, 0.0, seed, keys | dict(setting.split("=", 1) for setting in options.set))
+    sources = Sources([str(pairs)], options.validation, options.test)
+    train(options.recipe, [*sources.flags(run, options.to), *run.command()], place)
 
 
 def recall(place: Path) -> float:
