@@ -14,8 +14,9 @@ from mkdocs.structure.files import File, Files
 
 from tercet.cli import main
 from tercet.commands import COMMANDS
-from tercet.config import Config, Section
+from tercet.config import Config
 from tercet.config_io import load_config, recipe_meaning, recipe_names
+from tercet.config_section import Section
 from tercet.train.cost import count_flops, expected_shape
 
 # Section titles and their pages in order; a page that is not there (yet) is left out, one not named here comes last.

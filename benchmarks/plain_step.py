@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plain import PlainModel
-from tercet.config import ObjectivesConfig, OptimConfig, TextConfig
+from tercet.config import ObjectivesConfig, OptimConfig
+from tercet.config_model import TextConfig
 
 
 @dataclass

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from machine import add_options, count_flops, describe_machine, prepare, spread, take_turns
 from plain import PlainModel, plain_scores
-from tercet.config import ModelConfig, TrainConfig, merge
+from tercet.config import TrainConfig
+from tercet.config_model import ModelConfig
+from tercet.config_section import merge
 from tercet.model.tercet import Tercet
 from tercet.tasks.rerank import score_image
 from tercet.train.parallel import place

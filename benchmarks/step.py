@@ -21,7 +21,8 @@ import torch
 from machine import add_options, count_flops, describe_machine, prepare, spread, take_turns
 from plain import PlainModel
 from plain_step import PlainBatch, PlainPretraining, plain_optimizer, sum_of_losses
-from tercet.config import Config, ModelConfig, ObjectivesConfig, TrainConfig
+from tercet.config import Config, ObjectivesConfig, TrainConfig
+from tercet.config_model import ModelConfig
 from tercet.data.loader import Batch
 from tercet.model.recompute import recompute_layers
 from tercet.model.tercet import Tercet

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from tercet.config import Config, ModelConfig
+from tercet.config import Config
 from tercet.config_io import (
     config_fields,
     default_config,
@@ -20,6 +20,7 @@ from tercet.config_io import (
     recipe_meaning,
     recipe_names,
 )
+from tercet.config_model import ModelConfig
 from tercet.errors import TercetError
 
 

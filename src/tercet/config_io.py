@@ -19,7 +19,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from tercet.config import PRESET_KEYS, Config, Section, merge
+from tercet.config import Config
+from tercet.config_model import PRESET_KEYS
+from tercet.config_section import Section, merge
 from tercet.errors import TercetError
 
 FLAGS = "the flags"

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tercet.config import ModelConfig, VqaConfig
+from tercet.config import VqaConfig
+from tercet.config_model import ModelConfig
 from tercet.data.texts import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.answer import AnswerDecoder

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tercet.config import ModelConfig
+from tercet.config_model import ModelConfig
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
 from tercet.tasks.boxes import box_scores, choose_box, inside, overlap, peak

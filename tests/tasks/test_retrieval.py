@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tercet.config import Config, DataConfig, ModelConfig
+from tercet.config import Config, DataConfig
+from tercet.config_model import ModelConfig
 from tercet.data.batches import TextBatch
 from tercet.data.scenes import SceneSource
 from tercet.data.sources import open_sources

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import tercet
-from tercet.config import Config, ModelConfig, ObjectivesConfig
+from tercet.config import Config, ObjectivesConfig
 from tercet.config_io import load_config
+from tercet.config_model import ModelConfig
 from tercet.data.sample_loader import SampleLoader
 from tercet.data.samples import SampleSource
 from tercet.data.texts import Tokenizer, clean_question

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tercet.config import ModelConfig, ObjectivesConfig, OptimConfig
+from tercet.config import ObjectivesConfig, OptimConfig
+from tercet.config_model import ModelConfig
 from tercet.model.tercet import Tercet
 from tercet.train.optim import alpha_of, build_optimizer, gradient_norm, learning_rate, step_clipped
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tercet.config import ModelConfig, ObjectivesConfig
+from tercet.config import ObjectivesConfig
 from tercet.config_io import load_config
+from tercet.config_model import ModelConfig
 from tercet.model.tercet import Tercet
 from tercet.objectives.masking import hide_words
 from tercet.objectives.total import total

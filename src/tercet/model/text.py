@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tercet.config import TextConfig
+from tercet.config_model import TextConfig
 from tercet.errors import TercetError
 from tercet.model.dropout import drop
 from tercet.model.layers import EMBEDDING_DEVIATION, ImageMemory, TextLayer, weight_deviation

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tercet.config import TextConfig, VqaConfig
+from tercet.config import VqaConfig
+from tercet.config_model import TextConfig
 from tercet.data.texts import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.answer import AnswerDecoder

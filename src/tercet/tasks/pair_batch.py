@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tercet.config import TextConfig
+from tercet.config_model import TextConfig
 from tercet.data.batches import Batch
 from tercet.data.order import mix
 from tercet.objectives.contrast import same_image

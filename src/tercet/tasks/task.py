@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tercet.config import Config, DataConfig, HeadName
+from tercet.config import Config, DataConfig
+from tercet.config_model import HeadName
 from tercet.data.batches import SkipReport
 from tercet.data.samples import SampleSource
 from tercet.data.sources import Source

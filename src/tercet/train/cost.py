@@ -11,7 +11,8 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from tercet.config import ModelConfig, ObjectivesConfig, TextConfig, VisionConfig
+from tercet.config import ObjectivesConfig
+from tercet.config_model import ModelConfig, TextConfig, VisionConfig
 from tercet.model.projection import kept_patches, pays_to_project
 
 

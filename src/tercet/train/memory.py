@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tercet.config import ModelConfig, ObjectivesConfig, TextConfig, VisionConfig
+from tercet.config import ObjectivesConfig
+from tercet.config_model import ModelConfig, TextConfig, VisionConfig
 from tercet.model.projection import kept_patches
 from tercet.train.cost import Needs, Shape, count_parameters, expected_shape, teacher_parameters, trained_parameters
 

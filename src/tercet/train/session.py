@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tercet.config import Config, ModelConfig
+from tercet.config import Config
 from tercet.config_io import dump_config
+from tercet.config_model import ModelConfig
 from tercet.data.sources import Source
 from tercet.data.texts import Tokenizer
 from tercet.errors import TercetError
