@@ -4,7 +4,8 @@
         --validation shards/val-*.tar --test shards/test-*.tar --to runs/ablation
 
 Every run is a process with one thread, `--jobs` of them at a time.  A grid that was stopped goes on where it was, run
-by run and step by step; the table and the plot hold what is finished.  `--dry-run` lists the runs.
+by run and step by step.  `--only 'cma*seed0'` does a part of it; `--table` trains nothing and writes the table and the
+plot of what is finished; `--dry-run` lists the runs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from grid import Grid, Run, read_grid
@@ -53,6 +55,24 @@ class Sources:
         if run.noise:
             train = [str(shuffle_captions(unpack(train, folder / "pairs"), run.noise, run.seed))]
         return ["--data.train", *train, "--data.validation", *self.validation, "--data.test", *self.test]
+
+
+def perform_all(grid: Grid, runs: Sequence[Run], sources: Sources, folder: Path, jobs: int) -> list[str]:
+    """Do what is due, `jobs` at a time, whatever becomes of single runs.
+
+    Returns:
+        What went wrong.
+    """
+    failures: list[str] = []
+    if any(run.noise for run in runs):
+        unpack(sources.train, folder / "pairs")
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(perform, grid, run, sources, folder) for run in runs]:
+            try:
+                future.result()
+            except TercetError as error:
+                failures.append(str(error))
+    return failures
 
 
 def perform(grid: Grid, run: Run, sources: Sources, folder: Path) -> None:
@@ -128,26 +148,24 @@ def main() -> int:
     parser.add_argument("--test", nargs="+", required=True, help="pairs to report on")
     parser.add_argument("--to", type=Path, required=True, help="folder of the runs, the table and the plot")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="names of the runs to do")
+    parser.add_argument("--table", action="store_true", help="write what is finished and train nothing")
     parser.add_argument("--dry-run", action="store_true", help="list the runs")
     options = parser.parse_args()
     failures: list[str] = []
     try:
         grid = read_grid(options.grid)
-        runs = list(grid.runs())
+        runs = [run for run in grid.runs() if any(fnmatchcase(run.name, name) for name in options.only)]
+        if not runs:
+            raise TercetError(f"no run of {options.grid} is named {' or '.join(options.only)}; see --dry-run")
         if options.dry_run:
             for run in runs:
                 state = "done" if (options.to / run.name / RESULT).is_file() else "due"
                 print(f"{state:<5} {run.name}: {' '.join(run.command())}")
             return 0
-        sources = Sources(options.train, options.validation, options.test)
-        if any(run.noise for run in runs):
-            unpack(sources.train, options.to / "pairs")
-        with ThreadPoolExecutor(options.jobs) as pool:
-            for future in [pool.submit(perform, grid, run, sources, options.to) for run in runs]:
-                try:
-                    future.result()
-                except TercetError as error:
-                    failures.append(str(error))
+        if not options.table:
+            sources = Sources(options.train, options.validation, options.test)
+            failures += perform_all(grid, runs, sources, options.to, options.jobs)
         results = [json.loads(file.read_text("utf-8")) for file in sorted(options.to.glob(f"*/{RESULT}"))]
         print(write_results(grid, results, options.to))
     except TercetError as error:

@@ -20,10 +20,10 @@ from grid import Run
 from noise import shuffle_captions, unpack
 from run import Sources, call, last_evaluations, train
 
+from tercet.config_io import load_config
 from tercet.errors import TercetError
 
 MODEL = "model"
-BATCH = 128
 
 
 def main() -> int:
@@ -55,7 +55,7 @@ def one_seed(options: argparse.Namespace, clean: Path, seed: int) -> dict[str, f
     noisy = shuffle_captions(clean, options.noise, seed)
     rows = json.loads(clean.read_text("utf-8"))
     first, second = (options.to / f"{name}-noise{round(100 * options.noise)}-seed{seed}" for name in ("all", "kept"))
-    steps = max(1, options.epochs * (len(rows) // BATCH))
+    steps = max(1, options.epochs * (len(rows) // batch_size(options)))
     train_once(options, noisy, first, seed, steps)
     kept = options.to / f"{second.name}.jsonl"
     if not kept.is_file():
@@ -80,9 +80,19 @@ def train_once(options: argparse.Namespace, pairs: Path, place: Path, seed: int,
         return
     # As many passes as the steps may take; the schedule ends with the last step.
     keys = {"train.epochs": 10 * options.epochs, "train.max_steps": steps, "train.seed": seed}
-    run = Run(place.name, 0.0, seed, keys | dict(setting.split("=", 1) for setting in options.set))
+    run = Run(place.name, 0.0, seed, keys | settings(options))
     sources = Sources([str(pairs)], options.validation, options.test)
     train(options.recipe, [*sources.flags(run, options.to), *run.command()], place)
+
+
+def settings(options: argparse.Namespace) -> dict[str, str]:
+    """The further keys of both trainings."""
+    return dict(setting.split("=", 1) for setting in options.set)
+
+
+def batch_size(options: argparse.Namespace) -> int:
+    """Pairs of a step, as the recipe or the further keys say."""
+    return int(settings(options).get("train.batch_size", load_config(options.recipe).train.batch_size))
 
 
 def recall(place: Path) -> float:

@@ -99,8 +99,18 @@ def test_a_grid_runs_and_goes_on(tmp_path: Path) -> None:
     assert "Shuffled captions: 50%" in (folder / "table.md").read_text()
     assert (folder / "plot.png").stat().st_size > 1000
 
+    (folder / "plot.png").unlink()
+    table = (folder / "table.md").read_text()
+    told = subprocess.run([*command, "--table"], capture_output=True, text=True)
+    assert told.returncode == 0 and "done in" not in told.stdout
+    assert (folder / "table.md").read_text() == table and (folder / "plot.png").is_file()
+
     (folder / "both-noise50-seed0" / "result.json").unlink()
     (folder / "both-noise50-seed0" / "config.yaml").unlink()
+    other = subprocess.run([*command, "--only", "cma-*"], capture_output=True, text=True)
+    assert other.returncode == 0 and "done in" not in other.stdout
+    wrong = subprocess.run([*command, "--only", "imc-*"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and "is named imc-*; see --dry-run" in wrong.stderr
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.stdout.count("done in") == 1
     remade = json.loads((folder / "both-noise50-seed0" / "result.json").read_text())
