@@ -208,4 +208,5 @@ ASSIGNMENT = TaskKind(
     judged_by=("assignment.accuracy",),
     heads=("assignment",),
     samples=False,
+    second_views=False,
 )

@@ -124,7 +124,7 @@ def build_loader(config: Config, source: Any, tokenizer: Tokenizer, image_size: 
         config.compat,
         ranks.rank,
         ranks.world,
-        views=2 if config.objectives.teacher else 1,  # the second is the teacher's
+        views=2 if kind.second_views and config.objectives.teacher else 1,
     )
 
 

@@ -140,6 +140,8 @@ class TaskKind:
         build: makes the task that trains a student; None for what is measured alone.
         heads: optional parts of the model that the task needs.
         samples: whether `open` gives samples; else images with captions.
+        second_views: whether its training, on images with captions, reads a second view of each where there is a
+            teacher to see it.
         clean: cleans a sample's text and cuts it to a number of words.
         words: the texts of a source of samples that a new tokenizer is trained on.
         adopt: lets a student keep something of its training data, such as the answers that occur in it; gives what
@@ -152,6 +154,7 @@ class TaskKind:
     judged_by: tuple[str, ...] = ()
     heads: tuple[HeadName, ...] = ()
     samples: bool = True
+    second_views: bool = True
     clean: Callable[[str, int], str] = clean_caption
     words: Words = sample_words
     adopt: Callable[[Tercet, Any, Config], list[str]] | None = None
