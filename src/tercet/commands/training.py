@@ -39,6 +39,9 @@ class TrainArguments:
     resume_if_there: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(aliases=["--resume-if-there"])] = False
     """go on with the run in --output where there is one, else start it: one command for the first start and for every
     restart by torchrun or a cluster"""
+    processes: int = 1
+    """start so many processes on this machine, one a device or, on a CPU, one a share of the cores; they share each
+    batch, as under torchrun"""
     config: ConfigFlags = field(default_factory=Config)
 
 
@@ -75,7 +78,42 @@ def train(arguments: list[str]) -> None:
         return
     if options.resume_if_there and config.output is None:
         raise TercetError("--resume-if-there looks for the run in --output; name a folder: --output RUN")
-    _train_and_report(config, options.resume, overrides if options.resume_if_there else None)
+    if options.processes != 1:
+        _launch(["train", *arguments], options.processes, config)
+    else:
+        _train_and_report(config, options.resume, overrides if options.resume_if_there else None)
+
+
+def _launch(words: list[str], processes: int, config: Config) -> None:
+    """Run a command as several processes that each leave out `--processes`.
+
+    Raises:
+        TercetError: these are started by torchrun already, or there are fewer devices or less than one process.
+        SystemExit: a process failed; it has told why.
+    """
+    import torch
+
+    from tercet.train.launch import launch
+    from tercet.train.parallel import wants_cuda
+
+    if processes < 1:
+        raise TercetError(f"--processes {processes} would train nothing; name 1 or more")
+    if "RANK" in os.environ:
+        raise TercetError("torchrun has started the processes; leave --processes out")
+    if wants_cuda(config.train.device) and processes > torch.cuda.device_count():
+        raise TercetError(f"--processes {processes} wants as many devices, and there are {torch.cuda.device_count()}")
+    status = launch(_without(words, "--processes"), processes)
+    if status:
+        raise SystemExit(status)
+
+
+def _without(words: list[str], flag: str) -> list[str]:
+    """The words of a command line without a flag and its value."""
+    kept = [word for word in words if not word.startswith(f"{flag}=")]
+    if flag in kept:
+        place = kept.index(flag)
+        del kept[place : place + 2]
+    return kept
 
 
 def _train_and_report(config: Config, resume: Path | None = None, found_with: dict[str, Any] | None = None) -> Path:

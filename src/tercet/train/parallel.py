@@ -119,6 +119,8 @@ def train_together(task: nn.Module, parallel: str) -> nn.Module:
         return task
     if parallel == "fsdp":
         return shard(task)
+    # oneDNN lays out the gradients of convolutions in its own way; the copy into DDP's buckets costs next to nothing.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)  # renamed in 2.13
         # The queues are buffers, equal on all ranks by themselves.
