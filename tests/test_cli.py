@@ -186,7 +186,7 @@ class TestFlags:
             assert rest == []
 
     def test_options(self) -> None:
-        own = ["--help", "--recipe", "--dry_run", "--resume", "--resume_if_there"]
+        own = ["--help", "--recipe", "--dry_run", "--resume", "--resume_if_there", "--processes"]
         assert options_of(TrainArguments) == [*own, "--dry-run", "--resume-if-there"]
 
 
@@ -244,6 +244,27 @@ class TestCommands:
         capsys.readouterr()
         assert (run / "report.html").is_file()
         assert "holds a run already" in fail(capsys, *line.split())
+
+    def test_demo_learns_figures_before_scenes(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        run = tmp_path / "demo"
+        line = (
+            "--train.max_steps 2 --train.batch_size 4 --data.scenes 16 --data.workers 0 --data.validation --data.test "
+            "--objectives.itm 0.5 --model.text.depth 2 --model.text.fusion_layer 1 --train.device cpu"
+        )
+        flags = line.split()
+        assert main(["demo", "--output", str(run), *flags]) == 0
+        said, told = capsys.readouterr().err, ["losses: cma\n", f"starts from {run}/figures/model", "losses: cma, imc"]
+        assert [said.index(words) for words in told] == sorted(said.index(words) for words in told)
+        first, second = load_config(run / "figures"), load_config(run)
+        assert first.data.train == ["scenes:figures"] and second.data.train == ["scenes"]
+        assert (first.objectives.itm, second.objectives.itm) == (0, 0.5)
+        words = [(folder / "model" / "tokenizer.json").read_bytes() for folder in (run / "figures", run)]
+        assert words[0] == words[1] == (run / "tokenizer" / "tokenizer.json").read_bytes()
+        assert "holds a run already" in fail(capsys, "demo", "--output", str(run), *flags)
+
+        other = tmp_path / "other"
+        assert main(["demo", "--output", str(other), "--init", str(run / "model"), *flags]) == 0
+        assert not (other / "figures").exists()
 
 
 def test_a_table_on_a_terminal_keeps_square_brackets(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tercet.data.scene_captions import MAX_WORDS
-from tercet.data.scenes import Scene, SceneSource, draw_scene
+from tercet.data.scenes import SPLITS, Scene, SceneSource, draw_scene
 from tercet.errors import TercetError
 
 NOUNS = ["circle", "disc", "square", "triangle", "star", "cross", "heart", "ring", "hoop", "diamond", "rhombus"]
@@ -216,6 +216,16 @@ def test_distinct_split_has_no_scene_within_another() -> None:
     assert len({each[0] for each in captions}) == 500
     assert source.caption_counts.sum() == 500
     assert {len(source.scene(i).objects) for i in range(500)} == {1, 2, 3, 4}
+
+
+def test_figures_stand_alone_and_are_those_of_no_other_split() -> None:
+    source = SceneSource(400, "figures")
+    scenes = [source.scene(index) for index in range(400)]
+    assert all(len(scene.objects) == 1 for scene in scenes)
+    assert len({scene.kinds for scene in scenes}) > 100  # of 128 kinds
+    assert read_objects(scenes[0].caption) == objects_of(scenes[0])
+    others = {SceneSource(400, split).scene(index).seed for split in SPLITS for index in range(400)}
+    assert others.isdisjoint(scene.seed for scene in scenes)
 
 
 def test_source_protocol() -> None:

@@ -101,6 +101,8 @@ def test_scenes_follow_the_split() -> None:
     assert train.image_count == 12
     assert held_out.key(0).startswith("scenes:test")
     assert open_sources(["scenes"], data, "validation").key(0).startswith("scenes:validation")
+    figures = open_sources(["scenes:figures"], data, "train")
+    assert (figures.key(0), figures.image_count) == ("scenes:figures#0", data.scenes)
     assert train.image(0) != held_out.image(0)
     with pytest.raises(TercetError, match="write scenes:test"):
         open_sources(["scenes:tests"], data, "train")

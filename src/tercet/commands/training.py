@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,11 @@ from tercet.errors import TercetError
 
 @dataclass(frozen=True)
 class DemoArguments:
-    """Train a small model on drawn scenes, evaluate it and write a report into runs/demo (or --output)."""
+    """Train a small model on drawn scenes, evaluate it and write a report into runs/demo (or --output).
+
+    Two runs: `demo-figures` aligns single figures with their captions, and `demo` goes on from it with scenes and all
+    five objectives.  --init MODEL takes the place of the first.
+    """
 
     config: ConfigFlags = field(default_factory=Config)
 
@@ -52,9 +57,42 @@ def demo(arguments: list[str]) -> None:
     overrides, rest = split_flags(arguments, DemoArguments)
     config = load_config("demo", overrides)
     parse(DemoArguments, "demo", rest, config)
+    if config.init is None:
+        from tercet.train.session import name_folder
+
+        folder = name_folder(config)
+        overrides = {**overrides, "output": str(folder), "init": str(_learn_figures(config, overrides, folder))}
+        config = load_config("demo", overrides)
     run = _train_and_report(config)
     print("Now your own pictures: put them in a folder, each with its caption in a .txt of the same name, and run")
     print(f"  tercet train small-data --data.train my_folder/\nThe model just trained is {run / 'model'}.")
+
+
+def _learn_figures(config: Config, overrides: dict[str, Any], folder: Path) -> Path:
+    """Train by `demo-figures` inside the folder of a demo, with word pieces of the demo's own captions.
+
+    Returns:
+        The model's folder.
+    """
+    from tercet.config_io import load_config
+    from tercet.data.texts import Tokenizer
+    from tercet.tasks.build import open_data, words_of
+    from tercet.train.loop import train as run_training
+
+    own = ("data.train", "data.validation", "data.test")
+    parts = ("model", "data", "optim", "train")
+    kept = {key: value for key, value in overrides.items() if key.split(".")[0] in parts and key not in own}
+    place = folder / "figures"
+    if config.data.tokenizer is None:
+        source = open_data(config.task, config.data.train, config.data, "train")
+        tokenizer = Tokenizer.train(words_of(config.task, source, config.data), config.data.tokenizer_size)
+        tokenizer.save(folder / "tokenizer")
+        kept["data.tokenizer"] = str(folder / "tokenizer")
+    first = load_config("demo-figures", {**kept, "output": str(place)})
+    print("first figures, one at a time", file=sys.stderr)
+    run_training(first)
+    print("now scenes", file=sys.stderr)
+    return place / "model"
 
 
 def train(arguments: list[str]) -> None:

@@ -20,6 +20,8 @@ from tercet.errors import TercetError
 
 SCENE_SIZE = 64
 SPLITS = {"train": 0, "validation": 1, "test": 2}
+FIGURES = "figures"  # scenes of one figure each, to learn shapes and colours from before they come in company
+_MARKS = {**SPLITS, FIGURES: 3}  # the lowest two bits of a scene's seed
 MAX_ATTEMPTS = 2000  # layouts tried for one place in a split of distinct scenes
 
 _LAYOUT, _PIXELS, _WORDS = 0, 1, 2  # separate random streams, so that a new caption form changes no picture
@@ -63,7 +65,10 @@ class Scene:
 def draw_scene(seed: int, size: int = SCENE_SIZE) -> Scene:
     """The scene that follows from `seed` (any non-negative integer), `size` pixels a side."""
     rng = scene_generator(seed, _LAYOUT)
-    objects = place(rng, random_kinds(rng))
+    kinds = random_kinds(rng)
+    if seed & 3 == _MARKS[FIGURES]:
+        kinds = kinds[:1]
+    objects = place(rng, kinds)
     return Scene(seed, size, objects, pick(rng, BACKGROUNDS))
 
 
@@ -81,7 +86,7 @@ class SceneSource:
 
     Args:
         count: number of scenes.
-        split: 'train', 'validation' or 'test'.
+        split: 'train', 'validation', 'test', or 'figures': for training, of one figure each.
         seed: any non-negative integer; another seed gives other scenes.
         distinct: see above; meant for evaluation.
         size: side of the pictures in pixels.
@@ -93,8 +98,8 @@ class SceneSource:
     def __init__(
         self, count: int, split: str = "train", seed: int = 0, *, distinct: bool = False, size: int = SCENE_SIZE
     ) -> None:
-        if split not in SPLITS:
-            raise TercetError(f"no split named {split!r} of 'scenes'; choose one of {', '.join(SPLITS)}")
+        if split not in _MARKS:
+            raise TercetError(f"no split named {split!r} of 'scenes'; choose one of {', '.join(_MARKS)}")
         if count < 1:
             raise TercetError(f"{count} scenes asked for; ask for at least 1")
         self.image_count = count
@@ -149,8 +154,8 @@ def encode_png(image: np.ndarray) -> bytes:
 def _seeds_of(split: str, seed: int, index: int) -> Iterator[int]:
     """Candidate scene seeds for one place of a split.  The lowest two bits carry the split, so that none is shared."""
     for attempt in itertools.count():
-        state = np.random.SeedSequence((SPLITS[split], seed, index, attempt)).generate_state(1, np.uint64)
-        yield int(state[0]) >> 2 << 2 | SPLITS[split]
+        state = np.random.SeedSequence((_MARKS[split], seed, index, attempt)).generate_state(1, np.uint64)
+        yield int(state[0]) >> 2 << 2 | _MARKS[split]
 
 
 def _distinct_seeds(count: int, split: str, seed: int) -> np.ndarray:

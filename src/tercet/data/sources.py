@@ -187,7 +187,8 @@ def open_sources(specs: Sequence[str], data: DataConfig, split: str) -> Source:
     """Open what the specifications name, one after the other, as one source.
 
     A specification is a file, a folder, a glob or braces of files (`shard-{000000..000005}.tar`), a URL that fsspec
-    reads, or `scenes`.  After '#' it may name a split: `flickr8k.json#test`, `coco.json#train+restval`, `x.json#all`.
+    reads, `scenes`, or `scenes:figures` of one figure each.  After '#' it may name a split: `flickr8k.json#test`,
+    `coco.json#train+restval`, `x.json#all`.
 
     Args:
         specs: the specifications.
@@ -244,8 +245,10 @@ def _open_file(file: str, suffix: str | None, data: DataConfig) -> Source:
 
 
 def _open_scenes(spec: str, data: DataConfig, split: str) -> Source:
-    from tercet.data.scenes import SceneSource
+    from tercet.data.scenes import FIGURES, SceneSource
 
+    if spec == f"scenes:{FIGURES}":
+        return SceneSource(data.scenes, FIGURES)
     wanted = scene_split(spec, split)
     if wanted == "train":
         return SceneSource(data.scenes, wanted)

@@ -188,17 +188,27 @@ def _write_start(session: Session) -> None:
     write_atomic(session.folder / CONFIG, dump_config(session.config))
 
 
-def _new_folder(config: Config) -> Path:
+def name_folder(config: Config) -> Path:
+    """The folder that a new run of `config` takes: `output`, or the first of runs/NAME, runs/NAME-2 … that is free.
+
+    Raises:
+        TercetError: `output` holds a run already.
+    """
     if config.output is not None:
         folder = Path(config.output)
         if (folder / CONFIG).exists():
             raise TercetError(f"{folder} holds a run already; go on with --resume {folder}, or name another --output")
-    else:
-        folder = Path("runs") / config.name
-        number = 2
-        while folder.exists():
-            folder = Path("runs") / f"{config.name}-{number}"
-            number += 1
+        return folder
+    folder = Path("runs") / config.name
+    number = 2
+    while folder.exists():
+        folder = Path("runs") / f"{config.name}-{number}"
+        number += 1
+    return folder
+
+
+def _new_folder(config: Config) -> Path:
+    folder = name_folder(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
