@@ -24,8 +24,7 @@ class VisionConfig(Section):
     pool: Literal["class", "maximum"] = Field(
         default="class",
         description="class: the class token gathers by attention alone, as published; maximum: the largest value of "
-        "each channel among the patches is added to it at the end, which begins to learn sooner, and the fusion "
-        "encoder reads the patches alone",
+        "each channel among the patches is added to it at the end, which begins to learn sooner",
     )
     width: int = Field(default=768, ge=8, le=65536, description="channels of a token")
     depth: int = Field(default=12, ge=1, le=1024, description="number of blocks")
@@ -48,15 +47,6 @@ class VisionConfig(Section):
     def grid(self) -> int:
         """Patches along one side."""
         return self.image_size // self.patch_size
-
-    @property
-    def first_fused(self) -> int:
-        """The first image token that the fusion encoder reads.
-
-        A class token that holds the maximum of everything tells what is there and not where; with it to read, no
-        attention to the patches is learned, and nothing of places.
-        """
-        return int(self.pool == "maximum")
 
     @property
     def stem_channels(self) -> tuple[int, ...]:

@@ -48,10 +48,9 @@ STEMS = pytest.mark.parametrize("stem", ["patch", "convolution"])
 
 
 def model_config(dropout: float = 0.0, stem: str = "patch") -> ModelConfig:
-    pool = "maximum" if stem == "convolution" else "class"
     sizes = {
         "size": "tiny",
-        "vision": {"width": 96, "depth": 3, "heads": 3, "stem": stem, "pool": pool},
+        "vision": {"width": 96, "depth": 3, "heads": 3, "stem": stem},
         "text": {"dropout": dropout, "vocabulary_size": 300, "depth": 5, "fusion_layer": 2},
     }
     return ModelConfig.model_validate(sizes)

@@ -37,8 +37,6 @@ PLACES = {
     ("right", "bottom"): ("in the bottom right corner", "at the lower right"),
 }
 
-CLEAR_OF_CENTRE = 0.1  # share of the side that a figure keeps from the middle to be called left, right, top or bottom
-
 
 def plural(noun: str) -> str:
     """The plural of a shape's noun."""
@@ -65,24 +63,6 @@ def write_captions(objects: Sequence[SceneObject], background: str, rng: np.rand
         if caption not in captions and len(caption.split()) <= MAX_WORDS:
             captions.append(caption)
     return captions
-
-
-def write_figure_captions(item: SceneObject, background: str, rng: np.random.Generator) -> list[str]:
-    """Three different true captions of a figure that stands alone; all name its kind, the first its place as well."""
-    placed = f"{pick(rng, OPENINGS)}{_name(item.kind, 1, rng)} {_whereabouts(item, rng)}"
-    return [placed, *write_captions([item], background, rng)[:2]]
-
-
-def _whereabouts(item: SceneObject, rng: np.random.Generator) -> str:
-    across, down = (
-        low if value < 0.5 - CLEAR_OF_CENTRE else high if value > 0.5 + CLEAR_OF_CENTRE else ""
-        for value, low, high in ((item.x, "left", "right"), (item.y, "top", "bottom"))
-    )
-    if across and down:
-        return pick(rng, (f"at the {down} {across}", f"in the {down} {across} corner"))
-    if across or down:
-        return pick(rng, (f"at the {across or down}", f"in the {across or down} half"))
-    return pick(rng, ("in the middle", "at the centre"))
 
 
 def _complete(objects: Sequence[SceneObject], background: str, rng: np.random.Generator) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from tercet.data.scene_captions import write_captions, write_figure_captions
+from tercet.data.scene_captions import write_captions
 from tercet.data.scene_drawing import bounding_box, draw
 from tercet.data.scene_layout import BACKGROUNDS, Kind, SceneObject, pick, place, random_kinds
 from tercet.errors import TercetError
@@ -43,9 +43,7 @@ class Scene:
 
     @functools.cached_property
     def captions(self) -> list[str]:
-        """Three different true captions, of which two name all objects with colour, shape, size and number."""
-        if self.seed & 3 == _MARKS[FIGURES]:
-            return write_figure_captions(self.objects[0], self.background, scene_generator(self.seed, _WORDS))
+        """Three different true captions; the first two name all objects with colour, shape, size and number."""
         return write_captions(self.objects, self.background, scene_generator(self.seed, _WORDS))
 
     @property
