@@ -72,14 +72,15 @@ def test_told_to_stop_it_leaves_a_checkpoint_and_goes_on(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("flags", "place", "told"),
+    ("words", "place", "told"),
     [
-        (["--processes", "0"], {}, "--processes 0 would train nothing"),
-        (["--processes=2"], {"RANK": "0"}, "torchrun has started the processes; leave --processes out"),
+        ("train demo --processes 0", {}, "--processes 0 would train nothing"),
+        ("train demo --processes=2", {"RANK": "0"}, "torchrun has started the processes; leave --processes out"),
+        ("demo", {"RANK": "0"}, "under torchrun use tercet train demo"),
     ],
 )
 def test_what_cannot_be_started_is_refused(
-    flags: list[str],
+    words: str,
     place: dict[str, str],
     told: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -87,5 +88,5 @@ def test_what_cannot_be_started_is_refused(
 ) -> None:
     for name, value in place.items():
         monkeypatch.setenv(name, value)
-    assert main(["train", "demo", *flags]) == 2
+    assert main(words.split()) == 2
     assert told in capsys.readouterr().err

@@ -57,6 +57,8 @@ def demo(arguments: list[str]) -> None:
     overrides, rest = split_flags(arguments, DemoArguments)
     config = load_config("demo", overrides)
     parse(DemoArguments, "demo", rest, config)
+    if "RANK" in os.environ:
+        raise TercetError("the demo is two runs of one process; under torchrun use tercet train demo")
     if config.init is None:
         from tercet.train.session import name_folder
 

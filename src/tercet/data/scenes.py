@@ -62,13 +62,11 @@ class Scene:
         return tuple(sorted(item.kind for item in self.objects))
 
 
-def draw_scene(seed: int, size: int = SCENE_SIZE) -> Scene:
-    """The scene that follows from `seed` (any non-negative integer), `size` pixels a side."""
+def draw_scene(seed: int, size: int = SCENE_SIZE, alone: bool = False) -> Scene:
+    """The scene that follows from `seed` (any non-negative integer), `size` pixels a side; `alone`: one figure of it."""
     rng = scene_generator(seed, _LAYOUT)
     kinds = random_kinds(rng)
-    if seed & 3 == _MARKS[FIGURES]:
-        kinds = kinds[:1]
-    objects = place(rng, kinds)
+    objects = place(rng, kinds[:1] if alone else kinds)
     return Scene(seed, size, objects, pick(rng, BACKGROUNDS))
 
 
@@ -123,7 +121,7 @@ class SceneSource:
         if not 0 <= index < self.image_count:
             raise IndexError(f"scene {index} of a source of {self.image_count}")
         seed = next(_seeds_of(self.split, self.seed, index)) if self._seeds is None else int(self._seeds[index])
-        return draw_scene(seed, self.size)
+        return draw_scene(seed, self.size, alone=self.split == FIGURES)
 
     def array(self, index: int) -> np.ndarray:
         """The picture without the detour over PNG: uint8 [size, size, 3], RGB."""
