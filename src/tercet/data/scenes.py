@@ -63,7 +63,7 @@ class Scene:
 
 
 def draw_scene(seed: int, size: int = SCENE_SIZE, alone: bool = False) -> Scene:
-    """The scene that follows from `seed` (any non-negative integer), `size` pixels a side; `alone`: one figure of it."""
+    """The scene that follows from `seed` (any non-negative integer), `size` pixels a side; `alone`: with one figure."""
     rng = scene_generator(seed, _LAYOUT)
     kinds = random_kinds(rng)
     objects = place(rng, kinds[:1] if alone else kinds)
