@@ -92,7 +92,7 @@ def settings(options: argparse.Namespace) -> dict[str, str]:
 
 def batch_size(options: argparse.Namespace) -> int:
     """Pairs of a step, as the recipe or the further keys say."""
-    return int(settings(options).get("train.batch_size", load_config(options.recipe).train.batch_size))
+    return load_config(options.recipe, settings(options)).train.batch_size
 
 
 def recall(place: Path) -> float:

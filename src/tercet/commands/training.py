@@ -63,8 +63,8 @@ def demo(arguments: list[str]) -> None:
         from tercet.train.session import name_folder
 
         folder = name_folder(config)
-        overrides = {**overrides, "output": str(folder), "init": str(_learn_figures(config, overrides, folder))}
-        config = load_config("demo", overrides)
+        figures = _learn_figures(config, overrides, folder)
+        config = config.model_copy(update={"output": str(folder), "init": str(figures)})
     run = _train_and_report(config)
     print("Now your own pictures: put them in a folder, each with its caption in a .txt of the same name, and run")
     print(f"  tercet train small-data --data.train my_folder/\nThe model just trained is {run / 'model'}.")
@@ -77,20 +77,17 @@ def _learn_figures(config: Config, overrides: dict[str, Any], folder: Path) -> P
         The model's folder.
     """
     from tercet.config_io import load_config
-    from tercet.data.texts import Tokenizer
-    from tercet.tasks.build import open_data, words_of
+    from tercet.tasks.build import open_data
     from tercet.train.loop import train as run_training
+    from tercet.train.session import TOKENIZER, find_tokenizer
 
     own = ("data.train", "data.validation", "data.test")
     parts = ("model", "data", "optim", "train")
     kept = {key: value for key, value in overrides.items() if key.split(".")[0] in parts and key not in own}
-    place = folder / "figures"
-    if config.data.tokenizer is None:
-        source = open_data(config.task, config.data.train, config.data, "train")
-        tokenizer = Tokenizer.train(words_of(config.task, source, config.data), config.data.tokenizer_size)
-        tokenizer.save(folder / "tokenizer")
-        kept["data.tokenizer"] = str(folder / "tokenizer")
-    first = load_config("demo-figures", {**kept, "output": str(place)})
+    place, words = folder / "figures", folder / TOKENIZER
+    source = open_data(config.task, config.data.train, config.data, "train")
+    find_tokenizer(config, source, words)[0].save(words)
+    first = load_config("demo-figures", {**kept, "data.tokenizer": str(words), "output": str(place)})
     print("first figures, one at a time", file=sys.stderr)
     run_training(first)
     print("now scenes", file=sys.stderr)

@@ -227,15 +227,21 @@ def _build_student(config: Config, source: TaskData, folder: Path, ranks: Ranks)
         made = student.add_heads([*config.model.heads, *kind_of(config.task).heads])
         new = f"; new in it: {', '.join(made)}" if made else ""
         return student, tokenizer, [f"starts from {config.init}{new}"]
-    tokenizer, messages = ranks.by_first(lambda: _find_tokenizer(config, source, folder / TOKENIZER))
+    tokenizer, messages = ranks.by_first(lambda: find_tokenizer(config, source, folder / TOKENIZER))
     student = Tercet(_fitted(config.model, tokenizer, config.data.max_tokens))
     # Added and not built in, so that they start alike in a new run, a resumed one and a fine-tuning.
     student.add_heads([*config.model.heads, *kind_of(config.task).heads])
     return student, tokenizer, messages
 
 
-def _find_tokenizer(config: Config, source: TaskData, saved: Path) -> tuple[Tokenizer, list[str]]:
-    """The tokenizer of the run, of the config, or a new one, and what the user should know of it."""
+def find_tokenizer(config: Config, source: TaskData, saved: Path) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer of the run, of the config, or a new one, and what the user should know of it.
+
+    Args:
+        config: of the run.
+        source: its training data, which a new one is trained on.
+        saved: where the run keeps its own; looked at first.
+    """
     if saved.is_dir():
         return Tokenizer.load(saved), []
     if config.data.tokenizer is not None:
