@@ -94,7 +94,7 @@ class PlainPretraining(nn.Module):
         temperature = self.student.temperature
         all_images = torch.cat([teacher_image.T, self.image_queue.clone()], dim=1)
         all_texts = torch.cat([teacher_text.T, self.text_queue.clone()], dim=1)
-        hard = torch.zeros(len(image_feats), all_images.shape[1])
+        hard = torch.zeros(len(image_feats), all_images.shape[1], device=image_feats.device)
         hard.fill_diagonal_(1)
         with torch.no_grad():
             to_text = (teacher_image @ all_texts / temperature).softmax(dim=1)
@@ -117,7 +117,7 @@ class PlainPretraining(nn.Module):
         side = int(grid**0.5)
         maps = patches.reshape(len(patches), grid, grid, -1).permute(0, 3, 1, 2)
         regions = F.avg_pool2d(maps, side, side).flatten(2).transpose(1, 2)
-        image_loss = self.local_of(image_feats, regions, torch.ones(regions.shape[:2]))
+        image_loss = self.local_of(image_feats, regions, regions.new_ones(regions.shape[:2]))
         return (image_loss + self.local_of(text_feats, words, attention_mask[:, 1:].float())) / 2
 
     def local_of(self, feats: Tensor, locals_: Tensor, mask: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class PlainPretraining(nn.Module):
         temperature = self.student.temperature
         own = (locals_ @ feats[:, :, None]) / temperature
         others = (feats @ locals_.reshape(batch * count, -1).T / temperature)[:, None].expand(-1, count, -1)
-        foreign = 1 - torch.eye(batch)[:, :, None].expand(-1, -1, count)
+        foreign = 1 - torch.eye(batch, device=mask.device)[:, :, None].expand(-1, -1, count)
         allowed = (foreign * mask[None]).reshape(batch, 1, batch * count)
         others = others * allowed + HIDDEN_LOCAL * (1 - allowed)
         losses = -F.log_softmax(torch.cat([own, others], dim=2), dim=2)[:, :, 0]
@@ -135,7 +135,7 @@ class PlainPretraining(nn.Module):
     @torch.no_grad()
     def enqueue(self, image_feats: Tensor, text_feats: Tensor) -> None:
         """Write the batch over the oldest features."""
-        slots = (self.pointer + torch.arange(len(image_feats))) % self.config.queue_size
+        slots = (self.pointer + torch.arange(len(image_feats), device=image_feats.device)) % self.config.queue_size
         self.image_queue[:, slots] = image_feats.T
         self.text_queue[:, slots] = text_feats.T
         self.pointer = (self.pointer + len(image_feats)) % self.config.queue_size
@@ -158,7 +158,7 @@ class PlainPretraining(nn.Module):
             torch.cat([negative_images, image_embeds]),
         )
         logits = self.student.itm_head(torch.cat([matched[:, 0], unmatched[:, 0]]))
-        labels = torch.cat([torch.ones(len(mask)), torch.zeros(2 * len(mask))]).long()
+        labels = torch.cat([logits.new_ones(len(mask)), logits.new_zeros(2 * len(mask))]).long()
         return F.cross_entropy(logits, labels)
 
     def guess(self, batch: PlainBatch, image_embeds: Tensor, teacher_images: Tensor, alpha: float) -> Tensor:
@@ -194,12 +194,16 @@ def draw_in_a_loop(logits: Tensor) -> list[int]:
 
 def hide(input_ids: Tensor, text: TextConfig, probability: float) -> tuple[Tensor, Tensor]:
     """BERT's masking: `[batch, tokens]` with words hidden, and the hidden words (-100 elsewhere)."""
-    chosen = torch.bernoulli(torch.full(input_ids.shape, probability)).bool()
+
+    def chance(value: float) -> Tensor:
+        return torch.bernoulli(torch.full(input_ids.shape, value, device=input_ids.device)).bool()
+
+    chosen = chance(probability)
     chosen &= (input_ids != text.pad_id) & (input_ids != text.cls_id)
     labels = input_ids.masked_fill(~chosen, -100)
-    replaced = torch.bernoulli(torch.full(input_ids.shape, 0.8)).bool() & chosen
-    swapped = torch.bernoulli(torch.full(input_ids.shape, 0.5)).bool() & chosen & ~replaced
-    words = torch.randint(text.vocabulary_size, input_ids.shape)
+    replaced = chance(0.8) & chosen
+    swapped = chance(0.5) & chosen & ~replaced
+    words = torch.randint(text.vocabulary_size, input_ids.shape, device=input_ids.device)
     return torch.where(swapped, words, input_ids.masked_fill(replaced, text.mask_id)), labels
 
 

@@ -2,11 +2,11 @@
 
     python benchmarks/rerank.py            # base size, 384 px, 128 captions: some minutes
     python benchmarks/rerank.py --quick    # a small model, under a minute
-    python benchmarks/rerank.py --device cuda    # bf16, on a GPU
+    python benchmarks/rerank.py --device cuda --images 64    # bf16, on a GPU, images as in an evaluation
 
-Ours projects the image once and passes captions of like length together; the published way repeats the image for
-every pair and pads every caption to 30 word pieces.  Both read texts that were encoded before, and both have to give
-the same scores in fp32 before they are timed.
+Ours projects an image once and passes captions of like length together, on a GPU those of several images; the
+published way takes one image after the other, repeats it for every pair and pads every caption to 30 word pieces.
+Both read texts that were encoded before, and both have to give the same scores in fp32 before they are timed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from tercet.config import TrainConfig
 from tercet.config_model import ModelConfig
 from tercet.config_section import merge
 from tercet.model.tercet import Tercet
-from tercet.tasks.rerank import score_image
+from tercet.tasks.rerank import score_images
 from tercet.train.parallel import place
 
 PADDED_TOKENS = 30
@@ -44,11 +45,13 @@ def natural_lengths(count: int) -> list[int]:
     return [whole[(2 * index + 1) * len(whole) // (2 * count)] for index in range(count)]
 
 
-def draw_inputs(model: Tercet, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Encoder outputs of an image `[tokens, width]` and of captions `[count, 30, width]`, and the captions' mask."""
+def draw_inputs(model: Tercet, images: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Encoder outputs of images `[images, tokens, width]` and of captions `[count, 30, width]`, and the captions' mask.
+
+    Every image is asked for all captions."""
     config = model.config
     device = model.temperature.device
-    image_embeds = torch.randn(1 + config.vision.grid**2, config.vision.width)
+    image_embeds = torch.randn(images, 1 + config.vision.grid**2, config.vision.width)
     text_embeds = torch.randn(count, PADDED_TOKENS, config.text.width)
     lengths = torch.tensor(natural_lengths(count))[torch.randperm(count)]
     mask = torch.arange(PADDED_TOKENS)[None] < lengths[:, None]
@@ -63,16 +66,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     placement = place(TrainConfig(device=arguments.device, precision="bf16" if cuda else "fp32"))
     model = Tercet(ModelConfig.model_validate(sizes)).to(placement.device).eval()
     plain = PlainModel.of(model).to(placement.device).eval()
-    count = arguments.captions
-    image_embeds, text_embeds, mask = draw_inputs(model, count)
+    captions, images = arguments.captions, arguments.images
+    count = captions * images
+    image_embeds, text_embeds, mask = draw_inputs(model, images, captions)
     own = [text[:length] for text, length in zip(text_embeds, mask.sum(dim=1).tolist(), strict=True)]
+    everything = np.arange(captions)
     scores: dict[str, Tensor] = {}
 
     def run_ours() -> None:
-        scores["ours"] = score_image(model, image_embeds, own)
+        asked = [(tokens, everything) for tokens in image_embeds]
+        scores["ours"] = torch.stack(list(score_images(model, asked, own, placement.device)))
 
     def run_plain() -> None:
-        scores["plain"] = plain_scores(plain, image_embeds, text_embeds, mask, batch=count)
+        every = [plain_scores(plain, tokens, text_embeds, mask, batch=captions) for tokens in image_embeds]
+        scores["plain"] = torch.stack(every).cpu()
 
     runs = {"ours": run_ours} | ({"plain": run_plain} if arguments.plain else {})
     flops = {name: count_flops(run) / count for name, run in runs.items()}
@@ -95,15 +102,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "unit": "seconds per pair",
         "size": "small" if arguments.quick else "base",
         "image_size": model.config.vision.image_size,
-        "captions": count,
+        "images": images,
+        "captions": captions,
         "precision": placement.precision,
-        "mean_caption_tokens": round(mask.sum().item() / count, 2),
+        "mean_caption_tokens": round(mask.sum().item() / captions, 2),
         "plain_caption_tokens": PADDED_TOKENS,
         "rounds": arguments.rounds,
         "spread": {name: spread([one / count for one in times]) for name, times in seconds.items()},
         "gflop_per_pair": {name: round(value / 1e9, 3) for name, value in flops.items()},
         "gemm_gflops": rate.summary(),
         "utilisation": round(flops["ours"] / (medians["ours"] * rate.median()), 3),
+        **({"pairs_per_second": round(1 / medians["ours"])} if cuda else {}),
         "machine": describe_machine(arguments),
     }
 
@@ -114,6 +123,7 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: bf16, the card's own rate")
     parser.add_argument("--image-size", type=int, default=384, help="side of the image in pixels")
+    parser.add_argument("--images", type=int, default=1, help="images, each with all captions")
     parser.add_argument("--captions", type=int, default=128, help="candidates of the image")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each kind")
     print(json.dumps(measure(parser.parse_args())))

@@ -13,6 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import cast
 
@@ -31,7 +34,7 @@ from tercet.tasks.pretrain import Pretraining
 from tercet.train.compilation import compile_encoders, compiled_models
 from tercet.train.cost import count_flops as cost_flops
 from tercet.train.cost import expected_shape
-from tercet.train.loop import take_step
+from tercet.train.loop import StepResult, take_step
 from tercet.train.optim import build_optimizer
 from tercet.train.parallel import place
 from tercet.train.session import Session
@@ -50,9 +53,11 @@ class OurStep:
     """`tercet.train.loop.take_step` itself, over one batch drawn at random."""
 
     def __init__(self, config: Config, batch: Batch) -> None:
-        self.batch = batch
+        # As the loader hands it over.
+        self.batch = batch.pin_memory() if config.train.device == "cuda" else batch
         student = Tercet(config.model)
         placement = place(config.train)
+        self.last: StepResult | None = None
         self.task = Pretraining(student, config.objectives).to(placement.device).train()
         recompute_layers(student, config.train.recompute)
         if config.train.compile:
@@ -78,8 +83,9 @@ class OurStep:
 
     def __call__(self) -> None:
         """One step."""
-        result = take_step(self.session, [self.batch])
-        assert result.trouble is None, result.trouble
+        # The step before is looked at once this one is on its way, as in the training loop.
+        before, self.last = self.last, take_step(self.session, [self.batch])
+        assert before is None or before.trouble is None, before.trouble
         self.session.step += 1
 
 
@@ -104,8 +110,7 @@ class PlainStep:
     def __call__(self) -> None:
         """One step."""
         self.optimizer.zero_grad(set_to_none=True)
-        # What the plain step makes anew it makes on the device that is the default.
-        with self.placement.device, self.placement.autocast():
+        with self.placement.autocast():
             loss = sum_of_losses(self.task(self.batch, self.alpha))
         loss.backward()
         self.optimizer.step()
@@ -176,7 +181,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     for step in runs.values():
         for _ in range(arguments.warm_up):
             step()
-    seconds = take_turns(runs, arguments.steps, rate)
+    # A GPU goes from one step to the next without a pause; a turn of several shows it.
+    turn = arguments.turn or (5 if arguments.device == "cuda" else 1)
+    turns = {name: partial(take_steps, step, turn) for name, step in runs.items()}
+    seconds = take_turns(turns, max(1, arguments.steps // turn), rate)
+    seconds = {name: [one / turn for one in times] for name, times in seconds.items()}
     medians = {name: statistics.median(times) / arguments.batch for name, times in seconds.items()}
     yardstick = PUBLISHED_FLOPS_A_PAIR if not arguments.quick else flops.get("plain")
     gemm = rate.median()
@@ -200,8 +209,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "utilisation": round(flops["ours"] / (medians["ours"] * gemm), 3),
         "effective": round(yardstick / (medians["ours"] * gemm), 3) if yardstick else None,
         **(on_a_card(ours, medians["ours"]) if arguments.device == "cuda" else {}),
+        **({"milliseconds_of_a_step": profile(ours)} if arguments.profile else {}),
         "machine": describe_machine(arguments),
     }
+
+
+def take_steps(step: Callable[[], object], count: int) -> None:
+    """`count` steps without a look at what they gave."""
+    for _ in range(count):
+        step()
 
 
 def on_a_card(ours: OurStep, seconds: float) -> dict[str, object]:
@@ -215,6 +231,36 @@ def on_a_card(ours: OurStep, seconds: float) -> dict[str, object]:
     }
 
 
+# What a GPU's kernels are for, by words of their names; the first that fits counts.
+KERNELS = {
+    "attention": ("attention", "sdpa", "flash", "fmha", "cudnn::fusion"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "splitkreduce"),
+    "layer norm": ("layer_norm", "gammabeta"),
+    "GELU": ("gelu",),
+    "optimizer and teacher": ("multi_tensor_apply",),
+    "copies": ("memcpy", "memset", "copy"),
+}
+
+
+def profile(step: OurStep, steps: int = 3) -> dict[str, float]:
+    """Milliseconds of a step on a GPU by what its kernels are for, and the time in which none runs."""
+    step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        started = time.perf_counter()
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+        taken = time.perf_counter() - started
+    spent = dict.fromkeys([*KERNELS, "others"], 0.0)
+    for kernel in profiler.key_averages():
+        name = kernel.key.lower()
+        kind = next((kind for kind, words in KERNELS.items() if any(word in name for word in words)), "others")
+        spent[kind] += kernel.self_device_time_total / 1e3
+    spent["nothing"] = max(0.0, taken * 1e3 - sum(spent.values()))
+    return {name: round(value / steps, 2) for name, value in spent.items()}
+
+
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -222,9 +268,11 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: bf16, the card's own rate")
     parser.add_argument("--compile", action="store_true", help="ours compiled")
     parser.add_argument("--recompute", action="store_true", help="ours with activation checkpointing")
+    parser.add_argument("--profile", action="store_true", help="on a GPU: what a step's milliseconds go to")
     parser.add_argument("--batch", type=int, default=4, help="pairs a step")
     parser.add_argument("--caption-tokens", type=int, default=20, help="word pieces of every caption")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind")
+    parser.add_argument("--turn", type=int, help="steps in a row that are timed together; default 5 on a GPU, else 1")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of each kind before the timed ones")
     print(json.dumps(measure(parser.parse_args())))
 

@@ -30,6 +30,17 @@ def test_queue_holds_the_newest_features_for_any_batch_and_queue_size(size: int,
     assert torch.equal(queue.text_feats[filled, 0], -queue.image_ids[filled].float())
 
 
+def test_what_is_not_wanted_leaves_the_queue_as_it_is() -> None:
+    queue = FeatureQueue(5, 2)
+    ids = torch.arange(3)
+    queue.enqueue(ids[:, None].float().expand(-1, 2), torch.ones(3, 2), ids, torch.tensor(True))
+    before = {name: value.clone() for name, value in queue.state_dict().items()}
+    assert before["pointer"] == 3 and before["image_ids"].tolist() == [0, 1, 2, EMPTY_ID, EMPTY_ID]
+    broken = torch.full((4, 2), float("nan"))
+    queue.enqueue(broken, broken, torch.arange(3, 7), torch.tensor(False))
+    assert all(torch.equal(value, before[name]) for name, value in queue.state_dict().items())
+
+
 def test_teacher_follows_and_takes_no_gradient() -> None:
     student = Tercet(ModelConfig(size="tiny"))
     teacher = Teacher(student, fused=True)

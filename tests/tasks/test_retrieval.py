@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from tercet.data.sources import open_sources
 from tercet.data.texts import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
-from tercet.tasks.rerank import candidate_pairs, pad_texts, score_image
+from tercet.tasks.rerank import TextTokens, candidate_pairs, match_image, match_images, pad_texts, score_image
 from tercet.tasks.retrieval import Scores, encode_texts, evaluate, evaluate_source, ranks, recall
 
 
@@ -75,6 +76,23 @@ def test_scores_of_an_image_equal_its_pairs_one_by_one(model: Tercet) -> None:
             padded, mask = pad_texts([text])
             alone = model.match_logits(padded, mask, model.remember(embeds[None]))[0, 1]
             torch.testing.assert_close(score, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_scores_of_several_images_equal_those_of_each_alone(model: Tercet) -> None:
+    generator = torch.Generator().manual_seed(2)
+    pictures = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    texts = [torch.randn(length, 128, generator=generator) for length in (3, 9, 1, 5, 9, 2, 7)]
+    wanted = [np.array([4, 0, 2]), np.array([], dtype=np.int64), np.arange(7), np.array([6, 5, 3, 1])]
+    with torch.no_grad():
+        embeds = model.encode_image(pictures)
+        bank = TextTokens.of(texts, torch.device("cpu"))
+        for block, batch_tokens in ((1, 9), (2, 30), (3, 1000)):
+            found = match_images(model, embeds, bank, wanted, batch_tokens, block)
+            assert [len(logits) for logits in found] == [3, 0, 7, 4]
+            for own, chosen, logits in zip(embeds, wanted, found, strict=True):
+                alone = match_image(model, own, [texts[index] for index in chosen])
+                torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-5)
+    assert match_images(model, embeds[:0], bank, []) == []
 
 
 def test_beyond_the_candidates_the_dual_order_stays(model: Tercet) -> None:

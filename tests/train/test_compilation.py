@@ -64,7 +64,7 @@ def run_step(task: Pretraining, tokens: int) -> tuple[dict[str, float], dict[str
     """Losses and gradients of a step."""
     task.begin_step()
     task.zero_grad(set_to_none=True)
-    prepared = task.prepare(draw_batch(tokens), torch.device("cpu"), seed=5)
+    prepared = task.prepare(draw_batch(tokens), task.student.temperature.device, seed=5)
     torch.manual_seed(5)
     output = task(prepared, 0.4)
     total(output.losses, task.config).backward()
@@ -104,6 +104,16 @@ def test_compiled_once_for_all_caption_lengths_with_the_same_losses() -> None:
 def test_inductor_gives_the_same_losses() -> None:
     torch._dynamo.reset()
     plain, compiled = make_task(), make_task()
+    compile_encoders(compiled_models(compiled))
+    for tokens in (9, 12, 20):
+        assert_same_step(compiled, plain, tokens, 1e-4)
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+def test_compiled_for_a_gpu_with_the_same_losses() -> None:
+    torch._dynamo.reset()
+    plain, compiled = make_task().cuda(), make_task().cuda()
     compile_encoders(compiled_models(compiled))
     for tokens in (9, 12, 20):
         assert_same_step(compiled, plain, tokens, 1e-4)

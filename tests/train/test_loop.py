@@ -164,6 +164,14 @@ def test_a_run_that_diverges_gives_up_with_a_sound_checkpoint(tmp_path: Path) ->
     assert sum("not finite" in line["message"] for line in lines(run, "event")) == 2
 
 
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_is_resumed_and_ends_near_one_on_a_cpu(unbroken: Path, tmp_path: Path) -> None:
+    run = train(tiny(tmp_path / "run", train__device="cuda", train__precision="fp32", train__max_steps=5))
+    train(load_config(run, {"train.max_steps": None}), run)
+    (_, last, *_), (_, expected, *_) = losses(run)[-1], losses(unbroken)[-1]
+    assert last == pytest.approx(expected, rel=0.05)
+
+
 def test_accumulated_batches_train(tmp_path: Path) -> None:
     run = train(tiny(tmp_path / "run", optim__accumulate=2, train__epochs=2))
     assert [line["step"] for line in lines(run)] == [1, 2, 3, 4]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,13 +19,31 @@ MESSAGES_KEPT = 20
 Self = TypeVar("Self", bound="HostBatch")
 
 
+@functools.cache
+def _copy_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 @dataclass
 class HostBatch:
     """A dataclass of tensors, made on the host, that moves to a device as a whole."""
 
     def to(self: Self, device: torch.device | str) -> Self:
-        """A copy on `device`; from pinned memory the host does not wait for it."""
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        """A copy on `device`; from pinned memory neither the host nor what the device still has to do waits for it."""
+        device = torch.device(device)
+        if device.type != "cuda":
+            return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        user, copier = torch.cuda.current_stream(device), _copy_stream(torch.cuda.current_device())
+
+        def send(tensor: Tensor) -> Tensor:
+            sent = tensor.to(device, non_blocking=True)
+            sent.record_stream(user)
+            return sent
+
+        with torch.cuda.stream(copier):
+            moved = self._with_tensors(send)
+        user.wait_stream(copier)
+        return moved
 
     def pin_memory(self: Self) -> Self:
         """A copy in pinned memory, from which the host can send without waiting."""

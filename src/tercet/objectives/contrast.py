@@ -95,7 +95,9 @@ def similarity(
         excluded: bool `[candidates]`, true for those that must not count.
     """
     pieces = (candidates,) if isinstance(candidates, Tensor) else candidates
-    logits = torch.cat([feats @ piece.T for piece in pieces], dim=1) / temperature
+    # The few rows are scaled, not their many products.
+    scaled = feats / temperature
+    logits = torch.cat([scaled @ piece.T for piece in pieces], dim=1)
     return logits if excluded is None else logits.masked_fill(excluded, EXCLUDED)
 
 

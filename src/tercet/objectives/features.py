@@ -109,14 +109,28 @@ class FeatureQueue(nn.Module):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
-    def enqueue(self, image_feats: Tensor, text_feats: Tensor, image_ids: Tensor) -> None:
-        """Write `[batch, embed_dim]` features and `[batch]` ids at the pointer and move it on."""
+    def enqueue(self, image_feats: Tensor, text_feats: Tensor, image_ids: Tensor, wanted: Tensor | None = None) -> None:
+        """Write a batch at the pointer and move it on.
+
+        Args:
+            image_feats: `[batch, embed_dim]`.
+            text_feats: `[batch, embed_dim]`.
+            image_ids: `[batch]`.
+            wanted: bool `[]`, on the device; where it is false nothing changes.  None is true.
+        """
         batch = image_feats.shape[0]
         if self.size == 0 or batch == 0:
             return
         kept = slice(max(0, batch - self.size), None)
         slots = (self.pointer + torch.arange(batch, device=self.pointer.device)[kept]) % self.size
-        self.image_feats.index_copy_(0, slots, image_feats[kept].to(self.image_feats.dtype))
-        self.text_feats.index_copy_(0, slots, text_feats[kept].to(self.text_feats.dtype))
-        self.image_ids.index_copy_(0, slots, image_ids[kept])
-        self.pointer.copy_((self.pointer + batch) % self.size)
+        moved = batch if wanted is None else wanted * batch
+        for ring, new in (
+            (self.image_feats, image_feats[kept]),
+            (self.text_feats, text_feats[kept]),
+            (self.image_ids, image_ids[kept]),
+        ):
+            new = new.to(ring.dtype)
+            if wanted is not None:
+                new = torch.where(wanted, new, ring.index_select(0, slots))
+            ring.index_copy_(0, slots, new)
+        self.pointer.copy_((self.pointer + moved) % self.size)

@@ -14,6 +14,7 @@ from tercet.data.sources import open_sources
 from tercet.data.texts import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
+from tercet.precision import autocast, precision_on
 from tercet.ranks import Ranks
 from tercet.tasks.assignment import ASSIGNMENT
 from tercet.tasks.embedded import evaluate_classes, evaluate_embedding
@@ -142,4 +143,6 @@ def evaluate_task(task: str, model: Tercet, source: Any, config: Config) -> Task
     """
     kind = kind_of(task)
     model.require_heads(kind.heads, task)
-    return kind.evaluate(model, source, config)
+    device = next(model.parameters()).device
+    with autocast(device, precision_on(device, config.evaluate.precision)):
+        return kind.evaluate(model, source, config)

@@ -2,89 +2,97 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tercet.model.layers import ImageMemory, JoinedMemory
 from tercet.model.tercet import Tercet
-from tercet.model.text import FusionEncoder
+from tercet.model.text import FusionEncoder, class_rows
 from tercet.objectives.features import Features
 from tercet.objectives.masking import MaskedTexts
-from tercet.objectives.matching import Negatives
 from tercet.ranks import Spread
 from tercet.tasks.pair_batch import PairBatch
 
 
+@dataclass
+class Pass:
+    """Pairs behind the lower fusion layers.
+
+    Attributes:
+        hidden: `[images, texts_per_image, tokens, width]`.
+        mask: `[images, texts_per_image, tokens]`.
+        memory: the images.
+    """
+
+    hidden: Tensor
+    mask: Tensor
+    memory: ImageMemory
+
+    def of_texts(self, texts: slice) -> Pass:
+        """Some of the texts of every image."""
+        return Pass(self.hidden[:, texts], self.mask[:, texts], self.memory)
+
+
+def finish(fusion: FusionEncoder, passes: Sequence[Pass], rows: Tensor | None = None) -> Tensor:
+    """The last fusion layer of several passes as one batch.
+
+    Args:
+        fusion: the layers.
+        passes: what the lower ones gave.
+        rows: `[pairs, slots]` positions to compute; None computes `[CLS]` alone.
+
+    Returns:
+        `[pairs, slots, width]`.
+    """
+    hidden = torch.cat([part.hidden.flatten(0, 1) for part in passes])
+    mask = torch.cat([part.mask.flatten(0, 1) for part in passes])
+    memory = JoinedMemory([(part.memory, part.hidden.shape[:2].numel()) for part in passes])
+    return fusion.last(hidden, mask, memory, class_rows(hidden) if rows is None else rows)
+
+
 class FusionPasses:
-    """Pairs of several passes, collected to go through the fusion encoder as one batch.
+    """Pairs of several passes, collected to go through the lower fusion layers as one batch.
 
     Attributes:
         texts: the texts that pairs consist of, `[texts, tokens, width]` each; every text once.
         masks: their attention masks, `[texts, tokens]` each.
-        indices: for the pairs of each pass the indices of their texts, `[pairs]` each.
-        parts: the memory of each pass and the number of pairs that read it.
+        readers: for each memory the texts that read it, as indices `[images, texts_per_image]`.
+        memories: what they read.
     """
 
     def __init__(self) -> None:
         self.texts: list[Tensor] = []
         self.masks: list[Tensor] = []
-        self.indices: list[Tensor] = []
-        self.parts: list[tuple[ImageMemory, int]] = []
+        self.readers: list[Tensor] = []
+        self.memories: list[ImageMemory] = []
 
-    def add(self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory) -> None:
-        """Add `[pairs, tokens, width]` texts that read `memory`."""
-        self._add_pairs(self._add_texts(text_embeds, attention_mask), memory)
-
-    def add_matching(
-        self,
-        features: Features,
-        memory: ImageMemory,
-        unmatched: ImageMemory,
-        negatives: Negatives,
-        pool: Features | None = None,
-    ) -> None:
-        """Add each image with its own and its negative text, side by side, then each text with its negative image.
-
-        Args:
-            features: of the batch.
-            memory: of the batch's images.
-            unmatched: of the negative image of every text.
-            negatives: which texts to take.
-            pool: what the negatives were drawn among, where it is more than the batch.
-        """
-        texts = self._add_texts(features.text_embeds, features.attention_mask)
-        if pool is None:
-            others = texts[negatives.texts]
-        else:
-            others = self._add_texts(pool.text_embeds[negatives.texts], pool.attention_mask[negatives.texts])
-        self._add_pairs(torch.stack([texts, others], dim=1).flatten(), memory)
-        self._add_pairs(texts, unmatched)
-
-    def _add_texts(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """Their indices."""
+    def add_texts(self, text_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """Add `[texts, tokens, width]` to what pairs may consist of: their indices `[texts]`."""
         before = sum(text.shape[0] for text in self.texts)
         self.texts.append(text_embeds)
         self.masks.append(attention_mask)
         return torch.arange(before, before + text_embeds.shape[0], device=text_embeds.device)
 
-    def _add_pairs(self, texts: Tensor, memory: ImageMemory) -> None:
-        self.indices.append(texts)
-        self.parts.append((memory, texts.shape[0]))
+    def add_pairs(self, texts: Sequence[Tensor], memory: ImageMemory) -> None:
+        """Let every image of `memory` be read by several texts at once: indices `[images]` for each of them."""
+        self.readers.append(torch.stack(list(texts), dim=1))
+        self.memories.append(memory)
 
-    def lower(self, fusion: FusionEncoder) -> Tensor:
-        """All pairs through the lower fusion layers, `[pairs, tokens, width]`."""
-        return fusion.lower(torch.cat(self.texts), torch.cat(self.masks), self.memory(0), torch.cat(self.indices))
-
-    @property
-    def attention_mask(self) -> Tensor:
-        """The masks of all pairs, `[pairs, tokens]`."""
-        return torch.cat(self.masks)[torch.cat(self.indices)]
-
-    def memory(self, first: int, last: int | None = None) -> ImageMemory:
-        """The memories of the passes from `first` up to `last`."""
-        return JoinedMemory(self.parts[first:last])
+    def lower(self, fusion: FusionEncoder) -> list[Pass]:
+        """All pairs through the lower fusion layers, for each memory apart."""
+        parts = [(memory, texts.numel()) for memory, texts in zip(self.memories, self.readers, strict=True)]
+        indices = torch.cat([texts.flatten() for texts in self.readers])
+        masks = torch.cat(self.masks)
+        hidden = fusion.lower(torch.cat(self.texts), masks, JoinedMemory(parts), indices)
+        return [
+            Pass(piece.unflatten(0, texts.shape), masks[texts], memory)
+            for piece, texts, memory in zip(
+                hidden.split([pairs for _, pairs in parts]), self.readers, self.memories, strict=True
+            )
+        ]
 
 
 def gather_features(features: Features, spread: Spread) -> Features:
@@ -105,7 +113,8 @@ def count_readers(batch: PairBatch, matching_passes: int, masked: MaskedTexts | 
 
 
 def published_order(logits: Tensor) -> Tensor:
-    """Rows of `add_matching` `[3 * batch, 2]` as matched pairs, negative images, negative texts."""
+    """Rows `[3 * batch, 2]` of each image with its own and its negative text, side by side, and then of each text with
+    its negative image, as matched pairs, negative images, negative texts."""
     pairs = logits.shape[0] // 3 * 2
     matched, negative_texts = logits[:pairs:2], logits[1:pairs:2]
     return torch.cat([matched, logits[pairs:], negative_texts])

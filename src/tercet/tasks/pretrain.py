@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tercet.config import ObjectivesConfig
 from tercet.data.loader import Batch
 from tercet.data.order import mix
+from tercet.model.layers import ImageMemory
 from tercet.model.tercet import Tercet
-from tercet.model.text import class_rows
 from tercet.objectives.contrast import (
     cross_modal,
     gather_candidates,
@@ -24,7 +24,14 @@ from tercet.objectives.local import local_global, pool_patches
 from tercet.objectives.masking import masked_language
 from tercet.objectives.matching import Negatives, draw_negatives, gumbel_noise, matching
 from tercet.ranks import Spread
-from tercet.tasks.fusion_passes import FusionPasses, count_readers, encode_texts, gather_features, published_order
+from tercet.tasks.fusion_passes import (
+    FusionPasses,
+    count_readers,
+    encode_texts,
+    finish,
+    gather_features,
+    published_order,
+)
 from tercet.tasks.pair_batch import Hiding, PairBatch, lay_out
 from tercet.tasks.task import Task
 
@@ -62,7 +69,7 @@ class TeacherView:
 class Pretraining(Task):
     """Student, teacher and queue, and the losses of a batch of pairs (arXiv 2202.10401).
 
-    A step is `begin_step`, `forward` and, once the losses proved finite, `remember`.
+    A step is `begin_step`, `forward` and, with the gradients at hand, `remember`.
     """
 
     def __init__(
@@ -152,15 +159,15 @@ class Pretraining(Task):
             return PairOutput(losses, sound)
         return PairOutput(losses, sound, *others)
 
-    def is_sound(self, output: PairOutput) -> bool:
-        """Whether the features of this rank's pairs are finite."""
-        return bool(output.sound)
+    def is_sound(self, output: PairOutput) -> Tensor:
+        """Bool `[]`, whether the features of this rank's pairs are finite."""
+        return output.sound
 
     @torch.no_grad()
-    def remember(self, batch: PairBatch, output: PairOutput) -> None:
-        """Put the teacher's features of a finished batch into the queue."""
+    def remember(self, batch: PairBatch, output: PairOutput, taken: Tensor | None = None) -> None:
+        """Put the teacher's features of a batch whose step was taken into the queue."""
         if self.queue is not None and output.image_feats is not None and output.text_feats is not None:
-            self.queue.enqueue(output.image_feats, output.text_feats, batch.all_image_ids)
+            self.queue.enqueue(output.image_feats, output.text_feats, batch.all_image_ids, taken)
 
     def _positive_ids(self, batch: PairBatch) -> Tensor | None:
         return batch.all_image_ids if self.match_ids else None
@@ -291,40 +298,54 @@ class Pretraining(Task):
         alpha: float,
     ) -> dict[str, Tensor]:
         """`itm` and `mlm`: every pass through the lower fusion layers in one batch, reading one image memory."""
-        passes = FusionPasses()
-        memory = None
-        if self.enabled & {"itm", "mlm"}:
-            matching_passes = 0 if negatives is None else 2 if self._gathers(batch) else 3
-            memory = self.student.remember(features.image_embeds, count_readers(batch, matching_passes, batch.masked))
-        if memory is not None and negatives is not None:
-            if self._gathers(batch):
-                everyone = gather_features(features, batch.spread)
-                unmatched = everyone.image_embeds[negatives.images]
-                unmatched = self.student.remember(unmatched, count_readers(batch, 1, None))
-                passes.add_matching(features, memory, unmatched, negatives, everyone)
-            else:
-                passes.add_matching(features, memory, memory.select(negatives.images), negatives)
-        if memory is not None and masked_embeds is not None:
-            passes.add(masked_embeds, batch.attention_mask, memory)
-        if not passes.parts:
+        masked = batch.masked if masked_embeds is not None else None
+        if not self.enabled & {"itm", "mlm"} or (negatives is None and masked is None):
             return {}
-        fusion = self.student.fusion
-        hidden = passes.lower(fusion)
-        losses: dict[str, Tensor] = {}
-        pairs = 0
+        student, passes, texts = self.student, FusionPasses(), None
+        matching_passes = 0 if negatives is None else 2 if self._gathers(batch) else 3
+        memory = student.remember(features.image_embeds, count_readers(batch, matching_passes, masked))
+        readers: list[Tensor] = []
+        unmatched = memory
         if negatives is not None:
-            pairs = 3 * features.image_feats.shape[0]
-            rows = class_rows(hidden[:pairs])
-            fused = fusion.last(hidden[:pairs], passes.attention_mask[:pairs], passes.memory(0, 2), rows)
-            logits = self.student.itm_head(fused[:, 0]).float()
+            texts = passes.add_texts(features.text_embeds, features.attention_mask)
+            others, unmatched = self._unmatched(batch, features, negatives, passes, memory)
+            readers = [texts, others]
+        if masked_embeds is not None:
+            readers.append(passes.add_texts(masked_embeds, batch.attention_mask))
+        passes.add_pairs(readers, memory)
+        if texts is not None:
+            passes.add_pairs([texts], unmatched)
+        own, *negative_images = passes.lower(student.fusion)
+        losses: dict[str, Tensor] = {}
+        if negatives is not None:
+            fused = finish(student.fusion, [own.of_texts(slice(2)), *negative_images])
+            logits = student.itm_head(fused[:, 0]).float()
             losses["itm"] = matching(published_order(logits), negatives, batch.count("judged"))
-        if masked_embeds is not None and batch.masked is not None:
-            rows = batch.masked.rows
-            fused = fusion.last(hidden[pairs:], batch.attention_mask, passes.memory(-1), rows)
-            logits = self.student.mlm_logits(fused.flatten(0, 1)[batch.masked.chosen])
+        if masked is not None:
+            fused = finish(student.fusion, [own.of_texts(slice(-1, None))], masked.rows)
+            logits = student.mlm_logits(fused.flatten(0, 1)[masked.chosen])
             guesses = None if teacher is None else teacher.mlm_logits
-            losses["mlm"] = masked_language(logits, batch.masked.labels, guesses, alpha, batch.count("hidden"))
+            losses["mlm"] = masked_language(logits, masked.labels, guesses, alpha, batch.count("hidden"))
         return losses
+
+    def _unmatched(
+        self,
+        batch: PairBatch,
+        features: Features,
+        negatives: Negatives,
+        passes: FusionPasses,
+        memory: ImageMemory,
+    ) -> tuple[Tensor, ImageMemory]:
+        """The negative text of every image, as indices `[batch]` into `passes`, and the negative images.
+
+        The texts of `batch` are the first of `passes`.
+        """
+        if not self._gathers(batch):
+            return negatives.texts, memory.select(negatives.images)
+        everyone = gather_features(features, batch.spread)
+        others = passes.add_texts(everyone.text_embeds[negatives.texts], everyone.attention_mask[negatives.texts])
+        images = everyone.image_embeds[negatives.images]
+        return others, self.student.remember(images, count_readers(batch, 1, None))
 
 
 def _own_feats(features: Features, teacher: Features | None) -> list[Tensor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,10 @@ from tercet.model.tercet import Tercet
 PASS_COST = 64
 # Text tokens in one pass.
 BATCH_TOKENS = 8192
+# On a GPU: texts of an image that stay together, text tokens in one pass, and images whose keys and values are held.
+BLOCK = 16
+DEVICE_TOKENS = 32768
+WINDOW = 64
 
 
 @dataclass
@@ -94,11 +100,130 @@ def match_image(
     return logits
 
 
+@dataclass
+class TextTokens:
+    """The tokens of many texts behind one another on one device, where a pass picks its texts from.
+
+    Attributes:
+        tokens: `[tokens, width]`, of all texts.
+        starts: where each text begins, `[texts]`.
+        lengths: tokens of each text, `[texts]`.
+        counts: the same on the host.
+    """
+
+    tokens: Tensor
+    starts: Tensor
+    lengths: Tensor
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, text_embeds: Sequence[Tensor], device: torch.device) -> TextTokens:
+        """Of texts `[tokens, width]` each."""
+        counts = np.array([len(text) for text in text_embeds], dtype=np.int64)
+        lengths = torch.from_numpy(counts).to(device)
+        return cls(torch.cat(list(text_embeds)).to(device), lengths.cumsum(0) - lengths, lengths, counts)
+
+    def padded(self, texts: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """`[chosen, longest, width]` of the `texts` `[chosen]`, and their mask `[chosen, longest]`."""
+        places = torch.arange(longest, device=texts.device)[None, :]
+        mask = places < self.lengths[texts, None]
+        # What lies behind the end of a text is any other token, which the mask hides.
+        rows = (self.starts[texts, None] + places).clamp(max=len(self.tokens) - 1)
+        return self.tokens[rows], mask
+
+
+@torch.no_grad()
+def match_images(
+    model: Tercet,
+    image_embeds: Tensor,
+    texts: TextTokens,
+    wanted: Sequence[np.ndarray],
+    batch_tokens: int = DEVICE_TOKENS,
+    block: int = BLOCK,
+) -> list[Tensor]:
+    """`itm_logits` of several images, each with texts of its own; for a GPU, which a single image does not fill.
+
+    The texts of an image are cut, by length, into blocks; a pass takes blocks of like length of any images.
+
+    Args:
+        model: in evaluation mode.
+        image_embeds: `[images, 1 + patches, vision_width]`.
+        texts: of all images.
+        wanted: for each image the indices of its texts.
+        batch_tokens: text tokens in one pass, padding included.
+        block: texts of an image that read its keys and values together; the last one repeats to fill its block.
+
+    Returns:
+        For each image `[texts, 2]`, on the host.
+    """
+    ends = np.cumsum([len(chosen) for chosen in wanted])
+    places, members, owners = [], [], []
+    for image, chosen in enumerate(wanted):
+        if len(chosen) == 0:
+            continue
+        order = np.argsort(texts.counts[chosen], kind="stable")
+        order = np.pad(order, (0, -len(order) % block), mode="edge").reshape(-1, block)
+        places.append(order + (ends[image] - len(chosen)))
+        members.append(chosen[order])
+        owners += [image] * len(order)
+    logits = torch.empty(ends[-1] if len(ends) else 0, 2)
+    if not owners:
+        return list(logits.split([0] * len(wanted)))
+    place, member = np.concatenate(places), np.concatenate(members)
+    longest = texts.counts[member[:, -1]]
+    memory = model.remember(image_embeds)
+    done: list[Tensor] = []
+    by_length = np.argsort(longest, kind="stable")
+    for rows in _passes(longest[by_length], by_length, batch_tokens // block):
+        told = np.concatenate([np.array(owners)[rows][:, None], member[rows]], axis=1)
+        index = torch.from_numpy(told).to(image_embeds.device, non_blocking=True)
+        padded, mask = texts.padded(index[:, 1:].flatten(), int(longest[rows[-1]]))
+        done.append(model.match_logits(padded, mask, memory.select(index[:, 0])))
+    logits[torch.from_numpy(place[by_length].flatten())] = torch.cat(done).cpu()
+    return list(logits.split([len(chosen) for chosen in wanted]))
+
+
+def _passes(longest: np.ndarray, blocks: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+    """`blocks`, the longest last, cut so that no pass has more than `batch_tokens` tokens in a row of its blocks."""
+    start = 0
+    while start < len(blocks):
+        end = start + 1
+        while end < len(blocks) and (end + 1 - start) * longest[end] <= batch_tokens:
+            end += 1
+        yield blocks[start:end]
+        start = end
+
+
 def score_image(
     model: Tercet, image_embeds: Tensor, text_embeds: list[Tensor], batch_tokens: int = BATCH_TOKENS
 ) -> Tensor:
     """What re-ranking goes by: the logit of a match of one image with each text, `[texts]`; see `match_image`."""
     return match_image(model, image_embeds, text_embeds, batch_tokens)[:, 1]
+
+
+def score_images(
+    model: Tercet, asked: Iterable[tuple[Tensor, np.ndarray]], text_embeds: Sequence[Tensor], device: torch.device
+) -> Iterator[Tensor]:
+    """The same for many images, in their order: one after the other on a CPU, several together on a GPU.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        asked: tokens of each image `[1 + patches, vision_width]`, and the indices of its texts.
+        text_embeds: tokens of all texts `[tokens, width]` each.
+        device: where the fusion encoder runs.
+
+    Returns:
+        For each image the scores of its texts, `[texts]`, on the host.
+    """
+    if device.type == "cpu":
+        for image_embeds, chosen in asked:
+            yield score_image(model, image_embeds, [text_embeds[index] for index in chosen])
+        return
+    texts, waiting = TextTokens.of(text_embeds, device), iter(asked)
+    while window := list(islice(waiting, WINDOW)):
+        image_embeds = torch.stack([tokens.to(device) for tokens, _ in window])
+        for logits in match_images(model, image_embeds, texts, [chosen for _, chosen in window]):
+            yield logits[:, 1]
 
 
 def candidate_pairs(similarities: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.ranks import Ranks
 from tercet.tasks.embedding import shared_space
-from tercet.tasks.rerank import EncodedTexts, candidate_pairs, chunks_by_length, pad_texts, score_image
+from tercet.tasks.rerank import EncodedTexts, candidate_pairs, chunks_by_length, pad_texts, score_images
 
 RANKS = (1, 5, 10)
 # Below every logit of a candidate, yet small enough that fp32 keeps similarities apart to 1e-5 when they are added: the
@@ -121,7 +121,7 @@ def _encode_by_length(
 
 @dataclass
 class EncodedImages:
-    """Images out of the image encoder, kept on the host.
+    """Images out of the image encoder; features on the host, tokens on the device as long as it has room.
 
     Attributes:
         image_feats: unit vectors `[images, embed_dim]`.
@@ -154,12 +154,20 @@ def encode_images(
         image_embeds = model.encode_image(batch.images.to(device))
         feats.append(model.project_image(image_embeds[:, 0]).cpu())
         if keep_tokens:
-            tokens += list(image_embeds.cpu())
+            tokens += list(image_embeds if _has_room(device) else image_embeds.cpu())
         encoded.index = torch.cat([encoded.index, batch.indices])
         encoded.keys += batch.keys
     if feats:
         encoded.image_feats, encoded.image_embeds = torch.cat(feats), tokens
     return encoded
+
+
+def _has_room(device: torch.device) -> bool:
+    """Whether a GPU has half of its memory left."""
+    if device.type != "cuda":
+        return False
+    free, total = torch.cuda.mem_get_info(device)
+    return 2 * free > total
 
 
 def encode_source_images(model: Tercet, source: Source, config: Config, keep_tokens: bool) -> EncodedImages:
@@ -224,18 +232,20 @@ def rerank(
         progress: told after each image how many pairs it had.
     """
     by_image, by_text = candidate_pairs(similarities, count)
-    found: list[tuple[int, Tensor, Tensor]] = []
+    asked: list[tuple[int, Tensor, Tensor]] = []
     for image, wanted in enumerate(by_image | by_text):
         chosen, tokens = wanted.nonzero().squeeze(1), image_embeds[image]
-        if chosen.numel() == 0 or tokens is None:
-            continue
-        embeds = [texts.text_embeds[index].to(device) for index in chosen.tolist()]
-        found.append((image, chosen, score_image(model, tokens.to(device), embeds).cpu()))
+        if chosen.numel() and tokens is not None:
+            asked.append((image, chosen, tokens))
+    scores = score_images(model, ((tokens, chosen.numpy()) for _, chosen, tokens in asked), texts.text_embeds, device)
+    found: list[tuple[int, Tensor, Tensor]] = []
+    for (image, chosen, _), own in zip(asked, scores, strict=True):
+        found.append((image, chosen, own))
         if progress is not None:
             progress(int(chosen.numel()))
     rest = similarities + UNRANKED
     scored = Scores(rest.clone(), rest.T.clone())
-    for image, chosen, logits in (scores for part in Ranks().gather(found) for scores in part):
+    for image, chosen, logits in (one for part in Ranks().gather(found) for one in part):
         from_image, from_text = by_image[image, chosen], by_text[image, chosen]
         scored.image_to_text[image, chosen[from_image]] = logits[from_image]
         scored.text_to_image[chosen[from_text], image] = logits[from_text]

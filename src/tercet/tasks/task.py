@@ -32,7 +32,7 @@ class TaskOutput(Protocol):
 class Task(nn.Module, ABC):
     """A model in training: the student, whatever follows it, and the losses of a batch.
 
-    A step is `begin_step`; for each of its batches `prepare` and `forward`; and, once the losses proved finite,
+    A step is `begin_step`; for each of its batches `prepare` and `forward`; and, with the gradients at hand,
     `remember`.  Parameters that no loss of the task reaches take no gradient.
 
     Attributes:
@@ -60,12 +60,18 @@ class Task(nn.Module, ABC):
     def forward(self, prepared: Any, alpha: float, /) -> TaskOutput:
         """Losses of what `prepare` gave; `alpha` is the weight of the teacher's soft targets now."""
 
-    def is_sound(self, output: Any, /) -> bool:
-        """Whether what `forward` computed on this rank is finite, whatever it gathered from others."""
-        return all(bool(loss.isfinite()) for loss in output.losses.values())
+    def is_sound(self, output: Any, /) -> Tensor:
+        """Bool `[]`, whether what `forward` computed on this rank is finite, whatever it gathered from others."""
+        return torch.stack([loss.detach().isfinite() for loss in output.losses.values()]).all()
 
-    def remember(self, prepared: Any, output: Any, /) -> None:
-        """Keep what later steps read, such as features for the queue."""
+    def remember(self, prepared: Any, output: Any, taken: Tensor | None = None, /) -> None:
+        """Keep what later steps read, such as features for the queue.
+
+        Args:
+            prepared: what `forward` had.
+            output: what it gave.
+            taken: bool `[]`, on the device; nothing is kept where it is false.  None is true.
+        """
 
 
 class TaskResult(Protocol):

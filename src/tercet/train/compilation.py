@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from tercet.model.layers import Mlp, SelfAttention, TextLayer, VisionBlock
+from tercet.model.layers import TextLayer, VisionBlock
 from tercet.model.tercet import Tercet
 
 # Of one layer's code: student and teacher, training and evaluation, with and without rows, each in its own graph.
@@ -16,11 +16,11 @@ VARIANTS = 32
 
 
 def compile_encoders(models: Iterable[nn.Module], backend: str = "inductor") -> int:
-    """Compile, in place, the blocks of the vision transformer, and attention and MLP of the text's layers.
+    """Compile, in place, the blocks of the vision transformer, and of the text's layers what no image memory enters.
 
     Layers are compiled one by one: all of a kind share one graph, so that a deep model compiles as fast as a shallow
     one.  The number of tokens is a variable of the text's graphs; a caption length that was not seen before compiles
-    nothing.  Cross-attention to an image memory stays as it is, since what it reads is a list of any length.  Names of
+    nothing.  Attention to an image memory stays as it is, since what it reads is a list of any length.  Names of
     parameters do not change.
 
     Args:
@@ -45,8 +45,9 @@ def _compile_layer(layer: nn.Module, backend: str) -> bool:
         layer.compile(backend=backend)
         return True
     if isinstance(layer, TextLayer):
-        for part in (layer.attention, layer.mlp):
-            cast(SelfAttention | Mlp, part).compile(backend=backend, dynamic=True)
+        reads = hasattr(layer, "cross_attention")
+        for part in ("read_text", "take_in" if reads else "think"):
+            setattr(layer, part, torch.compile(getattr(layer, part), backend=backend, dynamic=True))
         return True
     return False
 

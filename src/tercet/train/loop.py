@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,19 @@ class StepResult:
         losses: mean over the batches of the step, still on the device.
         grad_norm: `[]`, before clipping.
         pairs: pairs that were read.
-        trouble: why the step was not taken; None when it was.
+        find_trouble: see `trouble`.
     """
 
     losses: dict[str, Tensor]
     grad_norm: Tensor
     pairs: int
-    trouble: str | None = None
+    find_trouble: Callable[[], str | None]
+
+    @cached_property
+    def trouble(self) -> str | None:
+        """Why the step was not taken; None when it was.  The host waits here for the device, and where there is trouble
+        the ranks tell one another, so that all of them have to ask at the same time."""
+        return self.find_trouble()
 
 
 def train(config: Config, resume: Path | None = None) -> Path:
@@ -85,19 +92,12 @@ def run_steps(session: Session, tracker: Tracker, stop: StopRequest) -> None:
     """The steps that are still due, with what comes between them."""
     settings = session.config.train
     pace = Pace()
-    bad_steps = 0
+    watch = Watch(session, tracker)
     for batches in due_steps(session):
         result = take_step(session, batches)
         session.step += 1
         pace.add(result.pairs, batches)
-        bad_steps = bad_steps + 1 if result.trouble else 0
-        if result.trouble:
-            tracker.event(session.step, result.trouble)
-        if bad_steps >= settings.max_bad_steps:
-            save(session, wait=True)
-            raise TercetError(
-                f"{bad_steps} steps in a row were not finite; lower optim.lr and go on with --resume {session.folder}"
-            )
+        watch.add(result)
         if (session.step % settings.log_every == 0 or session.step == session.total_steps) and result.losses:
             tracker.log_train(session.step, measure(session, result, pace))
         else:
@@ -111,10 +111,46 @@ def run_steps(session: Session, tracker: Tracker, stop: StopRequest) -> None:
             save(session, wait=True)
             tracker.event(session.step, f"stopped by {stopped}")
             raise Stopped(f"stopped by {stopped}; go on with: tercet train --resume {session.folder}")
+    watch.look()
+
+
+class Watch:
+    """Asks each step for trouble once the next one is on its way, so that the device never waits for the host."""
+
+    def __init__(self, session: Session, tracker: Tracker) -> None:
+        self._session = session
+        self._tracker = tracker
+        self._last: tuple[int, StepResult] | None = None
+        self._bad_steps = 0
+
+    def add(self, result: StepResult) -> None:
+        """Look at the step before, and keep `result`, of the step that was just given to the device.
+
+        Raises:
+            TercetError: too many steps in a row were not finite; a checkpoint is written first.
+        """
+        self.look()
+        self._last = self._session.step, result
+
+    def look(self) -> None:
+        """Look at the step that was added last; see `add`."""
+        if self._last is None:
+            return
+        (step, result), self._last = self._last, None
+        self._bad_steps = self._bad_steps + 1 if result.trouble else 0
+        if result.trouble:
+            self._tracker.event(step, result.trouble)
+        if self._bad_steps >= self._session.config.train.max_bad_steps:
+            save(self._session, wait=True)
+            raise TercetError(
+                f"{self._bad_steps} steps in a row were not finite; "
+                f"lower optim.lr and go on with --resume {self._session.folder}"
+            )
 
 
 def take_step(session: Session, batches: Sequence[StepBatch]) -> StepResult:
-    """One optimizer step over one batch, or over several whose gradients are summed.
+    """One optimizer step over one batch, or over several whose gradients are summed; none where a gradient is not
+    finite.  The host does not wait for the device to do it.
 
     Every random choice follows from the seed and the step, so that a resumed run repeats an unbroken one exactly.
     """
@@ -128,7 +164,7 @@ def take_step(session: Session, batches: Sequence[StepBatch]) -> StepResult:
     parts = [task.prepare(batch, session.placement.device, seed) for batch, seed in zip(batches, seeds, strict=True)]
     parts = [(part, seed) for part, seed in zip(parts, seeds, strict=True) if part.spread.total]
     if not parts:
-        return StepResult({}, torch.zeros(()), 0, "every sample of the step is broken")
+        return StepResult({}, torch.zeros(()), 0, lambda: "every sample of the step is broken")
 
     task.begin_step()
     optimizer.zero_grad(set_to_none=True)
@@ -144,16 +180,16 @@ def take_step(session: Session, batches: Sequence[StepBatch]) -> StepResult:
         for name, loss in output.losses.items():
             losses[name] = losses.get(name, torch.zeros(())) + loss.detach() / len(parts)
     grad_norm = gradient_norm(task.student)
-
-    pairs = sum(prepared.spread.total for prepared, _ in parts)
-    if not bool(torch.isfinite(grad_norm)):  # the one point of a step where the host waits for the device
-        optimizer.zero_grad(set_to_none=True)
-        sound = all(task.is_sound(output) for _, output in done)
-        return StepResult(losses, grad_norm, pairs, name_trouble(losses, batches, sound, session.ranks))
+    finite = torch.isfinite(grad_norm)
     step_clipped(optimizer, grad_norm, config.optim.clip_norm)
     for prepared, output in done:
-        task.remember(prepared, output)
-    return StepResult(losses, grad_norm, pairs)
+        task.remember(prepared, output, finite)
+    sound = torch.stack([task.is_sound(output) for _, output in done]).all()
+
+    def find_trouble() -> str | None:
+        return None if bool(finite) else name_trouble(losses, batches, bool(sound), session.ranks)
+
+    return StepResult(losses, grad_norm, sum(prepared.spread.total for prepared, _ in parts), find_trouble)
 
 
 def name_trouble(losses: dict[str, Tensor], batches: Sequence[StepBatch], sound: bool, ranks: Ranks) -> str:

@@ -64,23 +64,28 @@ def gradient_norm(model: nn.Module) -> Tensor:
 
 
 def step_clipped(optimizer: torch.optim.Optimizer, grad_norm: Tensor, limit: float | None) -> None:
-    """Step with the gradients scaled down to a norm of `limit` where theirs is larger; None does not clip.
+    """Step with the gradients scaled down to a norm of `limit` where theirs is larger; do not where it is not finite.
 
     The fused kernel scales while it reads the gradients, which saves the passes over them that clipping first would
-    take.
+    take, and leaves everything as it is where the norm is not finite, so that the host need not wait to know.
 
     Args:
         optimizer: of `build_optimizer`.
         grad_norm: `[]`, of `gradient_norm`.
-        limit: the largest norm.
+        limit: the largest norm; None does not clip.
     """
     gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
-    if limit is not None and any(hasattr(gradient, "to_local") for gradient in gradients):
-        pieces = [local_part(gradient) for gradient in gradients if gradient is not None]
-        torch._foreach_mul_(pieces, (limit / grad_norm).clamp(max=1.0))  # pyright: ignore[reportPrivateImportUsage]
-    elif limit is not None:
-        # What the fused step divides gradients by; torch.amp's scaler sets it in the same way.
-        optimizer.grad_scale = (grad_norm / limit).clamp(min=1.0)  # type: ignore[attr-defined]
+    if any(hasattr(gradient, "to_local") for gradient in gradients):
+        # Parameters in pieces (FSDP) do not take the numbers below, which are no pieces.
+        if not bool(torch.isfinite(grad_norm)):
+            return
+        if limit is not None:
+            pieces = [local_part(gradient) for gradient in gradients if gradient is not None]
+            torch._foreach_mul_(pieces, (limit / grad_norm).clamp(max=1.0))  # pyright: ignore[reportPrivateImportUsage]
+    else:
+        # torch.amp's scaler sets both in the same way: what the fused step divides gradients by, and whether to skip.
+        optimizer.grad_scale = None if limit is None else (grad_norm / limit).clamp(min=1.0)  # type: ignore[attr-defined]
+        optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
     optimizer.step()
 
 

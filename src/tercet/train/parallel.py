@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tercet.config import TrainConfig
 from tercet.errors import TercetError
+from tercet.precision import autocast, precision_on
 from tercet.ranks import Ranks, lost_rank
 from tercet.train.meeting import fresh_store
 from tercet.train.shards import reduce_whole, shard
@@ -39,9 +40,7 @@ class Placement:
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context of a forward pass."""
-        if self.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return autocast(self.device, self.precision)
 
 
 @contextlib.contextmanager
@@ -102,10 +101,7 @@ def place(config: TrainConfig) -> Placement:
     """
     cuda = wants_cuda(config.device)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if native_bf16(device) else "fp32"
-    return Placement(device, precision)
+    return Placement(device, precision_on(device, config.precision))
 
 
 def train_together(task: nn.Module, parallel: str) -> nn.Module:
@@ -139,16 +135,6 @@ def summing(trained: nn.Module, last: bool) -> Iterator[None]:
     yield
     if isinstance(trained, FSDPModule) and last:
         reduce_whole(trained)
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Whether bf16 is faster than fp32 on a device: CUDA from compute capability 8.0, and processors with AMX tiles.
-
-    AVX512-BF16 without AMX does not count: its matrix products were measured at 0.6 times the rate of fp32.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.cpu._is_amx_tile_supported()
 
 
 def machine_name(device: torch.device) -> str:
