@@ -143,15 +143,17 @@ def main() -> int:
     """Parse, run what is due, and write what is there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("grid", type=Path, help="YAML file of the grid")
-    parser.add_argument("--train", nargs="+", required=True, help="training pairs, as --data.train takes them")
-    parser.add_argument("--validation", nargs="+", required=True, help="pairs to validate on")
-    parser.add_argument("--test", nargs="+", required=True, help="pairs to report on")
+    parser.add_argument("--train", nargs="+", help="training pairs, as --data.train takes them")
+    parser.add_argument("--validation", nargs="+", help="pairs to validate on")
+    parser.add_argument("--test", nargs="+", help="pairs to report on")
     parser.add_argument("--to", type=Path, required=True, help="folder of the runs, the table and the plot")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="names of the runs to do")
     parser.add_argument("--table", action="store_true", help="write what is finished and train nothing")
     parser.add_argument("--dry-run", action="store_true", help="list the runs")
     options = parser.parse_args()
+    if not (options.table or options.dry_run or (options.train and options.validation and options.test)):
+        parser.error("runs need --train, --validation and --test; --table and --dry-run do without")
     failures: list[str] = []
     try:
         grid = read_grid(options.grid)
