@@ -26,6 +26,12 @@ class VisionConfig(Section):
         description="class: the class token gathers by attention alone, as published; maximum: the largest value of "
         "each channel among the patches is added to it at the end, which begins to learn sooner",
     )
+    window: int | None = Field(
+        default=None,
+        ge=0,
+        description="rows and columns that a patch sees around itself; the class token sees every patch, and none sees "
+        "it; none: all tokens see all, as published",
+    )
     width: int = Field(default=768, ge=8, le=65536, description="channels of a token")
     depth: int = Field(default=12, ge=1, le=1024, description="number of blocks")
     heads: int = Field(default=12, ge=1, le=1024, description="attention heads")

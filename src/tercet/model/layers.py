@@ -191,8 +191,8 @@ class SelfAttention(nn.Module):
 
         Args:
             hidden: `[batch, tokens, width]`.
-            mask: bool `[batch, 1, 1, tokens]`, True where a token may be looked at; with a cache, its last dimension
-                counts the cached tokens too.
+            mask: bool `[batch, 1, 1, tokens]`, True where a token may be looked at, or another for each query; with a
+                cache, its last dimension counts the cached tokens too.
             queries: `[batch, slots, width]`, the rows to compute; None computes all of them.
             cache: tokens in front of `hidden` that may be looked at as well; `hidden` is added to it.
             layer: index of this layer in the cache.
@@ -352,9 +352,9 @@ class VisionBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, mlp_width)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """`[batch, tokens, width]` to the same."""
-        hidden = hidden + self.attention(self.attention_norm(hidden))
+    def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`[batch, tokens, width]` to the same; `mask` as in `attention`."""
+        hidden = hidden + self.attention(self.attention_norm(hidden), mask)
         return hidden + self.mlp(self.mlp_norm(hidden))
 
 

@@ -92,6 +92,7 @@ def _refuse_ours(config: ModelConfig) -> None:
     ours = {
         "model.vision.stem": (vision.stem, "patch"),
         "model.vision.pool": (vision.pool, "class"),
+        "model.vision.window": (vision.window, None),
         "model.text.pool": (text.pool, "class"),
     }
     for key, (value, published) in ours.items():

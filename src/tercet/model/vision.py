@@ -24,8 +24,8 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 class VisionTransformer(LayerStack):
     """Patches and a class token through pre-norm blocks, with a final norm over all tokens (ViT, arXiv 2010.11929).
 
-    A convolution stem and pooling by the maximum (`model.vision.stem`, `model.vision.pool`) are ours, for few images:
-    docs/results.md has what they do.
+    A convolution stem, pooling by the maximum and patches that see their neighbours alone (`model.vision.stem`, `pool`
+    and `window`) are ours, for few images: docs/results.md has what they do.
     """
 
     image_mean: Tensor
@@ -36,6 +36,7 @@ class VisionTransformer(LayerStack):
         self.patch_size = config.patch_size
         width = config.width
         self.pool = config.pool
+        self.window = config.window
         self.patch_embed = (
             ConvolutionStem(config.stem_channels, width)
             if config.stem == "convolution"
@@ -86,6 +87,7 @@ class VisionTransformer(LayerStack):
         convolves = isinstance(self.patch_embed, ConvolutionStem)
         patches = self.patch_embed(pixels) if convolves else to_patches(pixels, self.patch_size)
         positions = resize_position_embed(self.position_embed, rows, columns)
+        left = None
         if drop > 0 and self.training:
             left = draw_patches(patches, kept_patches(rows * columns, drop))
             own = take_rows(positions[:, 1:].expand(patches.shape[0], -1, -1), left)
@@ -93,8 +95,9 @@ class VisionTransformer(LayerStack):
             positions = torch.cat([positions[:, :1].expand(patches.shape[0], -1, -1), own], dim=1)
         embedded = patches if convolves else self.patch_embed(patches)
         hidden = torch.cat([self.class_token.expand(patches.shape[0], -1, -1), embedded], dim=1) + positions
+        mask = None if self.window is None else neighbours(rows, columns, self.window, left, hidden.device)
         for block in self.blocks:
-            hidden = self.run(block, hidden)
+            hidden = self.run(block, hidden, mask)
         if self.pool == "maximum":
             hidden = torch.cat([hidden[:, :1] + hidden[:, 1:].amax(dim=1, keepdim=True), hidden[:, 1:]], dim=1)
         return self.norm(hidden)
@@ -122,6 +125,30 @@ def draw_patches(patches: Tensor, count: int) -> Tensor:
     """
     chances = torch.rand(patches.shape[:2], device=patches.device)
     return chances.topk(count, dim=1).indices.sort(dim=1).values
+
+
+def neighbours(rows: int, columns: int, window: int, left: Tensor | None, device: torch.device) -> Tensor:
+    """Which tokens see which: patches those around them, the class token all patches and itself.
+
+    Patches that saw all others would carry what the whole image shows, and a text that asks where something is would
+    read it off any of them.
+
+    Args:
+        rows: patches from top to bottom.
+        columns: patches from left to right.
+        window: rows and columns around a patch.
+        left: of patches that were dropped, those that are left, `[batch, kept]`; None: all are there.
+        device: where the mask is to be.
+
+    Returns:
+        Bool `[1 or batch, 1, tokens, tokens]`, True where a token of the third dimension sees one of the fourth.
+    """
+    place = torch.arange(rows * columns, device=device)
+    place = place[None] if left is None else left
+    row, column = place // columns, place % columns
+    apart = torch.maximum((row[:, :, None] - row[:, None]).abs(), (column[:, :, None] - column[:, None]).abs())
+    seen = F.pad(apart <= window, (1, 0), value=False)
+    return F.pad(seen, (0, 0, 1, 0), value=True)[:, None]
 
 
 def resize_position_embed(position_embed: Tensor, rows: int, columns: int) -> Tensor:
