@@ -69,9 +69,10 @@ def attention(
     # No fused CPU kernel drops weights; what PyTorch falls back to scales queries and keys apart and copies both.
     written_out = tap is not None or (dropout > 0 and query.device.type == "cpu")
     if not written_out:
-        any_length = mask is not None or query.shape[2] < PLANNED_QUERIES
-        chosen = sdpa_kernel(UNPLANNED) if any_length and query.device.type == "cuda" else contextlib.nullcontext()
-        with chosen:
+        # An exported program must not learn how many queries there were.
+        chooses = query.device.type == "cuda" and not torch.compiler.is_exporting()
+        unplanned = chooses and (mask is not None or query.shape[2] < PLANNED_QUERIES)
+        with sdpa_kernel(UNPLANNED) if unplanned else contextlib.nullcontext():
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     weights = attention_weights(query * query.shape[-1] ** -0.5, key, mask)
     if tap is not None:
