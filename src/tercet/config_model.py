@@ -29,8 +29,8 @@ class VisionConfig(Section):
     window: int | None = Field(
         default=None,
         ge=0,
-        description="rows and columns that a patch sees around itself; the class token sees every patch, and none sees "
-        "it; none: all tokens see all, as published",
+        description="rows and columns that a patch sees around itself; the class token sees every patch, none sees it, "
+        "and the fusion encoder reads the patches alone; none: all tokens see all, as published",
     )
     width: int = Field(default=768, ge=8, le=65536, description="channels of a token")
     depth: int = Field(default=12, ge=1, le=1024, description="number of blocks")
@@ -53,6 +53,15 @@ class VisionConfig(Section):
     def grid(self) -> int:
         """Patches along one side."""
         return self.image_size // self.patch_size
+
+    @property
+    def first_fused(self) -> int:
+        """The first image token that the fusion encoder reads.
+
+        A class token tells what is there and not where: beside patches that know of themselves alone, words would read
+        it and learn no attention to the patches.
+        """
+        return int(self.window is not None)
 
     @property
     def stem_channels(self) -> tuple[int, ...]:

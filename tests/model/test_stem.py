@@ -11,6 +11,7 @@ import tercet
 from tercet.config_io import load_config
 from tercet.config_model import ModelConfig, TextConfig, VisionConfig
 from tercet.errors import TercetError
+from tercet.export.graphs import MemoryGraph
 from tercet.model.published_file import write_published
 from tercet.model.stem import sine_positions
 from tercet.model.tercet import Tercet
@@ -61,6 +62,22 @@ def test_the_maximum_joins_the_class_token_alone() -> None:
     before, after = plain(image), pooled(image)
     torch.testing.assert_close(after[:, 1:], before[:, 1:], rtol=0, atol=0)
     torch.testing.assert_close(after[:, 0], before[:, 0] + before[:, 1:].amax(1))
+
+
+@pytest.mark.parametrize("window", [None, 1])
+def test_fusion_reads_patches_alone_where_they_see_their_neighbours_alone(window: int | None) -> None:
+    torch.manual_seed(0)
+    model = Tercet(ModelConfig.model_validate({"size": "tiny", "vision": {"window": window}})).eval()
+    text, mask = torch.randn(2, 5, 128), torch.ones(2, 5, dtype=torch.bool)
+    image_embeds = torch.randn(2, 1 + 64, 128)
+    other = image_embeds.clone()
+    other[:, 0] = 3.0
+    with torch.no_grad():
+        one, two = (model.match_logits(text, mask, model.remember(embeds)) for embeds in (image_embeds, other))
+        stacked = MemoryGraph(model)(image_embeds)
+    assert torch.equal(one, two) == (window is not None)
+    for layer, (key, value) in enumerate(model.remember(image_embeds).keys_values):
+        assert torch.equal(stacked[:, layer, 0], key) and torch.equal(stacked[:, layer, 1], value)
 
 
 def test_patches_are_left_out_behind_the_stem() -> None:

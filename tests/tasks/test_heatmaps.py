@@ -16,10 +16,10 @@ from tercet.tasks.heatmaps import average_words, contrast_heatmaps, enlarge, mat
 IMAGES, TEXTS, TOKENS = 2, 3, 5
 
 
-@pytest.fixture(scope="module")
-def model() -> Tercet:
+@pytest.fixture(scope="module", params=[None, 1])
+def model(request: pytest.FixtureRequest) -> Tercet:
     torch.manual_seed(0)
-    vision = {"image_size": 32, "width": 32, "depth": 3, "heads": 2}
+    vision = {"image_size": 32, "width": 32, "depth": 3, "heads": 2, "window": request.param}
     text = {"width": 32, "mlp_width": 64, "depth": 5, "fusion_layer": 2, "heads": 2, "vocabulary_size": 40}
     sizes = {"size": "tiny", "vision": vision, "text": text, "embed_dim": 16}
     made = Tercet(ModelConfig.model_validate(sizes)).eval()

@@ -48,9 +48,10 @@ STEMS = pytest.mark.parametrize("stem", ["patch", "convolution"])
 
 
 def model_config(dropout: float = 0.0, stem: str = "patch") -> ModelConfig:
+    window = 1 if stem == "convolution" else None
     sizes = {
         "size": "tiny",
-        "vision": {"width": 96, "depth": 3, "heads": 3, "stem": stem},
+        "vision": {"width": 96, "depth": 3, "heads": 3, "stem": stem, "window": window},
         "text": {"dropout": dropout, "vocabulary_size": 300, "depth": 5, "fusion_layer": 2},
     }
     return ModelConfig.model_validate(sizes)

@@ -79,11 +79,12 @@ class MemoryGraph(nn.Module):
     def __init__(self, model: Tercet) -> None:
         super().__init__()
         self.fusion = model.fusion
+        self.first_fused = model.config.vision.first_fused
 
     def forward(self, image_embeds: Tensor) -> Tensor:
         """`[images, 1 + patches, vision_width]` to `image_memory`
-        `[images, layers, 2, heads, 1 + patches, head_width]`, keys before values."""
-        layers = self.fusion.remember(image_embeds).keys_values
+        `[images, layers, 2, heads, image_tokens, head_width]`, keys before values."""
+        layers = self.fusion.remember(image_embeds[:, self.first_fused :]).keys_values
         return torch.stack([torch.stack([key, value], dim=1) for key, value in layers], dim=1)
 
 
@@ -102,7 +103,7 @@ class FusionGraph(nn.Module):
         Args:
             text_embeds: `[images, texts, tokens, width]`; one image with many texts, or many with one each.
             attention_mask: int64 `[images, texts, tokens]`.
-            image_memory: `[images, layers, 2, heads, 1 + patches, head_width]`.
+            image_memory: `[images, layers, 2, heads, image_tokens, head_width]`.
 
         Returns:
             `itm_logits` `[images, texts, 2]`, class 1 a match, and of a model fine-tuned for entailment
@@ -143,7 +144,8 @@ def graphs_of(model: Tercet) -> list[Graph]:
     pixels = torch.zeros(images, 3, size, size, dtype=torch.uint8)
     image_embeds = torch.zeros(images, 1 + config.vision.grid**2, config.vision.width)
     layers, head_width = text.depth - text.fusion_layer, text.width // text.heads
-    image_memory = torch.zeros(images, layers, 2, text.heads, image_embeds.shape[1], head_width)
+    image_tokens = image_embeds.shape[1] - config.vision.first_fused
+    image_memory = torch.zeros(images, layers, 2, text.heads, image_tokens, head_width)
     logits = ("itm_logits",) + (() if model.entailment_head is None else ("entailment_logits",))
     words, limits = {0: "texts", 1: "tokens"}, {"tokens": text.max_positions}
     pairs = {0: "images", 1: "texts", 2: "tokens"}

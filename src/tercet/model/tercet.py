@@ -90,9 +90,9 @@ class Tercet(nn.Module):
         return F.normalize(self.text_projection(text_embeds).float(), dim=-1)
 
     def remember(self, image_embeds: Tensor, readers: tuple[int, int] | None = None) -> ImageMemory:
-        """What the fusion layers read of `image_embeds` `[images, image_tokens, vision_width]`; see
-        `FusionEncoder.remember`."""
-        return self.fusion.remember(image_embeds, readers)
+        """What the fusion layers read of `image_embeds` `[images, 1 + patches, vision_width]`, from token
+        `VisionConfig.first_fused` on; see `FusionEncoder.remember`."""
+        return self.fusion.remember(image_embeds[:, self.config.vision.first_fused :], readers)
 
     def fuse(
         self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory, rows: Tensor | None = None

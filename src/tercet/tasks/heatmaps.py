@@ -55,7 +55,7 @@ def matched_heatmaps(
 ) -> tuple[Tensor, Tensor]:
     """`matching_heatmaps`, and `itm_logits` `[pairs, 2]` of the same pass."""
     weights, gradient, logits = _matching_pass(model, image_embeds, text_embeds, attention_mask, layer)
-    maps = (weights * gradient.clamp(min=0))[..., 1:].mean(dim=1)
+    maps = (weights * gradient.clamp(min=0))[..., 1 - image_embeds.shape[1] :].mean(dim=1)  # of the patches
     return maps * attention_mask[..., None], logits
 
 
@@ -87,7 +87,7 @@ def matching_attention(
     Arguments as of `matching_heatmaps`.
 
     Returns:
-        `[pairs, heads, tokens, 1 + patches]` both.
+        `[pairs, heads, tokens, image_tokens]` both, of the tokens that the fusion encoder reads.
     """
     return _matching_pass(model, image_embeds, text_embeds, attention_mask, layer)[:2]
 

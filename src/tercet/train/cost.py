@@ -208,13 +208,18 @@ def _attend(tally: Tally, batch: int, rows: int, tokens: int, width: int) -> Non
 
 
 def _cross(tally: Tally, model: ModelConfig, pairs: int, rows: int, projected: bool) -> None:
-    width, image_width, image_tokens = model.text.width, model.vision.width, 1 + tally.patches
+    width, image_width, image_tokens = model.text.width, model.vision.width, _image_tokens(model, tally.patches)
     tally.add(4 * pairs * rows * width * width)
     if projected:
         tally.add(4 * pairs * rows * image_tokens * width)
     else:
         tally.add(4 * pairs * rows * width * image_width)
         tally.add(4 * pairs * rows * model.text.heads * image_tokens * image_width)
+
+
+def _image_tokens(model: ModelConfig, patches: int) -> int:
+    """Of an image, the tokens that the fusion encoder reads."""
+    return 1 + patches - model.vision.first_fused
 
 
 def _project(tally: Tally, model: ModelConfig, shape: Shape, gradients: int) -> None:
@@ -224,7 +229,7 @@ def _project(tally: Tally, model: ModelConfig, shape: Shape, gradients: int) -> 
 def _projects(model: ModelConfig, patches: int, lower: int, last: int) -> tuple[bool, bool]:
     """Whether lower layers and the last one keep keys and values, for the numbers of text tokens that read an image."""
     text, vision = model.text, model.vision
-    sizes = (1 + patches, text.width, vision.width, text.heads)
+    sizes = (_image_tokens(model, patches), text.width, vision.width, text.heads)
     keeps = pays_to_project(lower, *sizes)
     return keeps, keeps and pays_to_project(last, *sizes)
 
@@ -232,7 +237,7 @@ def _projects(model: ModelConfig, patches: int, lower: int, last: int) -> tuple[
 def _remember(tally: Tally, model: ModelConfig, shape: Shape, projected: tuple[bool, bool]) -> None:
     lower, last = projected
     layers = (model.text.depth - model.text.fusion_layer - 1) * lower + last
-    image_tokens = 1 + tally.patches
+    image_tokens = _image_tokens(model, tally.patches)
     tally.add(layers * 2 * shape.batch * image_tokens * model.vision.width * 2 * model.text.width)
 
 

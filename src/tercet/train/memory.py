@@ -106,7 +106,7 @@ def count_activations(
     size = 2 if half else 4
     image_tokens = 1 + kept_patches(model.vision.grid**2, objectives.patch_drop)
     vision, block = _vision_bytes(model.vision, image_tokens, half, recompute)
-    others = size * _text_elements(model, objectives, shape, image_tokens, recompute)
+    others = size * _text_elements(model, objectives, shape, image_tokens - model.vision.first_fused, recompute)
     others += 4 * _compared_elements(model.text, objectives, shape)
     working = size * image_tokens * (4 * model.vision.width + 2 * int(model.vision.width * model.vision.mlp_ratio))
     working += block if recompute else 0
