@@ -33,7 +33,8 @@ class HostBatch:
         device = torch.device(device)
         if device.type != "cuda":
             return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-        user, copier = torch.cuda.current_stream(device), _copy_stream(torch.cuda.current_device())
+        index = torch.cuda.current_device() if device.index is None else device.index
+        user, copier = torch.cuda.current_stream(index), _copy_stream(index)
 
         def send(tensor: Tensor) -> Tensor:
             sent = tensor.to(device, non_blocking=True)

@@ -108,6 +108,7 @@ def run_steps(session: Session, tracker: Tracker, stop: StopRequest) -> None:
             save(session)
             validate(session, tracker)
         if stopped := stop.agreed(session.ranks):
+            watch.look()
             save(session, wait=True)
             tracker.event(session.step, f"stopped by {stopped}")
             raise Stopped(f"stopped by {stopped}; go on with: tercet train --resume {session.folder}")
