@@ -26,7 +26,7 @@ DROP = """([base64]) => {
   transfer.items.add(new File([bytes], "drawn.png", { type: "image/png" }));
   document.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true }));
 }"""
-WORDS = "a big red circle"
+WORDS = "two yellow triangles"
 
 
 def search(page: Page, words: str = WORDS) -> None:
@@ -58,7 +58,7 @@ def question(page: Page) -> None:
     """Ask about the first picture."""
     search(page)
     page.click("#grid .hit >> nth=0")
-    page.fill("#question", "what colour is the circle?")
+    page.fill("#question", "how many triangles are there?")
     page.click("#ask button")
     page.wait_for_selector("#answer .best, #answer .wrong")
 
@@ -67,7 +67,7 @@ def heatmap(page: Page) -> None:
     """See a word of the query in the first picture."""
     question(page)
     page.click("#why .line button")
-    page.click("#words button >> text=red")
+    page.click("#words button >> text=yellow")
     page.wait_for_timeout(300)
 
 

@@ -16,16 +16,23 @@ function colour(value) {
   return STOPS[index].map((low, channel) => low + (STOPS[index + 1][channel] - low) * part);
 }
 
-export function draw(canvas, grid) {
+// What is left of the colour for a word without heat; as in the pictures of `tercet explain`.
+const THINNEST = 0.35;
+
+export const peak = (grid) => Math.max(...grid.flat(), 0);
+
+// `strength`: the heat of this map beside that of the strongest, 0 to 1; weak ones are laid on thinly.
+export function draw(canvas, grid, strength = 1) {
   const rows = grid.length;
   const columns = grid[0].length;
-  const strongest = Math.max(...grid.flat(), 1e-12);
+  const strongest = Math.max(peak(grid), 1e-12);
+  const thickness = THINNEST + (1 - THINNEST) * Math.sqrt(strength);
   const small = new OffscreenCanvas(columns, rows);
   const pen = small.getContext("2d");
   const pixels = pen.createImageData(columns, rows);
   grid.flat().forEach((value, index) => {
     const [red, green, blue, opacity] = colour(Math.max(value, 0) / strongest);
-    pixels.data.set([red, green, blue, 255 * opacity], 4 * index);
+    pixels.data.set([red, green, blue, 255 * opacity * thickness], 4 * index);
   });
   pen.putImageData(pixels, 0, 0);
   const box = canvas.getBoundingClientRect();
