@@ -116,8 +116,8 @@ def test_question_and_heatmap(watched: Watched, server: Serving) -> None:
     assert page.locator("#answer li").count() == 5
     page.keyboard.press("Escape")
     heatmap(page)
-    assert page.locator("#words button").all_inner_texts() == ["a", "big", "red", "circle", "whole sentence"]
-    assert page.get_attribute("#words button >> text=red", "aria-pressed") == "true"
+    assert page.locator("#words button").all_inner_texts() == ["two", "yellow", "triangles", "whole sentence"]
+    assert page.get_attribute("#words button >> text=yellow", "aria-pressed") == "true"
     drawn = (
         "canvas => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.some(value => value)"
     )
