@@ -34,8 +34,11 @@ class Launch:
             keys: of the config.
             where: torchrun's own flags.
         """
-        # Else torchrun (2.13) leaves a machine that comes back waiting for an address that nobody writes.
-        surroundings = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if "c10d" in where else None
+        # torchrun gives each of several processes one thread, and a single one all; other sums round differently.
+        surroundings = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if "c10d" in where:
+            # Else torchrun (2.13) leaves a machine that comes back waiting for an address that nobody writes.
+            surroundings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         flags = [part for name, value in keys.items() for part in flag(name, value)]
         command = [sys.executable, "-m", "torch.distributed.run", *where, "--max-restarts", "3"]
         command += ["-m", "tercet", "train", "demo", *flags]
