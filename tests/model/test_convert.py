@@ -187,10 +187,7 @@ def test_every_base_size_entry_is_accounted_for(parity_dir: Path, name: str) -> 
 @pytest.mark.slow
 def test_base_checkpoint_file_converts(parity_dir: Path, tmp_path: Path) -> None:
     entries = json.loads((parity_dir / "official_keys_base.json").read_text())["models"]["pretrain"]
-    state = {
-        name: torch.zeros((), dtype=getattr(torch, entry["dtype"])).expand(entry["shape"])
-        for name, entry in entries.items()
-    }
+    state = {name: torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"])) for name, entry in entries.items()}
     torch.save({"model": state}, tmp_path / "tcl.pth")
     report = convert(tmp_path / "tcl.pth", tmp_path / "model")
     assert not report.made_new
