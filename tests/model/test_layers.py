@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tercet.config_model import ModelConfig, TextConfig, VisionConfig
-from tercet.model.layers import _TakeImages, take_images, weight_deviation
+from tercet.model.layers import weight_deviation
 from tercet.model.tercet import Tercet
 from tercet.model.text import TextEncoder
 from tercet.model.vision import VisionTransformer
@@ -37,24 +37,3 @@ def test_narrow_models_begin_with_products_of_the_same_size() -> None:
     wide = torch.randn(4000, 768)
     narrow = (hidden @ (torch.randn(128, 128) * weight_deviation(128))).std().item()
     assert narrow == pytest.approx((wide @ (torch.randn(768, 128) * weight_deviation(768))).std().item(), rel=0.05)
-
-
-def gradients_of_taking(device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(0)
-    heads = torch.randn(4, 2, 5, 3, device=device, requires_grad=True)
-    index = torch.tensor([3, 0, 3, 3, 1], device=device)
-    weights = torch.randn(5, 2, 5, 3, device=device)
-    (expected,) = torch.autograd.grad((heads.index_select(0, index) * weights).sum(), heads)
-    taken = _TakeImages.apply(heads, index) if device == "cpu" else take_images(heads, index)
-    assert torch.equal(taken, heads.index_select(0, index))
-    (actual,) = torch.autograd.grad((taken * weights).sum(), heads)
-    return actual, expected
-
-
-def test_an_image_that_several_texts_take_gets_the_sum_of_their_gradients() -> None:
-    torch.testing.assert_close(*gradients_of_taking("cpu"))
-
-
-@pytest.mark.gpu
-def test_the_same_on_a_gpu() -> None:
-    torch.testing.assert_close(*gradients_of_taking("cuda"))

@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tercet.config_model import ModelConfig
-from tercet.model.layers import AttentionTap, ImageMemory
-from tercet.model.memory import LeanMemory
+from tercet.model.attention import AttentionTap
+from tercet.model.memory import ImageMemory, LeanMemory, _TakeImages, take_images
 from tercet.model.projection import pays_to_project
 from tercet.model.tercet import Tercet
 
@@ -92,3 +92,24 @@ def test_the_cheaper_way_is_chosen(model: Tercet, readers: int) -> None:
         flops[0] <= flops[1]
     )
     assert type(model.remember(image_embeds, (10_000, 10_000))) is ImageMemory
+
+
+def gradients_of_taking(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    heads = torch.randn(4, 2, 5, 3, device=device, requires_grad=True)
+    index = torch.tensor([3, 0, 3, 3, 1], device=device)
+    weights = torch.randn(5, 2, 5, 3, device=device)
+    (expected,) = torch.autograd.grad((heads.index_select(0, index) * weights).sum(), heads)
+    taken = _TakeImages.apply(heads, index) if device == "cpu" else take_images(heads, index)
+    assert torch.equal(taken, heads.index_select(0, index))
+    (actual,) = torch.autograd.grad((taken * weights).sum(), heads)
+    return actual, expected
+
+
+def test_an_image_that_several_texts_take_gets_the_sum_of_their_gradients() -> None:
+    torch.testing.assert_close(*gradients_of_taking("cpu"))
+
+
+@pytest.mark.gpu
+def test_taken_images_on_a_gpu() -> None:
+    torch.testing.assert_close(*gradients_of_taking("cuda"))

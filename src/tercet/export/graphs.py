@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tercet.model.layers import AttentionTap, ImageMemory, attention
+from tercet.model.attention import AttentionTap, attention
+from tercet.model.memory import ImageMemory
 from tercet.model.tercet import Tercet
 from tercet.model.text import class_rows
 

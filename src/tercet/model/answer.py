@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from tercet.config_model import TextConfig
 from tercet.errors import TercetError
 from tercet.model.heads import MlmHead
-from tercet.model.layers import ImageMemory, TextLayer, TokenCache
+from tercet.model.layers import TextLayer, TokenCache
+from tercet.model.memory import ImageMemory
 from tercet.model.text import initialise_bert, key_mask
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tercet.config_model import TextConfig
-from tercet.model.layers import ImageMemory, TextLayer
+from tercet.model.layers import TextLayer
+from tercet.model.memory import ImageMemory
 from tercet.model.text import class_rows, initialise_bert, key_mask
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tercet.config_model import HeadName, ModelConfig
 from tercet.errors import TercetError
 from tercet.model.heads import Classifier, MlmHead, parts_of_head
-from tercet.model.layers import ImageMemory
+from tercet.model.memory import ImageMemory
 from tercet.model.text import FusionEncoder, TextEncoder, class_rows
 from tercet.model.vision import VisionTransformer
 

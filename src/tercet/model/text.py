@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tercet.config_model import TextConfig
 from tercet.errors import TercetError
 from tercet.model.dropout import drop
-from tercet.model.layers import EMBEDDING_DEVIATION, ImageMemory, TextLayer, weight_deviation
-from tercet.model.memory import LeanMemory
+from tercet.model.layers import EMBEDDING_DEVIATION, TextLayer, weight_deviation
+from tercet.model.memory import ImageMemory, LeanMemory
 from tercet.model.projection import pays_to_project
 from tercet.model.recompute import LayerStack
 

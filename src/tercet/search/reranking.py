@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tercet.data.inputs import to_batch, to_pixels
 from tercet.errors import TercetError
-from tercet.model.layers import ImageMemory, JoinedMemory
+from tercet.model.memory import ImageMemory, JoinedMemory
 from tercet.model.tercet import Tercet
 from tercet.search.index import Index, Neighbour
 from tercet.tasks.rerank import chunks_by_length, pad_texts

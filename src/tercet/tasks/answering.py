@@ -14,7 +14,8 @@ from tercet.data.texts import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.answer import AnswerDecoder
 from tercet.model.folder import require_tokenizer
-from tercet.model.layers import ImageMemory, TokenCache
+from tercet.model.layers import TokenCache
+from tercet.model.memory import ImageMemory
 from tercet.model.tercet import Tercet
 
 BLOCK = 32  # candidates of a question that are scored at once

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tercet.model.layers import ImageMemory, JoinedMemory
+from tercet.model.memory import ImageMemory, JoinedMemory
 from tercet.model.tercet import Tercet
 from tercet.model.text import FusionEncoder, class_rows
 from tercet.objectives.features import Features

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tercet.errors import TercetError
-from tercet.model.layers import AttentionTap, CrossAttention, SelfAttention, TextLayer
+from tercet.model.attention import AttentionTap
+from tercet.model.layers import CrossAttention, SelfAttention, TextLayer
 from tercet.model.tercet import Tercet
 from tercet.model.vision import VisionTransformer
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tercet.config import ObjectivesConfig
 from tercet.data.loader import Batch
 from tercet.data.order import mix
-from tercet.model.layers import ImageMemory
+from tercet.model.memory import ImageMemory
 from tercet.model.tercet import Tercet
 from tercet.objectives.contrast import (
     cross_modal,

@@ -16,7 +16,7 @@ from tercet.data.batches import SkipReport
 from tercet.data.samples import SampleSource
 from tercet.data.sources import Source
 from tercet.data.texts import clean_caption
-from tercet.model.layers import ImageMemory
+from tercet.model.memory import ImageMemory
 from tercet.model.tercet import Tercet
 
 

@@ -1,0 +1,88 @@
+"""Scaled dot-product attention over heads.  The only place that calls PyTorch's."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tercet.model.dropout import drop
+
+# cuDNN's attention is the fastest for images and for a batch of texts that reads them, but it plans anew for every
+# shape, which takes a third of a second.  Masked texts, and the few rows of a last layer, come in many.
+PLANNED_QUERIES = 16
+UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@dataclass
+class AttentionTap:
+    """Keeps the attention weights of one layer, with their graph, for heatmaps.
+
+    Attributes:
+        weights: softmax probabilities `[batch, heads, queries, keys]` of the last pass; None before it.
+    """
+
+    weights: Tensor | None = None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    tap: AttentionTap | None = None,
+) -> Tensor:
+    """Scaled dot-product attention.
+
+    Args:
+        query: `[batch, heads, queries, head_width]`.
+        key: `[batch, heads, keys, head_width]`.
+        value: `[batch, heads, keys, head_width]`.
+        mask: bool, broadcastable to `[batch, heads, queries, keys]`; True where a query may look.
+        dropout: probability of dropping an attention weight.
+        tap: where to keep the weights; written out step by step then, since the fused kernels do not return them.
+
+    Returns:
+        `[batch, heads, queries, head_width]`.
+    """
+    # No fused CPU kernel drops weights; what PyTorch falls back to scales queries and keys apart and copies both.
+    written_out = tap is not None or (dropout > 0 and query.device.type == "cpu")
+    if not written_out:
+        # An exported program must not learn how many queries there were.
+        chooses = query.device.type == "cuda" and not torch.compiler.is_exporting()
+        unplanned = chooses and (mask is not None or query.shape[2] < PLANNED_QUERIES)
+        with sdpa_kernel(UNPLANNED) if unplanned else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    weights = attention_weights(query * query.shape[-1] ** -0.5, key, mask)
+    if tap is not None:
+        tap.weights = weights
+    return drop(weights, dropout) @ value
+
+
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax over the keys, `[..., queries, keys]`.
+
+    Args:
+        query: `[..., queries, head_width]`, already scaled.
+        key: `[..., keys, head_width]`.
+        mask: bool, broadcastable to the result; True where a query may look.
+    """
+    logits = query @ key.transpose(-2, -1)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    return logits.softmax(dim=-1)
+
+
+def split_heads(hidden: Tensor, heads: int) -> Tensor:
+    """`[batch, tokens, width]` to `[batch, heads, tokens, head_width]`."""
+    return hidden.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(hidden: Tensor) -> Tensor:
+    """`[batch, heads, tokens, head_width]` to `[batch, tokens, width]`."""
+    return hidden.transpose(1, 2).flatten(2)
