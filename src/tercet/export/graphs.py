@@ -80,12 +80,11 @@ class MemoryGraph(nn.Module):
     def __init__(self, model: Tercet) -> None:
         super().__init__()
         self.fusion = model.fusion
-        self.first_fused = model.config.vision.first_fused
 
     def forward(self, image_embeds: Tensor) -> Tensor:
         """`[images, 1 + patches, vision_width]` to `image_memory`
         `[images, layers, 2, heads, image_tokens, head_width]`, keys before values."""
-        layers = self.fusion.remember(image_embeds[:, self.first_fused :]).keys_values
+        layers = self.fusion.remember(image_embeds).keys_values
         return torch.stack([torch.stack([key, value], dim=1) for key, value in layers], dim=1)
 
 

@@ -58,7 +58,7 @@ class Tercet(nn.Module):
         vision, text = config.vision, config.text
         self.vision = VisionTransformer(vision)
         self.text = TextEncoder(text)
-        self.fusion = FusionEncoder(text, vision.width)
+        self.fusion = FusionEncoder(text, vision)
         self.vision_projection = nn.Linear(vision.width, config.embed_dim)
         self.text_projection = nn.Linear(text.width, config.embed_dim)
         self.itm_head = nn.Linear(text.width, 2)
@@ -90,9 +90,9 @@ class Tercet(nn.Module):
         return F.normalize(self.text_projection(text_embeds).float(), dim=-1)
 
     def remember(self, image_embeds: Tensor, readers: tuple[int, int] | None = None) -> ImageMemory:
-        """What the fusion layers read of `image_embeds` `[images, 1 + patches, vision_width]`, from token
-        `VisionConfig.first_fused` on; see `FusionEncoder.remember`."""
-        return self.fusion.remember(image_embeds[:, self.config.vision.first_fused :], readers)
+        """What the fusion layers read of `image_embeds` `[images, 1 + patches, vision_width]`; see
+        `FusionEncoder.remember`."""
+        return self.fusion.remember(image_embeds, readers)
 
     def fuse(
         self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory, rows: Tensor | None = None

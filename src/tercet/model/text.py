@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tercet.config_model import TextConfig
+from tercet.config_model import TextConfig, VisionConfig
 from tercet.errors import TercetError
 from tercet.model.dropout import drop
 from tercet.model.layers import EMBEDDING_DEVIATION, TextLayer, weight_deviation
@@ -91,10 +91,11 @@ class TextEncoder(LayerStack):
 class FusionEncoder(LayerStack):
     """The upper layers of the stack, each with cross-attention from the text to an image memory."""
 
-    def __init__(self, config: TextConfig, image_width: int) -> None:
+    def __init__(self, config: TextConfig, vision: VisionConfig) -> None:
         super().__init__()
+        self.first_fused = vision.first_fused
         self.layers = nn.ModuleList(
-            TextLayer(config.width, config.heads, config.mlp_width, config.dropout, image_width)
+            TextLayer(config.width, config.heads, config.mlp_width, config.dropout, vision.width)
             for _ in range(config.depth - config.fusion_layer)
         )
         self.apply(initialise_bert(config.width))
@@ -103,10 +104,11 @@ class FusionEncoder(LayerStack):
         """What every layer reads of images.
 
         Args:
-            image_embeds: `[images, image_tokens, image_width]`.
+            image_embeds: `[images, 1 + patches, image_width]`, which is read from token `first_fused` on.
             readers: text tokens, over all passes, that read an image in a lower layer and in the last one.  On a CPU,
                 layers with few of them keep no keys and values, which is faster.  None: any number, and all are kept.
         """
+        image_embeds = image_embeds[:, self.first_fused :]
         layers = [layer.cross_attention for layer in self._fusion_layers()]
         projected = len(layers)
         # A rank whose images are all broken has none, which saves nothing.
