@@ -301,20 +301,19 @@ class Pretraining(Task):
         masked = batch.masked if masked_embeds is not None else None
         if not self.enabled & {"itm", "mlm"} or (negatives is None and masked is None):
             return {}
-        student, passes, texts = self.student, FusionPasses(), None
+        student, passes = self.student, FusionPasses()
         matching_passes = 0 if negatives is None else 2 if self._gathers(batch) else 3
         memory = student.remember(features.image_embeds, count_readers(batch, matching_passes, masked))
         readers: list[Tensor] = []
-        unmatched = memory
+        unmatched: list[tuple[list[Tensor], ImageMemory]] = []
         if negatives is not None:
             texts = passes.add_texts(features.text_embeds, features.attention_mask)
-            others, unmatched = self._unmatched(batch, features, negatives, passes, memory)
-            readers = [texts, others]
+            others, images = self._unmatched(batch, features, negatives, passes, memory)
+            readers, unmatched = [texts, others], [([texts], images)]
         if masked_embeds is not None:
             readers.append(passes.add_texts(masked_embeds, batch.attention_mask))
-        passes.add_pairs(readers, memory)
-        if texts is not None:
-            passes.add_pairs([texts], unmatched)
+        for own_texts, images in [(readers, memory), *unmatched]:
+            passes.add_pairs(own_texts, images)
         own, *negative_images = passes.lower(student.fusion)
         losses: dict[str, Tensor] = {}
         if negatives is not None:
