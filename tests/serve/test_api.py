@@ -145,6 +145,10 @@ def test_explain(server: Serving, first_id: str) -> None:
     assert isinstance(alone, Grounding)
     np.testing.assert_allclose(found["heatmap"], alone.heatmap.numpy(), rtol=1e-3, atol=1e-6)
     assert [each["word"] for each in found["words"]] == ["a", "red", "circle"]
+    peaks = [np.max(each["heatmap"]) for each in found["words"]]
+    assert [each["strength"] for each in found["words"]] == pytest.approx(
+        [peak / max(peaks) for peak in peaks], rel=1e-4
+    )
 
 
 def test_embed(server: Serving) -> None:

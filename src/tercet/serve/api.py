@@ -244,7 +244,10 @@ def _add_questions(app: FastAPI, service: Service) -> None:
         """Where in an image each word of a text is seen."""
         job = ExplainJob(await service.picture(body.image), body.text)
         found = await service.infer(("explain",), job, cost=2)
-        words = [schema.WordMap(word=heat.word, heatmap=heat.heatmap.tolist()) for heat in found.words]
+        words = [
+            schema.WordMap(word=heat.word, heatmap=heat.heatmap.tolist(), strength=heat.strength)
+            for heat in found.words
+        ]
         return schema.ExplainResponse(text=body.text, match=found.match, heatmap=found.heatmap.tolist(), words=words)
 
     @app.post("/v1/embed", responses=POST_FAULTS, operation_id="embed")

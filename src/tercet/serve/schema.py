@@ -174,6 +174,7 @@ class WordMap(BaseModel):
 
     word: str
     heatmap: list[list[float]] = Field(description="rows of patches over the whole image, from 0 up")
+    strength: float = Field(description="its greatest heat as a share of the greatest of all words, 0 to 1")
 
 
 class ExplainResponse(BaseModel):

@@ -19,13 +19,11 @@ function colour(value) {
 // What is left of the colour for a word without heat; as in the pictures of `tercet explain`.
 const THINNEST = 0.35;
 
-export const peak = (grid) => Math.max(...grid.flat(), 0);
-
 // `strength`: the heat of this map beside that of the strongest, 0 to 1; weak ones are laid on thinly.
-export function draw(canvas, grid, strength = 1) {
+export function draw(canvas, grid, strength) {
   const rows = grid.length;
   const columns = grid[0].length;
-  const strongest = Math.max(peak(grid), 1e-12);
+  const strongest = Math.max(...grid.flat(), 1e-12);
   const thickness = THINNEST + (1 - THINNEST) * Math.sqrt(strength);
   const small = new OffscreenCanvas(columns, rows);
   const pen = small.getContext("2d");

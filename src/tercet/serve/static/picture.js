@@ -1,7 +1,7 @@
 // The large view: one picture, what can be asked of it, and where its words are seen.
 
 import { post, show } from "./api.js";
-import { draw, peak } from "./heatmap.js";
+import { draw } from "./heatmap.js";
 import { make, meter, percent, title } from "./results.js";
 
 const part = (id) => document.getElementById(id);
@@ -115,11 +115,9 @@ async function explain(event) {
     const found = await post("v1/explain", { image: shown, text: part("sentence").value });
     if (own !== visit) return;
     part("fit").textContent = `The whole sentence fits with ${percent(found.match)}. Pick a word:`;
-    const strongest = Math.max(...found.words.map(({ heatmap }) => peak(heatmap)), 1e-12);
-    maps = found.words.map(({ word, heatmap }) => [word, heatmap, peak(heatmap) / strongest]);
-    maps.push(["whole sentence", found.heatmap, 1]);
+    maps = [...found.words, { word: "whole sentence", heatmap: found.heatmap, strength: 1 }];
     part("words").replaceChildren(
-      ...maps.map(([word], index) =>
+      ...maps.map(({ word }, index) =>
         make("button", { type: "button", onclick: () => pick(index), className: index === maps.length - 1 ? "whole" : "" }, word)),
     );
     pick(maps.length - 1);
@@ -139,7 +137,7 @@ function pick(index) {
 
 function redraw() {
   const index = [...part("words").children].findIndex((button) => button.ariaPressed === "true");
-  if (index >= 0 && maps[index]) draw(part("heat"), ...maps[index].slice(1));
+  if (index >= 0 && maps[index]) draw(part("heat"), maps[index].heatmap, maps[index].strength);
 }
 
 function walkWords(event) {
