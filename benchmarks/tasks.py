@@ -4,9 +4,10 @@
     OMP_NUM_THREADS=1 python benchmarks/tasks.py --init runs/demo/model --output runs/tasks
     python benchmarks/tasks.py --init runs/demo/model --output runs/tasks --tasks vqa --set data.scenes=2000
 
-The two runs of a task are the recipe `demo-TASK` with the same seed, data, steps and tokenizer (that of the model, so
-that both read the same word pieces); one begins with the model's weights and the other with random ones.  They run at
-the same time, so that a busy machine slows both alike.  A run that is there already is not run again.
+The two runs of a task are the recipe `demo-TASK` (for pairs after `demo-nlvr-pretrain`, as published) with the same
+seed, data, steps and tokenizer (that of the model, so that both read the same word pieces); one begins with the model's
+weights and the other with random ones.  They run at the same time, so that a busy machine slows both alike.  A run that
+is there already is not run again.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 TASKS = ("vqa", "entailment", "nlvr", "grounding")
+PREPARATIONS = {"nlvr": "nlvr-pretrain"}
 STARTS = ("pre-trained", "random")
 MEASURES = {
     "vqa": ("accuracy", "all"),
@@ -29,42 +32,54 @@ MEASURES = {
 }
 
 
-def command_of(task: str, start: str, folder: Path, init: str, settings: list[str]) -> list[str]:
-    """The command of one run."""
-    origin = ["--init", init] if start == "pre-trained" else ["--data.tokenizer", f"{init}/tokenizer.json"]
+def commands_of(task: str, start: str, output: Path, init: str, settings: list[str]) -> list[list[str]]:
+    """The commands of one run: the task's own, and before it that of its preparation where it has one."""
     flags = [part for setting in settings for part in ("--" + setting.split("=", 1)[0], setting.split("=", 1)[1])]
-    return ["tercet", "train", f"demo-{task}", *origin, "--output", str(folder), *flags]
+    origin = ["--init", init] if start == "pre-trained" else ["--data.tokenizer", f"{init}/tokenizer.json"]
+    commands = []
+    for recipe in (*filter(None, [PREPARATIONS.get(task)]), task):
+        folder = output / f"{recipe}-{start}"
+        commands.append(["tercet", "train", f"demo-{recipe}", *origin, "--output", str(folder), *flags])
+        origin = ["--init", str(folder / "model")]
+    return commands
+
+
+def perform(command: list[str]) -> None:
+    """Train by one command, unless that is done; exits where it fails."""
+    folder = Path(command[command.index("--output") + 1])
+    log = folder.with_name(f"{folder.name}.log")
+    if (folder / "model").is_dir():
+        return
+    with log.open("wb") as stream:
+        done = subprocess.run([sys.executable, "-m", *command], stdout=stream, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(f"{folder}: {log.read_text().splitlines()[-1]}")
 
 
 def run_pair(task: str, output: Path, init: str, settings: list[str]) -> dict[str, dict[str, Any]]:
     """Train and evaluate both runs of a task side by side, and read what they measured."""
-    commands = {start: command_of(task, start, output / f"{task}-{start}", init, settings) for start in STARTS}
-    running: list[tuple[Path, subprocess.Popen[bytes]]] = []
-    for start, command in commands.items():
-        folder = output / f"{task}-{start}"
-        if not (folder / "model").is_dir():
-            with (output / f"{task}-{start}.log").open("wb") as log:
-                process = subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=subprocess.STDOUT)
-            running.append((folder, process))
-    for folder, process in running:
-        if process.wait():
-            sys.exit(f"{folder}: {Path(f'{folder}.log').read_text().splitlines()[-1]}")
+    commands = {start: commands_of(task, start, output, init, settings) for start in STARTS}
+    with ThreadPoolExecutor(len(STARTS)) as pool:
+        list(pool.map(lambda chain: [perform(command) for command in chain], commands.values()))
     return {
-        start: {"command": " ".join(command), **measured(task, output / f"{task}-{start}")}
-        for start, command in commands.items()
+        start: {
+            "commands": [" ".join(command) for command in chain],
+            **measured(task, [Path(command[command.index("--output") + 1]) for command in chain]),
+        }
+        for start, chain in commands.items()
     }
 
 
-def measured(task: str, run: Path) -> dict[str, Any]:
-    """Steps, minutes and the test split's numbers of a finished run."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    steps = [line for line in lines if line["kind"] == "train"]
-    found = [line for line in lines if line["kind"] == "evaluate" and line["data"] == "test"][-1]
+def measured(task: str, runs: list[Path]) -> dict[str, Any]:
+    """Steps and minutes of finished runs together, and the test split's numbers of the last."""
+    logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()] for run in runs]
+    trained = [[line for line in log if line["kind"] == "train"] for log in logs]
+    found = [line for line in logs[-1] if line["kind"] == "evaluate" and line["data"] == "test"][-1]
     group, name = MEASURES[task]
     numbers = {key: value for key, value in found.items() if isinstance(value, dict) and key not in ("size", "list")}
     return {
-        "steps": steps[-1]["step"],
-        "minutes": round((steps[-1]["time"] - steps[0]["time"]) / 60, 1),
+        "steps": sum(steps[-1]["step"] for steps in trained),
+        "minutes": round(sum(steps[-1]["time"] - steps[0]["time"] for steps in trained) / 60, 1),
         "score": found[group][name],
         "numbers": numbers,
         "size": found["size"],

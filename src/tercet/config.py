@@ -90,6 +90,11 @@ class DataConfig(Section):
         default=None, description="tokenizer.json, vocab.txt or a folder of one; default: train one on the captions"
     )
     tokenizer_size: int = Field(default=8192, ge=64, description="word pieces of a tokenizer trained on the captions")
+    tokenizer_texts: list[str] = Field(
+        default_factory=list,
+        description="further texts that a new tokenizer is trained on, as TASK=SOURCE (vqa=questions.json): those of "
+        "the tasks that the model is to be fine-tuned for",
+    )
     workers: int = Field(default=2, ge=0, description="processes that read and augment")
     cache_folder: str | None = Field(
         default=None, description="folder for copies of remote shards; default: shards in TERCET_CACHE"

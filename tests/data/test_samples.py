@@ -203,12 +203,14 @@ class TestPairFiles:
     def test_pairs_to_train_on_have_several_statements(self) -> None:
         source, drawings = draw_statements(10, "train"), PairDrawings(10, "train")
         samples = [source.sample(index) for index in range(source.sample_count)]
+        further = drawings.more_statements(0, 8) + drawings.more_statements(8, 2)
         assert source.image_count == 20
         for number in range(10):
             own = [sample for sample in samples if sample.images == (2 * number, 2 * number + 1)]
             assert own[0].text == drawings.statement(number).sentence
             told = [(sample.text, bool(sample.target["label"])) for sample in own[1:]]
-            assert told == drawings.more_statements(number) and len(told) > 2
+            assert told == further[number]
+        assert len(samples) > 10 + 8 * 4
         assert len({sample.key for sample in samples}) == len(samples)
         assert len({sample.target["group"] for sample in samples}) == len(samples) - 5
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tercet.data.scene_layout import COLOURS, SHAPES, SIZES, SceneObject, relation
-from tercet.data.scene_pairs import PairStatement, more_statements, pair_statement
+from tercet.data.scene_pairs import PairStatement, pair_statement, shared_statements
 from tercet.data.scene_tasks import EXPRESSION_KINDS, QUESTION_KINDS, entailments, expressions, questions
 from tercet.data.scenes import Scene, draw_scene
 
@@ -283,17 +283,24 @@ def test_every_sentence_comes_true_once_and_false_once(pairs: list[PairStatement
     assert len({pair.sentence for pair in pairs}) > 300
 
 
-def test_further_statements_about_a_pair_are_true_or_false_as_told(pairs: list[PairStatement]) -> None:
-    truths: list[bool] = []
-    for seed, pair in enumerate(pairs[:400]):
-        further = more_statements(pair, seed, 7)
-        assert further == more_statements(pair, seed, 7)
-        assert len({pair.sentence, *(sentence for sentence, _ in further)}) == len(further) + 1 <= 8
-        for sentence, truth in further:
-            assert pair_truth(pair._replace(sentence=sentence)) == truth, sentence
-        truths += [truth for _, truth in further]
-    assert 0.42 < np.mean(truths) < 0.58
-    assert len(truths) > 400 * 5
+def test_further_statements_are_told_of_a_pair_that_they_are_true_of_and_of_one_that_they_are_not(
+    pairs: list[PairStatement],
+) -> None:
+    told = 0
+    for first in range(0, 200, 8):
+        group = pairs[first : first + 8]
+        further = shared_statements(group, first, 8)
+        assert further == shared_statements(group, first, 8)
+        for pair, statements in zip(group, further, strict=True):
+            assert pair.sentence not in dict(statements)
+            for sentence, truth in statements:
+                assert pair_truth(pair._replace(sentence=sentence)) == truth, sentence
+        truths: dict[str, list[bool]] = defaultdict(list)
+        for sentence, truth in itertools.chain.from_iterable(further):
+            truths[sentence].append(truth)
+        assert all(sum(values) * 2 == len(values) for values in truths.values())
+        told += sum(map(len, further))
+    assert told > 200 * 4
 
 
 def test_all_is_deterministic() -> None:

@@ -41,9 +41,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_task(
         RECIPE,
         tmp_path_factory.mktemp("nlvr") / "run",
-        train__max_steps=70,
+        train__max_steps=160,
         train__batch_size=16,
-        train__checkpoint_every=100,
+        train__checkpoint_every=200,
         optim__lr=2e-3,
         optim__schedule="constant",
         data__test=["scenes:test"],

@@ -15,7 +15,7 @@ from tercet.data.samples import (
     read_objects,
     text_of,
 )
-from tercet.data.scene_pairs import PairStatement, more_statements, pair_statement
+from tercet.data.scene_pairs import PairStatement, pair_statement, shared_statements
 from tercet.data.scenes import SPLITS, encode_png
 from tercet.errors import TercetError
 
@@ -29,7 +29,8 @@ LAYOUTS = (
     "{directory}/{name}",
 )
 PROBES = 16
-TRAINING_STATEMENTS = 7  # further ones about each pair of drawn scenes that is trained on
+TRAINING_STATEMENTS = 8  # further ones about each pair of drawn scenes that is trained on
+SHARING_PAIRS = 8  # pairs in a row that are trained on and that share their further statements
 
 
 def read_statements(file: str, suffix: str | None, data: DataConfig) -> SampleTable:
@@ -76,10 +77,10 @@ class PairDrawings:
         """Pair `number` and its sentence; pairs 2n and 2n + 1 share theirs, true of one and false of the other."""
         return pair_statement(self._seed(number))
 
-    def more_statements(self, number: int) -> list[tuple[str, bool]]:
-        """Further statements about pair `number`, each with its truth."""
-        seed = self._seed(number)
-        return more_statements(pair_statement(seed), seed, TRAINING_STATEMENTS)
+    def more_statements(self, first: int, count: int) -> list[list[tuple[str, bool]]]:
+        """Further statements about each of `count` pairs from number `first` on, with their truth."""
+        pairs = [self.statement(number) for number in range(first, first + count)]
+        return shared_statements(pairs, self._seed(first), TRAINING_STATEMENTS)
 
     def _seed(self, number: int) -> int:
         group, side = divmod(number, 2)
@@ -103,9 +104,12 @@ def draw_statements(count: int, split: str) -> SampleTable:
     """`count` pairs of drawn scenes, each with a sentence that is true of it or not; those to train on with several."""
     drawings = PairDrawings(count, split)
     collector = SampleCollector()
+    further: list[list[tuple[str, bool]]] = []
     for number in range(count):
         pair = drawings.statement(number)
-        statements = [(pair.sentence, pair.truth), *(drawings.more_statements(number) if split == "train" else ())]
+        if split == "train" and number % SHARING_PAIRS == 0:
+            further += drawings.more_statements(number, min(SHARING_PAIRS, count - number))
+        statements = [(pair.sentence, pair.truth), *(further[number] if split == "train" else ())]
         for place, (sentence, truth) in enumerate(statements):
             # The first of a pair shares its sentence with its neighbour; every other sentence stands for itself.
             key = f"pairs:{split}#{number}"

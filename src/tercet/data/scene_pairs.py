@@ -80,24 +80,41 @@ def pair_statement(seed: int, size: int = SCENE_SIZE) -> PairStatement:
     return PairStatement(first, second, statement.sentence, truth)
 
 
-def more_statements(pair: PairStatement, seed: int, count: int) -> list[tuple[str, bool]]:
-    """Up to `count` further statements about the pictures of the pair numbered `seed`, and whether each is true.
+def shared_statements(pairs: Sequence[PairStatement], seed: int, count: int) -> list[list[tuple[str, bool]]]:
+    """About `count` further statements about each of several pairs, and whether each is true.
 
-    Half of them are true on average.  They are meant for training alone: unlike that of `pair_statement`, a sentence
-    here may be true more often than not.
+    A sentence that is true of some of the pairs and false of others is told of one of each, so that here, too, no
+    sentence tells its truth.
+
+    Args:
+        pairs: at least two.
+        seed: of the choices.
+        count: statements of a pair, on average at most.
+
+    Returns:
+        The statements of each pair.
     """
     rng = _generator(seed, _MORE_STATEMENTS)
-    left, right = pair.scene_a.objects, pair.scene_b.objects
-    near = [(item.colour, item.shape) for item in (*left, *right)]
-    found = {pair.sentence: pair.truth}
-    for _ in range(count):
-        truth, form = bool(rng.integers(2)), pick(rng, _FORMS)
-        for _ in range(_TRIES):
-            statement = form(rng, near)
-            if statement.sentence not in found and statement.holds(left, right) is truth:
-                found[statement.sentence] = truth
-                break
-    return list(found.items())[1:]
+    sides = [(pair.scene_a.objects, pair.scene_b.objects) for pair in pairs]
+    told: list[dict[str, bool]] = [{pair.sentence: pair.truth} for pair in pairs]
+    for own, (left, right) in enumerate(sides):
+        near = [(item.colour, item.shape) for item in (*left, *right)]
+        for _ in range(count // 2):
+            form, truth = pick(rng, _FORMS), bool(rng.integers(2))
+            for _ in range(_TRIES):
+                statement = form(rng, near)
+                if statement.sentence in told[own] or statement.holds(left, right) is not truth:
+                    continue
+                others = [
+                    other
+                    for other, objects in enumerate(sides)
+                    if statement.sentence not in told[other] and statement.holds(*objects) is (not truth)
+                ]
+                if others:
+                    told[own][statement.sentence] = truth
+                    told[pick(rng, others)][statement.sentence] = not truth
+                    break
+    return [list(statements.items())[1:] for statements in told]
 
 
 def _generator(seed: int, stream: int) -> np.random.Generator:

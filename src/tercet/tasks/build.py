@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,6 +27,9 @@ from tercet.tasks.probes import evaluate_probes, open_probes
 from tercet.tasks.retrieval import evaluate_source
 from tercet.tasks.task import Loader, Task, TaskKind, TaskResult
 from tercet.tasks.vqa import VQA
+
+# Word pieces hardly change with more: of a further task, so many texts, and so many scenes where they are drawn.
+MOST_FURTHER_TEXTS, MOST_FURTHER_SCENES = 20_000, 1_000
 
 
 def _build_pretraining(config: Config, student: Tercet) -> Task:
@@ -133,6 +137,23 @@ def words_of(task: str, source: Any, data: DataConfig) -> Iterator[str]:
     """The cleaned texts that a new tokenizer for `task` is trained on."""
     kind = kind_of(task)
     return kind.words(source, data) if kind.samples else cleaned_captions(source, data.max_words)
+
+
+def further_texts(data: DataConfig) -> Iterator[str]:
+    """The cleaned texts that `data.tokenizer_texts` names, the first `MOST_FURTHER_TEXTS` of each entry.
+
+    Raises:
+        TercetError: an entry is not TASK=SOURCE, or what it names is missing or wrong.
+    """
+    data = data.model_copy(update={"scenes": min(data.scenes, MOST_FURTHER_SCENES)})
+    for entry in data.tokenizer_texts:
+        task, given, spec = entry.partition("=")
+        if not given or task not in KINDS:
+            raise TercetError(
+                f"data.tokenizer_texts: {entry!r} is not TASK=SOURCE, such as vqa=questions.json; "
+                f"the tasks are {', '.join(KINDS)}"
+            )
+        yield from itertools.islice(words_of(task, open_data(task, [spec], data, "train"), data), MOST_FURTHER_TEXTS)
 
 
 def evaluate_task(task: str, model: Tercet, source: Any, config: Config) -> TaskResult:

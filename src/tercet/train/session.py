@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from tercet.model.recompute import recompute_layers
 from tercet.model.tercet import Tercet
 from tercet.model.vision import resize_position_embed
 from tercet.ranks import Ranks
-from tercet.tasks.build import build_loader, build_task, kind_of, open_data, words_of
+from tercet.tasks.build import build_loader, build_task, further_texts, kind_of, open_data, words_of
 from tercet.tasks.task import Loader, StepBatch, Task, TaskData, within_positions
 from tercet.train.checkpoint import Checkpoints, Position, list_checkpoints
 from tercet.train.compilation import compile_encoders, compiled_models
@@ -246,7 +247,8 @@ def find_tokenizer(config: Config, source: TaskData, saved: Path) -> tuple[Token
         return Tokenizer.load(saved), []
     if config.data.tokenizer is not None:
         return Tokenizer.load(config.data.tokenizer), []
-    tokenizer = Tokenizer.train(words_of(config.task, source, config.data), config.data.tokenizer_size)
+    texts = itertools.chain(words_of(config.task, source, config.data), further_texts(config.data))
+    tokenizer = Tokenizer.train(texts, config.data.tokenizer_size)
     return tokenizer, [f"trained a tokenizer of {tokenizer.vocabulary_size} word pieces on the texts"]
 
 
