@@ -13,7 +13,14 @@ import pytest
 
 from tercet.data.scene_layout import COLOURS, SHAPES, SIZES, SceneObject, relation
 from tercet.data.scene_pairs import PairStatement, pair_statement, shared_statements
-from tercet.data.scene_tasks import EXPRESSION_KINDS, QUESTION_KINDS, entailments, expressions, questions
+from tercet.data.scene_tasks import (
+    EXPRESSION_KINDS,
+    QUESTION_KINDS,
+    entailments,
+    expressions,
+    place_questions,
+    questions,
+)
 from tercet.data.scenes import Scene, draw_scene
 
 NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
@@ -128,6 +135,20 @@ def test_answers_are_right(scenes: list[Scene]) -> None:
     for scene in scenes:
         for text, given, kind in questions(scene):
             assert answer(scene, text, kind) == given, text
+
+
+def test_places_are_asked_of_every_figure_that_words_tell_apart(scenes: list[Scene]) -> None:
+    answers: Counter[str] = Counter()
+    for scene in scenes:
+        asked = place_questions(scene)
+        assert asked == place_questions(scene)
+        assert len({text for text, _, _ in asked}) == len(asked) <= 2 * len(scene.objects)
+        for text, given, kind in asked:
+            assert kind == "position" and answer(scene, text, kind) == given, text
+            answers[given] += 1
+    assert set(answers) == {"left", "right", "top", "bottom"}
+    assert max(answers.values()) / sum(answers.values()) < 0.3
+    assert sum(answers.values()) > 2 * len(scenes)
 
 
 def test_no_form_of_question_has_a_dominant_answer(scenes: list[Scene]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tercet.config import DataConfig
-from tercet.data.scene_tasks import questions
+from tercet.data.scene_tasks import place_questions, questions
 from tercet.data.scenes import SceneSource
 from tercet.data.vqa_files import (
     common_answers,
@@ -266,3 +266,16 @@ def test_scenes_ask_their_questions() -> None:
     held_out = open_questions(["scenes:test"], DataConfig(scenes=8), "train")
     assert held_out.image_count == 500
     assert held_out.sample(0).key == "scenes:test#0 question 0"
+
+
+def test_scenes_asked_for_places_alone() -> None:
+    source = open_questions(["scenes:places", "scenes:validation"], DataConfig(scenes=8), "train")
+    scenes = SceneSource(8, "train")
+    asked = [question for index in range(8) for question in place_questions(scenes.scene(index))]
+    assert [source.sample(index).text for index in range(len(asked))] == [question.text for question in asked]
+    assert source.sample(len(asked)).key == "scenes:validation#0 question 0"
+    assert source.image_count == 8 + 500
+    held_out = open_questions(["scenes:places"], DataConfig(scenes=8), "test")
+    assert held_out.image_count == 500 and held_out.key(0) == "scenes:test#0"
+    with pytest.raises(TercetError, match="no scenes of split 'place'"):
+        open_questions(["scenes:place"], DataConfig(scenes=8), "train")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -284,7 +284,12 @@ DrawSamples = Callable[[int, str], SampleSource]
 
 
 def open_samples(
-    specs: Sequence[str], data: DataConfig, split: str, read: ReadFile, draw: DrawSamples | None = None
+    specs: Sequence[str],
+    data: DataConfig,
+    split: str,
+    read: ReadFile,
+    draw: DrawSamples | None = None,
+    selections: Mapping[str, DrawSamples] | None = None,
 ) -> SampleSource:
     """Open what the specifications name, one after the other, as one source.
 
@@ -296,6 +301,7 @@ def open_samples(
         split: 'train', 'validation' or 'test': which scenes `scenes` draws.
         read: reads one file: (file, the split after '#', data) to samples.
         draw: makes samples of drawn scenes: (scenes, split) to samples; None where scenes have none.
+        selections: by the word after `scenes:`, what else makes samples of the scenes of `split`.
 
     Raises:
         TercetError: a file is missing or cannot be parsed, a row is wrong, or there is no sample.
@@ -305,8 +311,10 @@ def open_samples(
         if spec == "scenes" or spec.startswith("scenes:"):
             if draw is None:
                 raise TercetError(f"{spec}: drawn scenes have no samples of this task; name an annotation file")
-            wanted = scene_split(spec, split)
-            parts.append(draw(data.scenes if wanted == "train" else HELD_OUT_SCENES, wanted))
+            name = spec.partition(":")[2]
+            selected = (selections or {}).get(name)
+            wanted = split if selected else scene_split(spec, split)
+            parts.append((selected or draw)(data.scenes if wanted == "train" else HELD_OUT_SCENES, wanted))
             continue
         files, suffix = find_files(spec)
         parts += [read(file, suffix, data) for file in files]

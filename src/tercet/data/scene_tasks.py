@@ -25,7 +25,7 @@ CLEAR_OF_MIDDLE = 0.1  # share of the side that an object keeps from the middle 
 COUNT_ANSWERS = ("zero", "one", "two", "three", "four")
 COUNT_WEIGHTS = (0.7, 0.7, 2.0, 4.0, 5.0)  # large counts are rarer in scenes, so they are asked for when they occur
 
-_QUESTIONS, _ENTAILMENTS, _EXPRESSIONS = 3, 4, 5  # random streams of a scene; 0 to 2 draw and describe it
+_QUESTIONS, _ENTAILMENTS, _EXPRESSIONS, _PLACES = 3, 4, 5, 7  # random streams of a scene; 0 to 2 draw and describe it
 
 
 class Question(NamedTuple):
@@ -62,12 +62,25 @@ def questions(scene: Scene) -> list[Question]:
     """Questions about a scene: at most one of colour and of shape, up to two of count, of position and of yes/no."""
     rng = scene_generator(scene.seed, _QUESTIONS)
     found = [_colour_question(scene, rng), _shape_question(scene, rng), _total_question(scene, rng)]
-    found += [_count_question(scene, rng), _relation_question(scene, rng), _half_question(scene, rng)]
+    found += [_count_question(scene, rng), _relation_question(scene, rng)]
+    placed = _placed(scene, rng)
+    if placed is not None:
+        found.append(_half_question(*placed))
     for _ in range(2):
         truth = bool(rng.integers(2))
         claim = _claim(scene, rng, truth)
         found.append(Question(claim.question, "yes" if truth else "no", "yes/no"))
     return list(dict.fromkeys(question for question in found if question is not None))
+
+
+def place_questions(scene: Scene) -> list[Question]:
+    """In which halves of the picture each figure clearly lies that words tell from the others, across and down.
+
+    To learn what `questions` asks now and then; what it is good for is told in docs/results.md."""
+    rng = scene_generator(scene.seed, _PLACES)
+    named = [(item, refer(scene, item, rng)) for item in scene.objects]
+    found = [_half_question(name, half) for item, name in named if name is not None for half in _halves(item)]
+    return list(dict.fromkeys(found))
 
 
 def entailments(scene: Scene) -> list[tuple[str, Label]]:
@@ -166,11 +179,7 @@ def _relation_question(scene: Scene, rng: np.random.Generator) -> Question | Non
     return Question(text.format(first, second), direction, "position")
 
 
-def _half_question(scene: Scene, rng: np.random.Generator) -> Question | None:
-    placed = _placed(scene, rng)
-    if placed is None:
-        return None
-    name, half = placed
+def _half_question(name: str, half: str) -> Question:
     asked = "left or right" if half in ("left", "right") else "top or bottom"
     return Question(f"in which half is the {name}, {asked}?", half, "position")
 
@@ -285,12 +294,18 @@ def _placed(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     if referred is None:
         return None
     item, name = referred
+    halves = _halves(item)
+    return (name, pick(rng, halves)) if halves else None
+
+
+def _halves(item: SceneObject) -> list[str]:
+    """The halves of the picture, across and down, that an object clearly lies in."""
     halves = []
     if abs(item.x - 0.5) > CLEAR_OF_MIDDLE:
         halves.append("left" if item.x < 0.5 else "right")
     if abs(item.y - 0.5) > CLEAR_OF_MIDDLE:
         halves.append("top" if item.y < 0.5 else "bottom")
-    return (name, pick(rng, halves)) if halves else None
+    return halves
 
 
 def _framed(statement: str, rng: np.random.Generator) -> str:

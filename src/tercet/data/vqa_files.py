@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,8 +29,8 @@ from tercet.data.samples import (
     read_objects,
     text_of,
 )
-from tercet.data.scene_tasks import questions
-from tercet.data.scenes import SceneSource
+from tercet.data.scene_tasks import Question, place_questions, questions
+from tercet.data.scenes import Scene, SceneSource
 from tercet.data.storage import is_url, missing, read_text
 from tercet.errors import TercetError
 
@@ -62,7 +63,7 @@ def open_questions(specs: Sequence[str], data: DataConfig, split: str) -> Sample
     is allowed for evaluation alone.
 
     Args:
-        specs: official or ALBEF files, or `scenes`.
+        specs: official or ALBEF files, `scenes`, or `scenes:places`: scenes of `split`, asked for places alone.
         data: where images lie; how many scenes are drawn.
         split: 'train', 'validation' or 'test'.
 
@@ -73,15 +74,16 @@ def open_questions(specs: Sequence[str], data: DataConfig, split: str) -> Sample
     def read(file: str, suffix: str | None, data: DataConfig) -> SampleSource:
         return read_questions(file, suffix, data, need_answers=split == "train")
 
-    return open_samples(specs, data, split, read, draw_questions)
+    places = partial(draw_questions, ask=place_questions)
+    return open_samples(specs, data, split, read, draw_questions, {"places": places})
 
 
-def draw_questions(count: int, split: str) -> SampleTable:
-    """The questions about `count` drawn scenes, as if ten annotators agreed on each answer."""
+def draw_questions(count: int, split: str, ask: Callable[[Scene], list[Question]] = questions) -> SampleTable:
+    """What `ask` asks about `count` drawn scenes, as if ten annotators agreed on each answer."""
     scenes = SceneSource(count, split, distinct=split != "train")
     collector = SampleCollector()
     for index in range(count):
-        for question in questions(scenes.scene(index)):
+        for question in ask(scenes.scene(index)):
             target = _target(len(collector), [question.answer] * 10, question.kind)
             collector.add(f"{scenes.key(index)} question {len(collector)}", [index], question.text, target)
     return collector.finish_drawn(scenes)
