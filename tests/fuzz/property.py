@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fuzz.targets import Target
+from fuzz.target import Target
 from tercet.errors import TercetError
 
 SECONDS = 20

@@ -15,18 +15,11 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from fuzz.data_targets import ALBEF_QUESTIONS, DETECTIONS, INSTANCES, REFERENCES
+from fuzz.model_targets import model_files
 from fuzz.property import check
-from fuzz.targets import (
-    ALBEF_QUESTIONS,
-    DETECTIONS,
-    INSTANCES,
-    JPEG,
-    REFERENCES,
-    all_targets,
-    as_json,
-    as_lines,
-    model_files,
-)
+from fuzz.target import JPEG, as_json, as_lines
+from fuzz.targets import all_targets
 
 TARGETS = all_targets()
 

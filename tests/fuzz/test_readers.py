@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fuzz.mutations import mutated_json
 from fuzz.property import check
-from fuzz.targets import all_targets, mutated_json
+from fuzz.targets import all_targets
 
 TARGETS = all_targets()
 # Always the same files, so that the suite never fails by chance; `explore.py` looks for new ones.
