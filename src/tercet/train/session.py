@@ -117,18 +117,12 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
     messages += made
     data = within_positions(config.data, student)
     config = config.model_copy(update={"model": student.config, "data": data, "output": str(folder)})
-    published = config.compat == "published"
     student.tokenizer = tokenizer
     adopt = kind_of(config.task).adopt
     if adopt is not None:
         messages += adopt(student, source, config)
-    task = build_task(config, student).to(placement.device)
-    task.train()
-    recompute_layers(student, config.train.recompute)
-    if config.train.compile:
-        compile_encoders(compiled_models(task))
-    trained = train_together(task, config.train.parallel)
-    optimizer = build_optimizer(student, config.optim, published)
+    task, trained = _assemble(config, student, placement)
+    optimizer = build_optimizer(student, config.optim, config.compat == "published")
     loader = build_loader(config, source, tokenizer, student.config.vision.image_size)
     checkpoints = Checkpoints(folder / CHECKPOINTS, config.train.keep_checkpoints)
     session = Session(
@@ -155,6 +149,16 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
     else:
         session.messages.append("the run was cut off before its first checkpoint; it starts again")
     return session
+
+
+def _assemble(config: Config, student: Tercet, placement: Placement) -> tuple[Task, nn.Module]:
+    """The task on its device with what the config asks of the layers, and the same as the ranks train it together."""
+    task = build_task(config, student).to(placement.device)
+    task.train()
+    recompute_layers(student, config.train.recompute)
+    if config.train.compile:
+        compile_encoders(compiled_models(task))
+    return task, train_together(task, config.train.parallel)
 
 
 def due_steps(session: Session) -> Iterator[list[StepBatch]]:
