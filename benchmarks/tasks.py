@@ -32,41 +32,38 @@ MEASURES = {
 }
 
 
-def commands_of(task: str, start: str, output: Path, init: str, settings: list[str]) -> list[list[str]]:
-    """The commands of one run: the task's own, and before it that of its preparation where it has one."""
+def commands_of(task: str, start: str, output: Path, init: str, settings: list[str]) -> dict[Path, list[str]]:
+    """The folders of one run, each with its command: the task's own, behind that of its preparation if it has one."""
     flags = [part for setting in settings for part in ("--" + setting.split("=", 1)[0], setting.split("=", 1)[1])]
     origin = ["--init", init] if start == "pre-trained" else ["--data.tokenizer", f"{init}/tokenizer.json"]
-    commands = []
+    commands: dict[Path, list[str]] = {}
     for recipe in (*filter(None, [PREPARATIONS.get(task)]), task):
         folder = output / f"{recipe}-{start}"
-        commands.append(["tercet", "train", f"demo-{recipe}", *origin, "--output", str(folder), *flags])
+        commands[folder] = ["tercet", "train", f"demo-{recipe}", *origin, "--output", str(folder), *flags]
         origin = ["--init", str(folder / "model")]
     return commands
 
 
-def perform(command: list[str]) -> None:
-    """Train by one command, unless that is done; exits where it fails."""
-    folder = Path(command[command.index("--output") + 1])
-    log = folder.with_name(f"{folder.name}.log")
-    if (folder / "model").is_dir():
-        return
-    with log.open("wb") as stream:
-        done = subprocess.run([sys.executable, "-m", *command], stdout=stream, stderr=subprocess.STDOUT)
-    if done.returncode:
-        sys.exit(f"{folder}: {log.read_text().splitlines()[-1]}")
+def perform(commands: dict[Path, list[str]]) -> None:
+    """Train by one command after the other, but for those that are done; exits where one fails."""
+    for folder, command in commands.items():
+        if (folder / "model").is_dir():
+            continue
+        log = folder.with_name(f"{folder.name}.log")
+        with log.open("wb") as stream:
+            done = subprocess.run([sys.executable, "-m", *command], stdout=stream, stderr=subprocess.STDOUT)
+        if done.returncode:
+            sys.exit(f"{folder}: {log.read_text().splitlines()[-1]}")
 
 
 def run_pair(task: str, output: Path, init: str, settings: list[str]) -> dict[str, dict[str, Any]]:
     """Train and evaluate both runs of a task side by side, and read what they measured."""
-    commands = {start: commands_of(task, start, output, init, settings) for start in STARTS}
+    runs = {start: commands_of(task, start, output, init, settings) for start in STARTS}
     with ThreadPoolExecutor(len(STARTS)) as pool:
-        list(pool.map(lambda chain: [perform(command) for command in chain], commands.values()))
+        list(pool.map(perform, runs.values()))
     return {
-        start: {
-            "commands": [" ".join(command) for command in chain],
-            **measured(task, [Path(command[command.index("--output") + 1]) for command in chain]),
-        }
-        for start, chain in commands.items()
+        start: {"commands": [" ".join(command) for command in commands.values()], **measured(task, list(commands))}
+        for start, commands in runs.items()
     }
 
 

@@ -203,7 +203,7 @@ class TestPairFiles:
     def test_pairs_to_train_on_have_several_statements(self) -> None:
         source, drawings = draw_statements(10, "train"), PairDrawings(10, "train")
         samples = [source.sample(index) for index in range(source.sample_count)]
-        further = drawings.more_statements(0, 8) + drawings.more_statements(8, 2)
+        further = drawings.more_statements([drawings.statement(number) for number in range(10)])
         assert source.image_count == 20
         for number in range(10):
             own = [sample for sample in samples if sample.images == (2 * number, 2 * number + 1)]

@@ -70,7 +70,7 @@ class TestFurtherTexts:
         for text in asked:
             assert len(words.encode([text], 40)[0][0]) == 1 + len(text.split()), text
 
-    @pytest.mark.parametrize("entry", ["scenes", "captioning=scenes", "=scenes"])
+    @pytest.mark.parametrize("entry", ["scenes", "captioning=scenes", "=scenes", "probes=probes.json"])
     def test_an_entry_that_names_no_task_is_refused(self, entry: str) -> None:
         with pytest.raises(TercetError, match=r"data\.tokenizer_texts: .* is not TASK=SOURCE.*pretrain, retrieval"):
             list(further_texts(DataConfig(tokenizer_texts=[entry])))

@@ -5,15 +5,9 @@ from __future__ import annotations
 import itertools
 
 from tercet.config import DataConfig
+from tercet.data.json_rows import choose_layout, image_root, read_objects, text_of
 from tercet.data.rows import Problems
-from tercet.data.samples import (
-    SampleCollector,
-    SampleTable,
-    choose_layout,
-    image_root,
-    read_objects,
-    text_of,
-)
+from tercet.data.samples import SampleCollector, SampleTable
 from tercet.data.scene_tasks import entailments
 from tercet.data.scenes import SceneSource
 from tercet.errors import TercetError

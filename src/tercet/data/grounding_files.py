@@ -21,19 +21,11 @@ import numpy as np
 
 from tercet.config import DataConfig
 from tercet.data.images import decode
+from tercet.data.json_rows import choose_layout, image_root, read_objects, text_of
 from tercet.data.json_text import parse_json
 from tercet.data.references import Box, References, is_coordinate, read_references
 from tercet.data.rows import SplitFilter, is_empty
-from tercet.data.samples import (
-    SampleCollector,
-    SampleSource,
-    SampleTable,
-    choose_layout,
-    image_root,
-    open_samples,
-    read_objects,
-    text_of,
-)
+from tercet.data.samples import SampleCollector, SampleSource, SampleTable, open_samples
 from tercet.data.scene_tasks import expressions
 from tercet.data.scenes import SceneSource
 from tercet.data.sources import TABLE_SUFFIXES, Source, find_files, open_sources

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
 from tercet.config import DataConfig
-from tercet.data.samples import (
-    SampleCollector,
-    SampleTable,
-    choose_layout,
-    image_root,
-    read_objects,
-    text_of,
-)
+from tercet.data.json_rows import choose_layout, image_root, read_objects, text_of
+from tercet.data.samples import SampleCollector, SampleTable
 from tercet.data.scene_pairs import PairStatement, pair_statement, shared_statements
 from tercet.data.scenes import SPLITS, encode_png
 from tercet.errors import TercetError
@@ -77,10 +72,13 @@ class PairDrawings:
         """Pair `number` and its sentence; pairs 2n and 2n + 1 share theirs, true of one and false of the other."""
         return pair_statement(self._seed(number))
 
-    def more_statements(self, first: int, count: int) -> list[list[tuple[str, bool]]]:
-        """Further statements about each of `count` pairs from number `first` on, with their truth."""
-        pairs = [self.statement(number) for number in range(first, first + count)]
-        return shared_statements(pairs, self._seed(first), TRAINING_STATEMENTS)
+    def more_statements(self, pairs: Sequence[PairStatement]) -> list[list[tuple[str, bool]]]:
+        """Further statements about each of the first pairs, with their truth; `SHARING_PAIRS` in a row share theirs."""
+        told: list[list[tuple[str, bool]]] = []
+        for first in range(0, len(pairs), SHARING_PAIRS):
+            together = pairs[first : first + SHARING_PAIRS]
+            told += shared_statements(together, self._seed(first), TRAINING_STATEMENTS)
+        return told
 
     def _seed(self, number: int) -> int:
         group, side = divmod(number, 2)
@@ -104,13 +102,10 @@ def draw_statements(count: int, split: str) -> SampleTable:
     """`count` pairs of drawn scenes, each with a sentence that is true of it or not; those to train on with several."""
     drawings = PairDrawings(count, split)
     collector = SampleCollector()
-    further: list[list[tuple[str, bool]]] = []
-    for number in range(count):
-        pair = drawings.statement(number)
-        if split == "train" and number % SHARING_PAIRS == 0:
-            further += drawings.more_statements(number, min(SHARING_PAIRS, count - number))
-        statements = [(pair.sentence, pair.truth), *(further[number] if split == "train" else ())]
-        for place, (sentence, truth) in enumerate(statements):
+    pairs = [drawings.statement(number) for number in range(count)]
+    further = drawings.more_statements(pairs) if split == "train" else [[]] * count
+    for number, (pair, others) in enumerate(zip(pairs, further, strict=True)):
+        for place, (sentence, truth) in enumerate([(pair.sentence, pair.truth), *others]):
             # The first of a pair shares its sentence with its neighbour; every other sentence stands for itself.
             key = f"pairs:{split}#{number}"
             group = str(number // 2) if place == 0 else f"{number} statement {place + 1}"

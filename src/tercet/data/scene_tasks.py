@@ -79,8 +79,7 @@ def place_questions(scene: Scene) -> list[Question]:
     To learn what `questions` asks now and then; what it is good for is told in docs/results.md."""
     rng = scene_generator(scene.seed, _PLACES)
     named = [(item, refer(scene, item, rng)) for item in scene.objects]
-    found = [_half_question(name, half) for item, name in named if name is not None for half in _halves(item)]
-    return list(dict.fromkeys(found))
+    return [_half_question(name, half) for item, name in named if name is not None for half in _halves(item)]
 
 
 def entailments(scene: Scene) -> list[tuple[str, Label]]:

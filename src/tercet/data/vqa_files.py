@@ -18,17 +18,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tercet.config import DataConfig
+from tercet.data.json_rows import choose_layout, image_root, read_objects, text_of
 from tercet.data.json_text import parse_json
-from tercet.data.samples import (
-    SampleCollector,
-    SampleSource,
-    SampleTable,
-    choose_layout,
-    image_root,
-    open_samples,
-    read_objects,
-    text_of,
-)
+from tercet.data.samples import SampleCollector, SampleSource, SampleTable, open_samples
 from tercet.data.scene_tasks import Question, place_questions, questions
 from tercet.data.scenes import Scene, SceneSource
 from tercet.data.storage import is_url, missing, read_text

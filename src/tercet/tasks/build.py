@@ -143,15 +143,16 @@ def further_texts(data: DataConfig) -> Iterator[str]:
     """The cleaned texts that `data.tokenizer_texts` names, the first `MOST_FURTHER_TEXTS` of each entry.
 
     Raises:
-        TercetError: an entry is not TASK=SOURCE, or what it names is missing or wrong.
+        TercetError: an entry is not TASK=SOURCE, nothing is trained by that name, or the source is missing or wrong.
     """
+    trained = [task for task, kind in KINDS.items() if kind.build is not None]
     data = data.model_copy(update={"scenes": min(data.scenes, MOST_FURTHER_SCENES)})
     for entry in data.tokenizer_texts:
         task, given, spec = entry.partition("=")
-        if not given or task not in KINDS:
+        if not given or task not in trained:
             raise TercetError(
                 f"data.tokenizer_texts: {entry!r} is not TASK=SOURCE, such as vqa=questions.json; "
-                f"the tasks are {', '.join(KINDS)}"
+                f"the tasks are {', '.join(trained)}"
             )
         yield from itertools.islice(words_of(task, open_data(task, [spec], data, "train"), data), MOST_FURTHER_TEXTS)
 

@@ -22,8 +22,9 @@ import torch
 from tercet.config import DataConfig
 from tercet.data.entailment_files import LABELS
 from tercet.data.grounding_files import open_expressions
+from tercet.data.json_rows import read_objects
 from tercet.data.nlvr_files import TRUTHS
-from tercet.data.samples import Sample, SampleSource, read_objects
+from tercet.data.samples import Sample, SampleSource
 from tercet.data.sources import open_sources
 from tercet.data.storage import read_text
 from tercet.data.texts import clean_caption
