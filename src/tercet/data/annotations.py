@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tercet.config import DataConfig
+from tercet.data.json_rows import image_root
 from tercet.data.json_text import JSON_ERRORS, broken_json, line_fault, list_items, skip_space
 from tercet.data.packed import StringPacker, encode
 from tercet.data.rows import PairCollector, Pairs, Problems, SplitFilter, described, require_pairs
@@ -68,7 +69,7 @@ def read_pairs(file: str, suffix: str | None, data: DataConfig, problems: Proble
     if not len(collector):
         require_pairs(collector, file, _folder_wants(file) if folder else _rows_want(data))
     pairs = collector.finish()
-    images = FileImages(_root(file, folder, data), paths.pack().take(pairs.rows))
+    images = FileImages(file if folder else image_root(file, data), paths.pack().take(pairs.rows))
     images.require_some(file)
     return pairs, images
 
@@ -82,14 +83,6 @@ def _folder_wants(folder: str) -> str:
     shard = next(Path(folder).rglob("*.tar"), None)
     shards = f" (shards lie in {shard.parent}: name that folder)" if shard else ""
     return f"images with a .txt file of the same name beside them{shards}"
-
-
-def _root(file: str, folder: bool, data: DataConfig) -> str:
-    if folder:
-        return file
-    if data.image_root is not None:
-        return data.image_root
-    return file.rsplit("/", 1)[0] if is_url(file) else str(Path(file).parent)
 
 
 def _file_rows(file: str, data: DataConfig) -> Iterator[Row]:
