@@ -66,6 +66,23 @@ def test_the_approximate_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert sorted(int(one.entry.id, 16) for one in few) == sorted(np.argsort(-scores[0, :16])[:10].tolist())
 
 
+def test_many_at_once_are_each_alone(tmp_path: Path) -> None:
+    index, queries = fill(tmp_path / "index", draw(COUNT, 0)), draw(9, 1)
+    where = "id like '00000000000000__'"
+    for _ in range(2):  # every vector compared, then the approximate index
+        for given, exact in ((None, False), (None, True), (where, False)):
+            many = index.nearest_many(queries, 12, given, exact)
+            assert [len(found) for found in many] == [12] * len(queries)
+            for found, query in zip(many, queries, strict=True):
+                alone = index.nearest(query, 12, given, exact)
+                assert [one.entry for one in found] == [one.entry for one in alone]
+                assert [one.cosine for one in found] == pytest.approx([one.cosine for one in alone], abs=1e-6)
+        build_if_large(index, exact_below=1000)
+    assert index.build is not None
+    nothing = index.nearest_many(queries, 12, "width > 64")
+    assert nothing == [[] for _ in queries]
+
+
 def test_built_anew_when_the_images_have_doubled(tmp_path: Path) -> None:
     index = fill(tmp_path / "index", draw(2000, 0))
     first = build_if_large(index, exact_below=1000)

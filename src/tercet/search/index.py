@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 HEX = frozenset("0123456789abcdef")
 ID_LENGTH = 16
 BUILD_SECONDS = 60.0
+QUERY = "query_index"  # the column by which LanceDB tells which of several vectors a row was found for
 
 
 @dataclass(frozen=True)
@@ -210,19 +211,33 @@ class Index:
         Raises:
             TercetError: the filter cannot be read, or the table cannot.
         """
-        vector = np.asarray(feats, np.float32)
+        return self.nearest_many(np.asarray(feats, np.float32)[None], count, where, exact)[0]
+
+    def nearest_many(
+        self, feats: Tensor | np.ndarray, count: int, where: str | None = None, exact: bool = False
+    ) -> list[list[Neighbour]]:
+        """What `nearest` gives of each of `feats` `[queries, embed_dim]`, in one query to the table.
+
+        Raises:
+            TercetError: as `nearest`.
+        """
+        vectors = np.asarray(feats, np.float32)
         sql = None if where is None else checked_filter(where)
         with lance_errors(f"cannot search {self.path}" if where is None else f"cannot search by the filter {where!r}"):
             build = None if exact else self.build
             if build is None or (sql is not None and self.table.count_rows(sql) < EXACT_BELOW):
-                query = exact_query(self.table, vector)
+                query = exact_query(self.table, vectors)
             else:
-                query = approximate_query(self.table, vector, probes_for(build, count), build.refine)
+                query = approximate_query(self.table, vectors, probes_for(build, count), build.refine)
             query = query.limit(count).select([*ENTRY_COLUMNS, "sha256", "_distance"])
             if sql is not None:
                 query = query.where(sql, prefilter=True)
-            found: list[dict[str, Any]] = query.to_arrow().to_pylist()
-        return [Neighbour(_entry(row), 1.0 - row["_distance"], row["sha256"]) for row in found]
+            rows: list[dict[str, Any]] = query.to_arrow().to_pylist()
+        found: list[list[Neighbour]] = [[] for _ in vectors]
+        for row in rows:
+            # A query of one vector does not number it.
+            found[row.get(QUERY, 0)].append(Neighbour(_entry(row), 1.0 - row["_distance"], row["sha256"]))
+        return found
 
     @property
     def build(self) -> Build | None:

@@ -105,10 +105,9 @@ def probes_for(build: Build, count: int) -> int:
     return min(build.cells, build.probes * (1 if count <= RECALL_AT else 2))
 
 
-def approximate_query(table: Table, vector: np.ndarray, probes: int, refine: int) -> Any:
-    """A query that reads `probes` cells."""
-    query: Any = table.search(vector, vector_column_name="embedding")
-    return query.distance_type("cosine").nprobes(probes).refine_factor(refine)
+def approximate_query(table: Table, vectors: np.ndarray, probes: int, refine: int) -> Any:
+    """A query by vectors `[queries, embed_dim]` that reads `probes` cells for each."""
+    return _vector_query(table, vectors).nprobes(probes).refine_factor(refine)
 
 
 def _tuned(index: Index, rows: int, cells: int, seconds: float, caption_feats: np.ndarray) -> Build:
@@ -139,7 +138,7 @@ def _tuned(index: Index, rows: int, cells: int, seconds: float, caption_feats: n
 
 def recall(table: Table, queries: np.ndarray, truths: Sequence[set[str]], probes: int) -> float:
     """Share of the exact results of queries `[queries, embed_dim]` that reading `probes` cells finds."""
-    found = [_ids(approximate_query(table, vector, probes, REFINE)) for vector in queries]
+    found = [_ids(approximate_query(table, vector[None], probes, REFINE)) for vector in queries]
     return sum(len(own & truth) for own, truth in zip(found, truths, strict=True)) / sum(map(len, truths))
 
 
@@ -159,10 +158,14 @@ def exact_neighbours(index: Index, queries: np.ndarray) -> list[set[str]]:
     return [set(own.tolist()) - {""} for own in names]
 
 
-def exact_query(table: Table, vector: np.ndarray) -> Any:
-    """A query that reads every vector."""
-    query: Any = table.search(vector, vector_column_name="embedding")
-    return query.distance_type("cosine").bypass_vector_index()
+def exact_query(table: Table, vectors: np.ndarray) -> Any:
+    """A query by vectors `[queries, embed_dim]` that reads every vector."""
+    return _vector_query(table, vectors).bypass_vector_index()
+
+
+def _vector_query(table: Table, vectors: np.ndarray) -> Any:
+    query: Any = table.search(list(vectors) if len(vectors) > 1 else vectors[0], vector_column_name="embedding")
+    return query.distance_type("cosine")
 
 
 def sample_embeddings(index: Index, count: int) -> np.ndarray:

@@ -121,11 +121,7 @@ class Searcher:
             given = [text for query in queries for text in (query.text, query.without) if text is not None]
             numbers = {text: number for number, text in enumerate(dict.fromkeys(given))}
             encoded = encode_sentences(self.model, list(numbers), _DATA) if numbers else _NO_TEXTS
-            found = []
-            for query, feats in zip(queries, self._query_feats(queries, numbers, encoded.text_feats), strict=True):
-                count = max(query.k, self._candidates(query)) + (query.like is not None)
-                near = self.index.nearest(feats, count, query.where)
-                found.append([one for one in near if one.entry.id != query.like])
+            found = self._nearest(queries, self._query_feats(queries, numbers, encoded.text_feats))
             ranked = self._rank_anew(queries, found, numbers, encoded.text_embeds)
         return [
             [_hit(near[place], chance, place) for place, chance in order[: query.k]]
@@ -137,6 +133,19 @@ class Searcher:
         if query.text is None or not self.model.matches:
             return 0
         return max(RERANK, query.k) if query.rerank is None else query.rerank
+
+    def _nearest(self, queries: Sequence[Query], feats: Sequence[Tensor]) -> list[list[Neighbour]]:
+        """Of each query the images near to `feats` `[embed_dim]`; those of the same filter and count go as one."""
+        together: dict[tuple[str | None, int], list[int]] = {}
+        for place, query in enumerate(queries):
+            count = max(query.k, self._candidates(query)) + (query.like is not None)
+            together.setdefault((query.where, count), []).append(place)
+        found: list[list[Neighbour]] = [[] for _ in queries]
+        for (where, count), places in together.items():
+            own = torch.stack([feats[place] for place in places])
+            for place, near in zip(places, self.index.nearest_many(own, count, where), strict=True):
+                found[place] = [one for one in near if one.entry.id != queries[place].like]
+        return found
 
     def _query_feats(self, queries: Sequence[Query], numbers: dict[str, int], text_feats: Tensor) -> list[Tensor]:
         """The direction each searches in, `[embed_dim]`: the mean of what is given, turned away from `without`."""
@@ -202,10 +211,8 @@ def _order(logits: Tensor, count: int) -> list[tuple[int, float | None]]:
         score = F.logsigmoid(margins[:, 0]) + F.logsigmoid(-margins[:, 1])
     score = score.masked_fill(score.isnan(), float("-inf"))
     order = score.argsort(descending=True, stable=True).tolist()
-    chances = margins[:, 0].sigmoid().tolist()
-    ranked: list[tuple[int, float | None]] = [
-        (place, None if score[place] == float("-inf") else chances[place]) for place in order
-    ]
+    chances, looked_at = margins[:, 0].sigmoid().tolist(), (score != float("-inf")).tolist()
+    ranked: list[tuple[int, float | None]] = [(place, chances[place] if looked_at[place] else None) for place in order]
     return ranked + [(place, None) for place in range(len(order), count)]
 
 
