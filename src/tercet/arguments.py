@@ -53,7 +53,7 @@ ConfigFlags = Annotated[Config, FLAT, tyro.conf.FlagConversionOff]
 
 ImageArgument = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
 ModelFlag = Annotated[str | None, tyro.conf.arg(metavar="MODEL")]
-JsonFlag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # on where the flag stands, with no flag to put it off
 
 
 Arguments = TypeVar("Arguments")

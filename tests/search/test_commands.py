@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
+import pty
 import re
+import struct
+import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
 from tercet.cli import main
+from tercet.commands.searching import PICTURE_COLUMNS
 from tiny_model import TEXTS
 
 
@@ -46,6 +54,39 @@ def test_search(index: str, pictures: Path, tmp_path: Path, capsys: pytest.Captu
     assert len(found) == 3 and all(hit["match"] is None and hit["width"] > 64 for hit in found)
     assert main(["search", index, "a heart", "--where", "width > 9999"]) == 0
     assert capsys.readouterr().out == "no image found\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "columns", "drawn"), [([], 80, True), (["--no-thumbnails"], 80, False), ([], 0, False)]
+)
+def test_thumbnails_on_a_terminal(index: str, words: list[str], columns: int, drawn: bool) -> None:
+    terminal = {"TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": "80", "LINES": "40"}
+    plain = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    shown = on_a_terminal(
+        [sys.executable, "-m", "tercet", "search", index, "a heart", *words], plain | terminal, columns
+    )
+    assert "Traceback" not in shown and shown.count("%") == 4
+    rows = [line for line in shown.splitlines() if line.count("▀") == PICTURE_COLUMNS]
+    coloured = {colour for row in rows for colour in re.findall(r"38;2;\d+;\d+;\d+", row)}
+    if drawn:
+        assert len(rows) > 20 and len(coloured) > 50  # four pictures, of many colours
+    else:
+        assert not rows
+
+
+def on_a_terminal(command: list[str], environment: dict[str, str], columns: int) -> str:
+    """What `command` writes to a terminal that answers no question; 0 columns: one that does not know its size."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 40 if columns else 0, columns, 0, 0))
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        parts = []
+        with contextlib.suppress(OSError):  # what reading ends with when the other side has closed
+            while part := os.read(ours, 65_536):
+                parts.append(part)
+        assert process.wait() == 0, b"".join(parts).decode()
+    os.close(ours)
+    return b"".join(parts).decode()
 
 
 def test_a_gallery(index: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

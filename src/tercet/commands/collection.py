@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from tercet.arguments import FLAT, DataKeys, EvaluateKeys, JsonFlag, ModelFlag, parse, split_flags
+from tercet.arguments import FLAT, DataKeys, EvaluateKeys, ModelFlag, Switch, parse, split_flags
 from tercet.commands.printing import print_table
 from tercet.errors import TercetError
 
@@ -48,7 +48,7 @@ class PackArguments:
     """pack only the pairs that `tercet data filter` wrote to this file"""
     split: Literal["train", "validation", "test"] = "train"
     """which scenes `scenes` draws"""
-    json: JsonFlag = False
+    json: Switch = False
     """print the numbers as one JSON object"""
     config: Annotated[DataKeys, FLAT, tyro.conf.FlagConversionOff] = field(default_factory=DataKeys)
 
@@ -65,7 +65,7 @@ class InspectArguments:
     """pictures on the sheet, spread evenly over the source"""
     split: Literal["train", "validation", "test"] = "train"
     """which scenes `scenes` draws"""
-    json: JsonFlag = False
+    json: Switch = False
     """print the numbers, and the names of broken images and duplicates, as one JSON object"""
     config: Annotated[DataKeys, FLAT, tyro.conf.FlagConversionOff] = field(default_factory=DataKeys)
 
@@ -88,7 +88,7 @@ class FilterArguments:
     """instead: keep this share of the pairs, the best ones"""
     split: Literal["train", "validation", "test"] = "train"
     """which scenes `scenes` draws"""
-    json: JsonFlag = False
+    json: Switch = False
     """print the numbers as one JSON object"""
     config: Annotated[EvaluateKeys, FLAT, tyro.conf.FlagConversionOff] = field(default_factory=EvaluateKeys)
 

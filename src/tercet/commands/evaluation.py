@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from tercet.arguments import FLAT, DataKeys, EvaluateKeys, JsonFlag, parse, split_flags
+from tercet.arguments import FLAT, DataKeys, EvaluateKeys, Switch, parse, split_flags
 from tercet.commands.models import model_and_config
 from tercet.commands.printing import print_metrics
 
@@ -42,7 +42,7 @@ class ScoreArguments:
     """what `tercet evaluate --predictions` wrote, or the official evaluation's own form"""
     gold: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="GOLD")]
     """the annotations, as `tercet evaluate --data` takes them"""
-    json: JsonFlag = False
+    json: Switch = False
     """print the numbers as one JSON object"""
     config: Annotated[DataKeys, FLAT, tyro.conf.FlagConversionOff] = field(default_factory=DataKeys)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from tercet.arguments import ImageArgument, JsonFlag, ModelFlag, parse
+from tercet.arguments import ImageArgument, ModelFlag, Switch, parse
 from tercet.commands.models import load_chosen, warn_untrained_matching
 from tercet.commands.printing import print_table
 from tercet.errors import TercetError
@@ -28,7 +28,7 @@ class MatchArguments:
     """one or more texts, each in quotes"""
     model: ModelFlag = None
     """model folder, run folder, or hub id; default: runs/demo/model"""
-    json: JsonFlag = False
+    json: Switch = False
     """print the numbers as one JSON object"""
 
 
@@ -44,7 +44,7 @@ class ClassifyArguments:
     """sentences with {} where the label goes; default: {}, a photo of {}, a picture of {}"""
     model: ModelFlag = None
     """model folder, run folder, or hub id; default: runs/demo/model"""
-    json: JsonFlag = False
+    json: Switch = False
     """print the numbers as one JSON object"""
 
 
@@ -60,7 +60,7 @@ class AskArguments:
     """answers to choose from; default: the model's own list, or else it writes freely"""
     model: ModelFlag = None
     """model folder, run folder, or hub id; default: runs/demo/model"""
-    json: JsonFlag = False
+    json: Switch = False
     """print the answer as one JSON object"""
 
 

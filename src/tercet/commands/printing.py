@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 COLUMNS = {
     "text_r1": "text R@1",
@@ -43,21 +48,38 @@ def _print_group(group: str, numbers: dict[str, float]) -> None:
     print_table([group, ""], [[name, f"{value:.2f}"] for name, value in numbers.items()])
 
 
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """A drawn table on a terminal, aligned plain text elsewhere."""
+def print_table(header: list[str], rows: list[list[str]], pictures: Sequence[RenderableType] = ()) -> None:
+    """A drawn table on a terminal, aligned plain text elsewhere.
+
+    Args:
+        header: a title for each column.
+        rows: cells as they are to be read.
+        pictures: none, or one for each row, drawn before it; on a terminal alone.
+    """
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
         # As plain text: a label or caption of the user's may hold square brackets, which Rich would read as a style.
-        table = Table()
+        console, table = Console(), Table(show_lines=bool(pictures))
+        if pictures:
+            table.add_column(min_width=max(console.measure(picture).minimum for picture in pictures))
         for title in header:
-            table.add_column(Text(title))
-        for row in rows:
-            table.add_row(*map(Text, row))
-        Console().print(table)
+            table.add_column(Text(title), overflow="fold")  # an id or a path that is cut off is of no use
+        for number, row in enumerate(rows):
+            table.add_row(*pictures[number : number + 1], *map(Text, row))
+        console.print(table)
         return
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     for row in [header, *rows]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def shows_pictures() -> bool:
+    """Whether there is a terminal that has colours enough for a picture, knows its size and can be asked about it."""
+    from rich.console import Console
+
+    if sys.stdin is None or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    return all(os.get_terminal_size(sys.stdout.fileno())) and Console().color_system in ("256", "truecolor", "windows")

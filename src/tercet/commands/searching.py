@@ -5,25 +5,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from tercet.arguments import JsonFlag, ModelFlag, parse
+from tercet.arguments import ModelFlag, Switch, parse
 from tercet.commands.models import DEMO_MODEL, lasting_name, load_chosen, warn_untrained_matching
-from tercet.commands.printing import print_table
+from tercet.commands.printing import print_table, shows_pictures
 from tercet.commands.progress import progress_bar
 from tercet.errors import TercetError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from tercet.search.building import IndexReport
     from tercet.search.index import Index
     from tercet.search.searcher import Hit
 
 SHOWN_PROBLEMS = 20
+PICTURE_COLUMNS = 20  # of the terminal, twice as high as they are wide
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class IndexArguments:
     """model folder, run folder, or hub id; default: the model that made the index, or else runs/demo/model"""
     engine: Literal["local", "ray"] = "local"
     """ray: embed on the cluster that RAY_ADDRESS names, or else on one of this machine's cores"""
-    json: JsonFlag = False
+    json: Switch = False
     """print what was done as one JSON object"""
 
 
@@ -64,7 +70,9 @@ class SearchArguments:
     """candidates that the fusion encoder ranks anew; 0: none, the dual encoder alone; default 64"""
     model: ModelFlag = None
     """default: the model that made the index"""
-    json: JsonFlag = False
+    no_thumbnails: Switch = False
+    """print the table alone, where the terminal could draw the images too"""
+    json: Switch = False
     """print the images as one JSON list"""
     html: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """write the images as a page to this file"""
@@ -115,10 +123,31 @@ def search(arguments: list[str]) -> None:
     elif options.json:
         print(json.dumps([dataclasses.asdict(hit) for hit in hits], ensure_ascii=False))
     else:
-        _print_hits(hits)
+        _print_hits(hits, _pictures(opened, hits) if not options.no_thumbnails and shows_pictures() else [])
 
 
-def _print_hits(hits: list[Hit]) -> None:
+def _pictures(index: Index, hits: list[Hit]) -> list[RenderableType]:
+    """Thumbnails to draw on the terminal: in pixels where it says that it can, else in half characters."""
+    if not hits:
+        return []
+    logging.getLogger("textual_image").setLevel(logging.ERROR)  # it warns of terminals that do not answer, at length
+    try:
+        from textual_image.renderable import Image  # as it is imported, it asks the terminal
+    except ImportError as error:
+        raise TercetError("drawing images needs textual-image; pip install 'tercet[search]'") from error
+    thumbnails = index.thumbnails([hit.id for hit in hits])
+    pictures: list[RenderableType] = []
+    for hit in hits:
+        if hit.id not in thumbnails:  # an image can leave the index while its row is written
+            pictures.append("")
+        elif hit.width >= hit.height:
+            pictures.append(Image(BytesIO(thumbnails[hit.id]), width=PICTURE_COLUMNS, height="auto"))
+        else:
+            pictures.append(Image(BytesIO(thumbnails[hit.id]), width="auto", height=PICTURE_COLUMNS // 2))
+    return pictures
+
+
+def _print_hits(hits: list[Hit], pictures: Sequence[RenderableType]) -> None:
     if not hits:
         print("no image found")
         return
@@ -129,7 +158,7 @@ def _print_hits(hits: list[Hit]) -> None:
         rows.append([str(rank), match, f"{hit.cosine:.3f}", str(hit.dual_rank), hit.id, hit.uri, hit.caption or ""])
     if all(hit.match is None for hit in hits):
         header, rows = [header[0], *header[2:]], [[row[0], *row[2:]] for row in rows]
-    print_table(header, rows)
+    print_table(header, rows, pictures)
 
 
 def _write_page(options: SearchArguments, index: Index, hits: list[Hit]) -> Path:
