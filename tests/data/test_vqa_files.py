@@ -268,7 +268,7 @@ def test_scenes_ask_their_questions() -> None:
     assert held_out.sample(0).key == "scenes:test#0 question 0"
 
 
-def test_scenes_asked_for_places_alone() -> None:
+def test_scenes_asked_for_places() -> None:
     source = open_questions(["scenes:places", "scenes:validation"], DataConfig(scenes=8), "train")
     scenes = SceneSource(8, "train")
     asked = [question for index in range(8) for question in place_questions(scenes.scene(index))]

@@ -24,7 +24,8 @@ LAYOUTS = (
     "{directory}/{name}",
 )
 PROBES = 16
-TRAINING_STATEMENTS = 8  # further ones about each pair of drawn scenes that is trained on
+# Further ones about each pair of drawn scenes that is trained on: easier ones than its own, which begin the learning.
+TRAINING_STATEMENTS = 4
 SHARING_PAIRS = 8  # pairs in a row that are trained on and that share their further statements
 
 

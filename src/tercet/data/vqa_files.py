@@ -55,7 +55,8 @@ def open_questions(specs: Sequence[str], data: DataConfig, split: str) -> Sample
     is allowed for evaluation alone.
 
     Args:
-        specs: official or ALBEF files, `scenes`, or `scenes:places`: scenes of `split`, asked for places alone.
+        specs: official or ALBEF files, `scenes`, or `scenes:places`: scenes of `split`, asked for places, see
+            `place_questions`.
         data: where images lie; how many scenes are drawn.
         split: 'train', 'validation' or 'test'.
 
