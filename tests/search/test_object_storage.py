@@ -1,0 +1,85 @@
+"""An index in object storage, by the S3 protocol of a server of this machine: made, searched, brought up to date."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tercet.data.listing import find_images
+from tercet.data.rows import Problems
+from tercet.model.tercet import Tercet
+from tercet.search.building import build_index
+from tercet.search.index import Index
+from tercet.search.searcher import Query, Searcher
+from tiny_model import TEXTS
+
+pytest.importorskip("moto", reason="needs pip install 'moto[server]'")
+pytestmark = pytest.mark.slow
+
+START_SECONDS = 60.0
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URI of an empty bucket."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    settings = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": address,
+        "AWS_ALLOW_HTTP": "true",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            create_bucket(f"{address}/pictures", server)
+            yield "s3://pictures"
+        finally:
+            server.terminate()
+
+
+def create_bucket(address: str, server: subprocess.Popen[bytes]) -> None:
+    """Ask until the server is up."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        assert server.poll() is None, "the storage server has stopped"
+        try:
+            urllib.request.urlopen(urllib.request.Request(address, method="PUT"), timeout=10).close()
+            return
+        except urllib.error.URLError:
+            assert time.monotonic() < deadline, "the storage server does not answer"
+            time.sleep(0.2)
+
+
+def test_an_index_in_object_storage(bucket: str, model: Tercet, pictures: Path, tmp_path: Path) -> None:
+    remote, here = f"{bucket}/my.index", str(tmp_path / "index")
+    for path in (remote, here):
+        index, report = build_index([str(pictures)], model, "model", path)
+        assert (report.added, index.count) == (4, 4)
+    query = Query(text=TEXTS[0], k=3)
+    found, expected = (Searcher(Index.open(path), model).search(query) for path in (remote, here))
+    assert [hit.id for hit in found] == [hit.id for hit in expected]
+    np.testing.assert_allclose([hit.cosine for hit in found], [hit.cosine for hit in expected], atol=1e-6)
+    assert Index.open(remote).thumbnail(found[0].id) == Index.open(here).thumbnail(found[0].id)
+
+    (pictures / "a.png").unlink()
+    (pictures / "b.jpg").write_bytes((pictures / "more/c.png").read_bytes())
+    index, report = build_index([str(pictures)], model, "model", remote)
+    assert (report.removed, report.changed, report.unchanged, index.count) == (1, 1, 2, 3)
+    listed = {entry.uri for entry in index.newest(10)}
+    assert listed == {image.uri for image in find_images([str(pictures)], Problems())}
