@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/tasks.py --init runs/demo/model --output runs/tasks
     python benchmarks/tasks.py --init runs/demo/model --output runs/tasks --tasks vqa --set data.scenes=2000
 
-The two runs of a task are the recipe `demo-TASK` (for questions after `demo-vqa-places`, for pairs after
-`demo-nlvr-pretrain`, as published) with the same seed, data, steps and tokenizer (that of the model, so that both read
+The two runs of a task are the recipe `demo-TASK` (for questions after `demo-vqa-first` and
+`demo-vqa-places`, for pairs after `demo-nlvr-pretrain`, as published) with the same seed, data, steps and tokenizer (that of the model, so that both read
 the same word pieces); one begins with the model's weights and the other with random ones.  They run at the same time,
 so that a busy machine slows both alike.  A run that is there already is not run again.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 TASKS = ("vqa", "entailment", "nlvr", "grounding")
-PREPARATIONS = {"vqa": "vqa-places", "nlvr": "nlvr-pretrain"}
+PREPARATIONS = {"vqa": ("vqa-first", "vqa-places"), "nlvr": ("nlvr-pretrain",)}
 STARTS = ("pre-trained", "random")
 MEASURES = {
     "vqa": ("accuracy", "all"),
@@ -33,11 +33,11 @@ MEASURES = {
 
 
 def commands_of(task: str, start: str, output: Path, init: str, settings: list[str]) -> dict[Path, list[str]]:
-    """The folders of one run, each with its command: the task's own, behind that of its preparation if it has one."""
+    """The folders of one run, each with its command: the task's own, behind those of its preparations."""
     flags = [part for setting in settings for part in ("--" + setting.split("=", 1)[0], setting.split("=", 1)[1])]
     origin = ["--init", init] if start == "pre-trained" else ["--data.tokenizer", f"{init}/tokenizer.json"]
     commands: dict[Path, list[str]] = {}
-    for recipe in (*filter(None, [PREPARATIONS.get(task)]), task):
+    for recipe in (*PREPARATIONS.get(task, ()), task):
         folder = output / f"{recipe}-{start}"
         commands[folder] = ["tercet", "train", f"demo-{recipe}", *origin, "--output", str(folder), *flags]
         origin = ["--init", str(folder / "model")]
