@@ -4,10 +4,10 @@
     OMP_NUM_THREADS=1 python benchmarks/tasks.py --init runs/demo/model --output runs/tasks
     python benchmarks/tasks.py --init runs/demo/model --output runs/tasks --tasks vqa --set data.scenes=2000
 
-The two runs of a task are the recipe `demo-TASK` (for questions after `demo-vqa-first` and `demo-vqa-places`, for pairs
-after `demo-nlvr-pretrain`, as published) with the same seed, data, steps and tokenizer (that of the model, so that both
-read the same word pieces); one begins with the model's weights and the other with random ones.  They run at the same
-time, so that a busy machine slows both alike.  A run that is there already is not run again.
+The two runs of a task are the recipe `demo-TASK`, after those that prepare it (`demo-vqa-first` and `demo-vqa-places`;
+`demo-nlvr-pretrain`, as published, and `demo-nlvr-first`), with the same seed, data, steps and tokenizer (that of the
+model, so that both read the same word pieces); one begins with the model's weights and the other with random ones.
+They run at the same time, so that a busy machine slows both alike.  A run that is there already is not run again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 TASKS = ("vqa", "entailment", "nlvr", "grounding")
-PREPARATIONS = {"vqa": ("vqa-first", "vqa-places"), "nlvr": ("nlvr-pretrain",)}
+PREPARATIONS = {"vqa": ("vqa-first", "vqa-places"), "nlvr": ("nlvr-pretrain", "nlvr-first")}
 STARTS = ("pre-trained", "random")
 MEASURES = {
     "vqa": ("accuracy", "all"),

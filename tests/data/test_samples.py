@@ -23,6 +23,7 @@ from tercet.data.scene_tasks import entailments
 from tercet.data.scenes import SceneSource
 from tercet.data.texts import Tokenizer, clean_caption
 from tercet.errors import TercetError
+from tercet.tasks.nlvr import open_statements
 
 PLAIN = DataConfig(workers=0, augment="none")
 
@@ -203,7 +204,7 @@ class TestPairFiles:
     def test_pairs_to_train_on_have_several_statements(self) -> None:
         source, drawings = draw_statements(10, "train"), PairDrawings(10, "train")
         samples = [source.sample(index) for index in range(source.sample_count)]
-        further = drawings.more_statements([drawings.statement(number) for number in range(10)])
+        further = drawings.more_statements([drawings.statement(number) for number in range(10)], 8)
         assert source.image_count == 20
         for number in range(10):
             own = [sample for sample in samples if sample.images == (2 * number, 2 * number + 1)]
@@ -213,6 +214,10 @@ class TestPairFiles:
         assert len(samples) > 10 + 8 * 4
         assert len({sample.key for sample in samples}) == len(samples)
         assert len({sample.target["group"] for sample in samples}) == len(samples) - 5
+        hard = open_statements(["scenes:hard"], DataConfig(scenes=10), "train")
+        assert hard.image_count == 20 and 10 + 8 < hard.sample_count <= 10 + 10 * 2
+        assert hard.sample(0) == samples[0]
+        assert open_statements(["scenes:hard"], DataConfig(scenes=10), "test").sample_count == 500
 
 
 class TestOpening:

@@ -22,7 +22,7 @@ from tercet.model.tercet import Tercet
 from tercet.tasks.labelling import Guesses
 from tercet.tasks.nlvr import PARTS, PairStatements, StatementResult, consistency, evaluate_statements
 
-RECIPE = "demo-nlvr"
+RECIPE = "demo-nlvr-first"
 
 
 def small_model() -> Tercet:

@@ -24,8 +24,9 @@ LAYOUTS = (
     "{directory}/{name}",
 )
 PROBES = 16
-# Further ones about each pair of drawn scenes that is trained on: easier ones than its own, which begin the learning.
-TRAINING_STATEMENTS = 4
+# Further ones about each pair of drawn scenes that is trained on.  A pair is drawn so that its own sentence is nearly
+# true, or nearly false; the others are easier, and the more there are the easier learning begins.
+TRAINING_STATEMENTS, HARD_STATEMENTS = 8, 2
 SHARING_PAIRS = 8  # pairs in a row that are trained on and that share their further statements
 
 
@@ -73,12 +74,15 @@ class PairDrawings:
         """Pair `number` and its sentence; pairs 2n and 2n + 1 share theirs, true of one and false of the other."""
         return pair_statement(self._seed(number))
 
-    def more_statements(self, pairs: Sequence[PairStatement]) -> list[list[tuple[str, bool]]]:
-        """Further statements about each of the first pairs, with their truth; `SHARING_PAIRS` in a row share theirs."""
+    def more_statements(self, pairs: Sequence[PairStatement], count: int) -> list[list[tuple[str, bool]]]:
+        """Further statements about the first pairs, `count` each at most on average, with their truth.
+
+        `SHARING_PAIRS` in a row share theirs.
+        """
         told: list[list[tuple[str, bool]]] = []
         for first in range(0, len(pairs), SHARING_PAIRS):
             together = pairs[first : first + SHARING_PAIRS]
-            told += shared_statements(together, self._seed(first), TRAINING_STATEMENTS)
+            told += shared_statements(together, self._seed(first), count)
         return told
 
     def _seed(self, number: int) -> int:
@@ -99,13 +103,16 @@ class PairDrawings:
         return f"pairs:{self.split}#{index // 2} {'right' if index % 2 else 'left'}"
 
 
-def draw_statements(count: int, split: str) -> SampleTable:
-    """`count` pairs of drawn scenes, each with a sentence that is true of it or not; those to train on with several."""
+def draw_statements(count: int, split: str, further: int = TRAINING_STATEMENTS) -> SampleTable:
+    """`count` pairs of drawn scenes, each with a sentence that is true of it or not.
+
+    Those to train on have some `further` ones each.
+    """
     drawings = PairDrawings(count, split)
     collector = SampleCollector()
     pairs = [drawings.statement(number) for number in range(count)]
-    further = drawings.more_statements(pairs) if split == "train" else [[]] * count
-    for number, (pair, others) in enumerate(zip(pairs, further, strict=True)):
+    more = drawings.more_statements(pairs, further) if split == "train" else [[]] * count
+    for number, (pair, others) in enumerate(zip(pairs, more, strict=True)):
         for place, (sentence, truth) in enumerate([(pair.sentence, pair.truth), *others]):
             # The first of a pair shares its sentence with its neighbour; every other sentence stands for itself.
             key = f"pairs:{split}#{number}"

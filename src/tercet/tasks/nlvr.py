@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from tercet.config import Config, DataConfig, ObjectivesConfig
-from tercet.data.nlvr_files import draw_statements, read_statements
+from tercet.data.nlvr_files import HARD_STATEMENTS, draw_statements, read_statements
 from tercet.data.samples import SampleSource, open_samples
 from tercet.model.nlvr import fused_class
 from tercet.model.tercet import Tercet
@@ -116,10 +117,16 @@ class StatementResult:
 def open_statements(specs: Sequence[str], data: DataConfig, split: str) -> SampleSource:
     """The samples that the specifications name; see `tercet.data.nlvr_files`.
 
+    Args:
+        specs: official or ALBEF files, `scenes`, or `scenes:hard`: pairs of `split`, few easy statements to train on.
+        data: where images lie; how many pairs are drawn.
+        split: 'train', 'validation' or 'test'.
+
     Raises:
         TercetError: a file is missing, or a row wrong.
     """
-    return open_samples(specs, data, split, read_statements, draw_statements)
+    hard = partial(draw_statements, further=HARD_STATEMENTS)
+    return open_samples(specs, data, split, read_statements, draw_statements, {"hard": hard})
 
 
 def evaluate_statements(model: Tercet, source: SampleSource, config: Config) -> StatementResult:
