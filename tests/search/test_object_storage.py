@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,48 +17,31 @@ from tercet.search.index import Index
 from tercet.search.searcher import Query, Searcher
 from tiny_model import TEXTS
 
-pytest.importorskip("moto", reason="needs pip install 'moto[server]'")
+moto_server = pytest.importorskip("moto.server", reason="needs pip install 'moto[server]'")
 pytestmark = pytest.mark.slow
-
-START_SECONDS = 60.0
 
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URI of an empty bucket."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    settings = {
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": address,
-        "AWS_ALLOW_HTTP": "true",
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        try:
-            create_bucket(f"{address}/pictures", server)
-            yield "s3://pictures"
-        finally:
-            server.terminate()
-
-
-def create_bucket(address: str, server: subprocess.Popen[bytes]) -> None:
-    """Ask until the server is up."""
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        assert server.poll() is None, "the storage server has stopped"
-        try:
-            urllib.request.urlopen(urllib.request.Request(address, method="PUT"), timeout=10).close()
-            return
-        except urllib.error.URLError:
-            assert time.monotonic() < deadline, "the storage server does not answer"
-            time.sleep(0.2)
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        settings = {
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ALLOW_HTTP": "true",
+        }
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        made = urllib.request.Request(f"http://{host}:{port}/pictures", method="PUT")
+        urllib.request.urlopen(made, timeout=60).close()
+        yield "s3://pictures"
+    finally:
+        server.stop()
 
 
 def test_an_index_in_object_storage(bucket: str, model: Tercet, pictures: Path, tmp_path: Path) -> None:

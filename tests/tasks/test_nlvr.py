@@ -14,13 +14,13 @@ from task_runs import TINY, assert_resumes_exactly, logged, run_task
 
 import tercet
 from tercet.cli import main
-from tercet.config import Config, ObjectivesConfig
+from tercet.config import Config, DataConfig, ObjectivesConfig
 from tercet.config_model import ModelConfig
 from tercet.data.nlvr_files import draw_statements
 from tercet.model.nlvr import fuse_two
 from tercet.model.tercet import Tercet
 from tercet.tasks.labelling import Guesses
-from tercet.tasks.nlvr import PARTS, PairStatements, StatementResult, consistency, evaluate_statements
+from tercet.tasks.nlvr import PARTS, PairStatements, StatementResult, consistency, evaluate_statements, open_statements
 
 RECIPE = "demo-nlvr-first"
 
@@ -56,6 +56,13 @@ def test_it_learns_what_it_sees(run: Path) -> None:
     result = evaluate_statements(tercet.load(run / "model"), draw_statements(8, "train"), Config())
     assert result.metrics()["nlvr"]["accuracy"] > 85
     assert logged(run, "evaluate")[-1]["size"] == {"samples": 24, "sentences": 12}
+
+
+def test_hard_pairs_have_few_easy_statements() -> None:
+    hard = open_statements(["scenes:hard"], DataConfig(scenes=10), "train")
+    assert hard.image_count == 20 and 10 + 8 < hard.sample_count <= 10 + 10 * 2
+    assert hard.sample(0) == draw_statements(10, "train").sample(0)
+    assert open_statements(["scenes:hard"], DataConfig(scenes=10), "test").sample_count == 500
 
 
 @pytest.mark.parametrize("sharing", [{}, {"data__share_images": True, "train__batch_size": 2}])

@@ -122,14 +122,15 @@ def search(arguments: list[str]) -> None:
         print(_write_page(options, opened, hits))
     elif options.json:
         print(json.dumps([dataclasses.asdict(hit) for hit in hits], ensure_ascii=False))
+    elif not hits:
+        print("no image found")
     else:
-        _print_hits(hits, _pictures(opened, hits) if not options.no_thumbnails and shows_pictures() else [])
+        drawn = not options.no_thumbnails and shows_pictures()
+        _print_hits(hits, _pictures(opened, hits) if drawn else [])
 
 
 def _pictures(index: Index, hits: list[Hit]) -> list[RenderableType]:
     """Thumbnails to draw on the terminal: in pixels where it says that it can, else in half characters."""
-    if not hits:
-        return []
     logging.getLogger("textual_image").setLevel(logging.ERROR)  # it warns of terminals that do not answer, at length
     try:
         from textual_image.renderable import Image  # as it is imported, it asks the terminal
@@ -148,9 +149,6 @@ def _pictures(index: Index, hits: list[Hit]) -> list[RenderableType]:
 
 
 def _print_hits(hits: list[Hit], pictures: Sequence[RenderableType]) -> None:
-    if not hits:
-        print("no image found")
-        return
     header = ["", "match", "cosine", "dual", "id", "image", "caption"]
     rows = []
     for rank, hit in enumerate(hits, 1):

@@ -17,7 +17,15 @@ from tercet.data.listing import read_image
 from tercet.data.storage import is_url
 from tercet.errors import TercetError
 from tercet.search.filters import checked_filter
-from tercet.search.nearest import EXACT_BELOW, Build, approximate_query, exact_query, last_build, probes_for
+from tercet.search.nearest import (
+    EXACT_BELOW,
+    Build,
+    approximate_query,
+    exact_query,
+    last_build,
+    probes_for,
+    rows_by_vector,
+)
 from tercet.search.table import ENTRY_COLUMNS, IMAGES, Made, connect, image_schema, lance_errors, read_made
 
 if TYPE_CHECKING:
@@ -30,7 +38,6 @@ if TYPE_CHECKING:
 HEX = frozenset("0123456789abcdef")
 ID_LENGTH = 16
 BUILD_SECONDS = 60.0
-QUERY = "query_index"  # the column by which LanceDB tells which of several vectors a row was found for
 
 
 @dataclass(frozen=True)
@@ -232,12 +239,8 @@ class Index:
             query = query.limit(count).select([*ENTRY_COLUMNS, "sha256", "_distance"])
             if sql is not None:
                 query = query.where(sql, prefilter=True)
-            rows: list[dict[str, Any]] = query.to_arrow().to_pylist()
-        found: list[list[Neighbour]] = [[] for _ in vectors]
-        for row in rows:
-            # A query of one vector does not number it.
-            found[row.get(QUERY, 0)].append(Neighbour(_entry(row), 1.0 - row["_distance"], row["sha256"]))
-        return found
+            found = rows_by_vector(query, len(vectors))
+        return [[Neighbour(_entry(row), 1.0 - row["_distance"], row["sha256"]) for row in rows] for rows in found]
 
     @property
     def build(self) -> Build | None:

@@ -138,7 +138,8 @@ def _tuned(index: Index, rows: int, cells: int, seconds: float, caption_feats: n
 
 def recall(table: Table, queries: np.ndarray, truths: Sequence[set[str]], probes: int) -> float:
     """Share of the exact results of queries `[queries, embed_dim]` that reading `probes` cells finds."""
-    found = [_ids(approximate_query(table, vector[None], probes, REFINE)) for vector in queries]
+    query = approximate_query(table, queries, probes, REFINE).limit(RECALL_AT).select(["id", "_distance"])
+    found = [{row["id"] for row in rows} for rows in rows_by_vector(query, len(queries))]
     return sum(len(own & truth) for own, truth in zip(found, truths, strict=True)) / sum(map(len, truths))
 
 
@@ -161,6 +162,14 @@ def exact_neighbours(index: Index, queries: np.ndarray) -> list[set[str]]:
 def exact_query(table: Table, vectors: np.ndarray) -> Any:
     """A query by vectors `[queries, embed_dim]` that reads every vector."""
     return _vector_query(table, vectors).bypass_vector_index()
+
+
+def rows_by_vector(query: Any, count: int) -> list[list[dict[str, Any]]]:
+    """The rows that a query by `count` vectors finds, apart for each, the nearest first."""
+    found: list[list[dict[str, Any]]] = [[] for _ in range(count)]
+    for row in query.to_arrow().to_pylist():
+        found[row.get("query_index", 0)].append(row)  # which vector it was found for; not there with a single one
+    return found
 
 
 def _vector_query(table: Table, vectors: np.ndarray) -> Any:
@@ -190,10 +199,6 @@ def sample_captions(index: Index, count: int) -> list[str]:
     with lance_errors(f"cannot read {index.path}"):
         found = index.table.take_offsets(places).select(["caption"]).to_arrow()["caption"].to_pylist()
     return [caption for caption in found if caption][:count]
-
-
-def _ids(query: Any) -> set[str]:
-    return set(query.limit(RECALL_AT).select(["id", "_distance"]).to_arrow()["id"].to_pylist())
 
 
 def _note(database: DBConnection, build: Build) -> None:
