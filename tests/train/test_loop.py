@@ -136,6 +136,17 @@ def test_a_second_run_does_not_overwrite_the_first(unbroken: Path) -> None:
         train(tiny(unbroken))
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_mistake_in_what_is_held_out_is_told_before_the_first_step(tmp_path: Path, split: str) -> None:
+    questions = tmp_path / "held_out.json"
+    questions.write_text('[{"image": "a.png", "question": "who?", "answer": "a dog"}]')
+    settings = {"task": "vqa", f"data__{split}": [str(questions)]}
+    with pytest.raises(TercetError, match=r"held_out\.json row 1: 'question_id' is 'None'"):
+        train(tiny(tmp_path / "run", **settings))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    train(tiny(tmp_path / "run", train__max_steps=1))  # the folder is not taken
+
+
 def test_a_step_that_is_not_finite_is_left_out_and_named(tmp_path: Path) -> None:
     session = open_session(tiny(tmp_path / "run"))
     steps = due_steps(session)

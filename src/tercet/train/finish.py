@@ -10,7 +10,7 @@ from tercet.data.sources import Source
 from tercet.files import write_atomic
 from tercet.model.folder import CARD, save_model
 from tercet.model.tercet import Tercet
-from tercet.tasks.build import evaluate_task, kind_of, open_data
+from tercet.tasks.build import evaluate_task, kind_of
 from tercet.tasks.retrieval import RetrievalResult
 from tercet.tasks.task import TaskResult
 from tercet.train.card import run_card
@@ -87,12 +87,10 @@ def evaluate_split(
     session: Session, tracker: Tracker, split: Literal["validation", "test"], gallery: bool = False
 ) -> TaskResult | None:
     """Evaluate the task on a held-out source; None where the config names none, or the run is asked to stop."""
-    config = session.config
-    specs = config.data.validation if split == "validation" else config.data.test
-    if not specs:
+    config, source = session.config, session.held_out.get(split)
+    if source is None:
         return None
     with tracker.waiting(f"evaluating on {split}"):
-        source = open_data(config.task, specs, config.data, split)
         student = whole_model(session.task.student)
         student.tokenizer = session.tokenizer
         result = session.stop.drop_when_stopped(lambda: evaluate_task(config.task, student, source, config))

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,6 +46,7 @@ class Session:
         config: resolved; the model's sizes are those of the model.
         folder: the run folder.
         source: the training pairs, or the samples of a downstream task.
+        held_out: what is evaluated on, by `validation` and `test`; without those that the config names no source for.
         tokenizer: of model and loader.
         loader: batches by epoch and step.
         task: the student, what follows it, and its losses.
@@ -62,6 +64,7 @@ class Session:
     config: Config
     folder: Path
     source: TaskData
+    held_out: dict[str, Any]
     tokenizer: Tokenizer
     loader: Loader
     task: Task
@@ -107,6 +110,9 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
     ranks.by_first(lambda: lock.hold(folder))
     messages: list[str] = []
     source = open_data(config.task, config.data.train, config.data, "train")
+    # Before the first step: a mistake in these should not come to light when the training is over.
+    named = {"validation": config.data.validation, "test": config.data.test}
+    held_out = {split: open_data(config.task, specs, config.data, split) for split, specs in named.items() if specs}
     if len(source.problems):
         messages.append(
             f"{len(source.problems)} rows of the training data are left out; the first: {source.problems[0]}"
@@ -129,6 +135,7 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
         config,
         folder,
         source,
+        held_out,
         tokenizer,
         loader,
         task,
