@@ -27,7 +27,7 @@ GPU_SHAPES = ((65792, 768, 3072), (8192, 8192, 8192))
 
 @dataclass
 class MatrixRate:
-    """FLOPs a second of plain fp32 matrix products, sampled between the timed runs so that both see the same machine.
+    """FLOPs a second of plain matrix products, sampled between the timed runs so that both see the same machine.
 
     Attributes:
         clock: seconds from any start.
@@ -178,7 +178,8 @@ def prepare(arguments: argparse.Namespace) -> MatrixRate:
     torch.manual_seed(0)
     if getattr(arguments, "device", "cpu") == "cuda":
         return MatrixRate(time.perf_counter, "cuda", torch.bfloat16, GPU_SHAPES)
-    return MatrixRate(time.process_time if arguments.processor_time else time.perf_counter)
+    dtype = torch.bfloat16 if getattr(arguments, "precision", "fp32") == "bf16" else torch.float32
+    return MatrixRate(time.process_time if arguments.processor_time else time.perf_counter, dtype=dtype)
 
 
 def spread(seconds: list[float]) -> list[float]:

@@ -2,6 +2,7 @@
 
     python benchmarks/step.py            # base size, 256 px, batch 4, all five objectives: some minutes
     python benchmarks/step.py --quick    # a small model, under a minute
+    python benchmarks/step.py --precision bf16    # on a processor with AMX, where it is what a training takes
     python benchmarks/step.py --device cuda --compile --batch 256 --steps 20    # bf16, on a GPU
 
 `effective` is the published method's FLOPs a pair over what the machine's matrix rate would do in our time a pair:
@@ -147,7 +148,7 @@ def step_config(arguments: argparse.Namespace) -> Config:
         objectives=ObjectivesConfig(alpha_ramp=0),
         train=TrainConfig(
             device=arguments.device,
-            precision="bf16" if arguments.device == "cuda" else "fp32",
+            precision=arguments.precision,
             batch_size=arguments.batch,
             compile=arguments.compile,
             recompute=arguments.recompute,
@@ -265,7 +266,10 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_options(parser)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: bf16, the card's own rate")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: on the card")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="of both; default bf16 on a GPU, and fp32 on a processor"
+    )
     parser.add_argument("--compile", action="store_true", help="ours compiled")
     parser.add_argument("--recompute", action="store_true", help="ours with activation checkpointing")
     parser.add_argument("--profile", action="store_true", help="on a GPU: what a step's milliseconds go to")
@@ -274,7 +278,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind")
     parser.add_argument("--turn", type=int, help="steps in a row that are timed together; default 5 on a GPU, else 1")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of each kind before the timed ones")
-    print(json.dumps(measure(parser.parse_args())))
+    arguments = parser.parse_args()
+    arguments.precision = arguments.precision or ("bf16" if arguments.device == "cuda" else "fp32")
+    print(json.dumps(measure(arguments)))
 
 
 if __name__ == "__main__":

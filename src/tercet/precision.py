@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import torch
+from torch import Tensor
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -29,3 +30,17 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
+
+
+def cosines(rows: Tensor, feats: Tensor) -> Tensor:
+    """Cosines of unit vectors, in their own precision within autocast too: bf16 would tie what fp32 ranks.
+
+    Args:
+        rows: `[rows, embed_dim]`.
+        feats: `[points, embed_dim]`.
+
+    Returns:
+        `[rows, points]`.
+    """
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ feats.T

@@ -43,13 +43,24 @@ class MlmHead(nn.Module):
         return F.linear(self.norm(F.gelu(self.transform(hidden))), word_embed, self.bias)
 
 
+class ClassLogits(nn.Linear):
+    """Logits of a few classes, in fp32 within autocast too: bf16 would give pairs to be ranked the same score."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., width]` to logits `[..., classes]`."""
+        if not torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
+
 class Classifier(nn.Module):
     """Two linear maps around a ReLU, on the fused `[CLS]`."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
         self.hidden = nn.Linear(width, width)
-        self.output = nn.Linear(width, classes)
+        self.output = ClassLogits(width, classes)
 
     def forward(self, fused: Tensor) -> Tensor:
         """`[..., width]` to logits `[..., classes]`."""
@@ -96,7 +107,7 @@ def _nlvr_head(config: ModelConfig) -> nn.Module:
 
 
 def _assignment_head(config: ModelConfig) -> nn.Module:
-    return nn.Linear(config.text.width, ASSIGNMENT_CLASSES)
+    return ClassLogits(config.text.width, ASSIGNMENT_CLASSES)
 
 
 def _second_fusion(config: ModelConfig) -> nn.Module:

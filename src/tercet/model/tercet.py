@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tercet.config_model import HeadName, ModelConfig
 from tercet.errors import TercetError
-from tercet.model.heads import Classifier, MlmHead, parts_of_head
+from tercet.model.heads import Classifier, ClassLogits, MlmHead, parts_of_head
 from tercet.model.memory import ImageMemory
 from tercet.model.text import FusionEncoder, TextEncoder, class_rows
 from tercet.model.vision import VisionTransformer
@@ -61,14 +61,14 @@ class Tercet(nn.Module):
         self.fusion = FusionEncoder(text, vision)
         self.vision_projection = nn.Linear(vision.width, config.embed_dim)
         self.text_projection = nn.Linear(text.width, config.embed_dim)
-        self.itm_head = nn.Linear(text.width, 2)
+        self.itm_head = ClassLogits(text.width, 2)
         self.mlm_head = MlmHead(text.width, text.vocabulary_size)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
         self.answer_decoder: AnswerDecoder | None = None
         self.entailment_head: Classifier | None = None
         self.second_fusion: SecondFusion | None = None
         self.nlvr_head: Classifier | None = None
-        self.assignment_head: nn.Linear | None = None
+        self.assignment_head: ClassLogits | None = None
         for head in config.heads:
             self._make_parts(head)
 
@@ -103,7 +103,7 @@ class Tercet(nn.Module):
     def match_logits(self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory) -> Tensor:
         """`itm_logits` `[pairs, 2]`, class 1 a match, of `text_embeds` `[pairs, tokens, width]` and their images."""
         fused = self.fuse(text_embeds, attention_mask, memory, class_rows(text_embeds))
-        return self.itm_head(fused[:, 0]).float()
+        return self.itm_head(fused[:, 0])
 
     def mlm_logits(self, fused: Tensor) -> Tensor:
         """Vocabulary logits `[..., vocabulary]` of fused tokens `[..., width]`."""

@@ -124,7 +124,7 @@ def assignment_logits(
     text_embeds = model.encode_text(batch.input_ids, batch.attention_mask)
     first, second = memory.select(assignment.first), memory.select(assignment.second)
     fused = fused_class(model, text_embeds, batch.attention_mask, first, second)
-    return model.assignment_head(fused).float(), assignment
+    return model.assignment_head(fused), assignment
 
 
 @dataclass

@@ -13,6 +13,7 @@ from tercet.config import ClassifyConfig, DataConfig
 from tercet.data.loader import dealt
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
+from tercet.precision import cosines
 from tercet.ranks import Ranks, Value
 from tercet.tasks.encoding import encode_sentences
 from tercet.tasks.retrieval import TEXT_WINDOW
@@ -47,7 +48,7 @@ def class_feats(
 
 def zero_shot(image_feats: Tensor, classes: Tensor, temperature: float) -> Tensor:
     """Probabilities `[images, classes]` by similarity to the classes' features `[classes, embed_dim]`."""
-    return (image_feats @ classes.T / temperature).softmax(dim=-1)
+    return (cosines(image_feats, classes) / temperature).softmax(dim=-1)
 
 
 def accuracy(scores: Tensor, labels: Tensor, rank: int = 1) -> float:

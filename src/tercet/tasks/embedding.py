@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tercet.precision import cosines
+
 NEIGHBOURS = 10
 _ROWS = 1024  # rows of a pairwise matrix that are in memory at a time
 
@@ -39,7 +41,7 @@ def uniformity(feats: Tensor) -> float:
     feats = feats.double()
     total = 0.0
     for rows in feats.split(_ROWS):
-        squared = 2 - 2 * rows @ feats.T
+        squared = 2 - 2 * cosines(rows, feats)
         total += torch.exp(-2 * squared.clamp(min=0)).sum().item()
     return math.log((total - points) / (points * (points - 1)))
 
@@ -88,8 +90,8 @@ def neighbourhood(image_feats: Tensor, vectors: Tensor, neighbours: int = NEIGHB
     for start in range(0, images, _ROWS):
         rows = torch.arange(start, min(start + _ROWS, images))
         itself = (torch.arange(len(rows)), rows)
-        alike = vectors[rows] @ vectors.T
-        near = image_feats[rows] @ image_feats.T
+        alike = cosines(vectors[rows], vectors)
+        near = cosines(image_feats[rows], image_feats)
         alike[itself] = 0.0
         total += alike.double().sum().item()
         alike[itself] = near[itself] = float("-inf")
@@ -110,7 +112,7 @@ def caption_recall(text_feats: Tensor, image_of_text: Tensor) -> float:
     several = image_of_text.bincount()[image_of_text] > 1
     found = []
     for rows in several.nonzero().squeeze(1).split(_ROWS):
-        near = text_feats[rows] @ text_feats.T
+        near = cosines(text_feats[rows], text_feats)
         near[torch.arange(len(rows)), rows] = float("-inf")
         found.append(image_of_text[near.argmax(dim=1)] == image_of_text[rows])
     return 100.0 * torch.cat(found).double().mean().item() if found else float("nan")

@@ -37,7 +37,7 @@ def entailment_logits(model: Tercet, batch: LabelledBatch) -> Tensor:
     memory = memory_of(model.remember(model.encode_image(batch.images)), batch.image_rows, 0, 1)
     text_embeds = model.encode_text(batch.input_ids, batch.attention_mask)
     fused = model.fuse(text_embeds, batch.attention_mask, memory, class_rows(text_embeds))
-    return model.entailment_head(fused[:, 0]).float()
+    return model.entailment_head(fused[:, 0])
 
 
 @dataclass

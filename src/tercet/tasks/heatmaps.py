@@ -156,7 +156,7 @@ def _matching_pass(
         # Whatever parameters are frozen, the graph starts here.
         text = _plain(text_embeds).requires_grad_()
         fused = model.fuse(text, attention_mask, memory)
-        logits = model.itm_head(fused[:, 0]).float()
+        logits = model.itm_head(fused[:, 0])
         weights = _read(tap)
         (gradient,) = torch.autograd.grad(logits[:, 1].sum(), weights)
     pairs = text.shape[0]

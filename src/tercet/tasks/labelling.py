@@ -196,7 +196,7 @@ def guess_labels(
         ):
             chances = torch.empty(0, 0)
             if len(batch):
-                chances = logits(model, labelled(batch, device)).float().softmax(dim=1).cpu()
+                chances = logits(model, labelled(batch, device)).softmax(dim=1).cpu()
             own.append((chances, batch.targets, batch.keys, batch.problems))
     found = ranks.gather_in_turn(own)
     for _, targets, keys, problems in found:

@@ -46,7 +46,7 @@ def statement_logits(model: Tercet, batch: LabelledBatch) -> Tensor:
     memory = model.remember(model.encode_image(batch.images))
     first, second = (memory_of(memory, batch.image_rows, place, 2) for place in (0, 1))
     text_embeds = model.encode_text(batch.input_ids, batch.attention_mask)
-    return model.nlvr_head(fused_class(model, text_embeds, batch.attention_mask, first, second)).float()
+    return model.nlvr_head(fused_class(model, text_embeds, batch.attention_mask, first, second))
 
 
 def consistency(right: Sequence[bool], groups: Sequence[str]) -> float:

@@ -318,7 +318,7 @@ class Pretraining(Task):
         losses: dict[str, Tensor] = {}
         if negatives is not None:
             fused = finish(student.fusion, [own.of_texts(slice(2)), *negative_images])
-            logits = student.itm_head(fused[:, 0]).float()
+            logits = student.itm_head(fused[:, 0])
             losses["itm"] = matching(published_order(logits), negatives, batch.count("judged"))
         if masked is not None:
             fused = finish(student.fusion, [own.of_texts(slice(-1, None))], masked.rows)

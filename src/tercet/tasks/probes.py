@@ -20,6 +20,7 @@ from tercet.data.sources import find_files
 from tercet.data.storage import is_url, missing, read_image
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
+from tercet.precision import cosines
 from tercet.ranks import Ranks
 from tercet.tasks.encoding import encode_sentences, evaluating
 from tercet.tasks.rerank import score_image
@@ -245,7 +246,7 @@ def _score(model: Tercet, probes: ProbeSet, chunk: _Chunk, images: Tensor, confi
         said = slice(text, text + len(probe.texts))
         embeds = [tokens.to(device) for tokens in encoded.text_embeds[said]]
         matching = [score_image(model, own, embeds).cpu() for own in image_embeds[ours]]
-        chunk.scores["similarity"].append(image_feats[ours] @ encoded.text_feats[said].T)
+        chunk.scores["similarity"].append(cosines(image_feats[ours], encoded.text_feats[said]))
         chunk.scores["matching"].append(torch.stack(matching))
         image, text = ours.stop, said.stop
 

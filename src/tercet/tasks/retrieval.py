@@ -16,6 +16,7 @@ from tercet.data.texts import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
+from tercet.precision import cosines
 from tercet.ranks import Ranks
 from tercet.tasks.embedding import shared_space
 from tercet.tasks.rerank import EncodedTexts, candidate_pairs, chunks_by_length, pad_texts, score_images
@@ -330,7 +331,7 @@ def evaluate_source(
             raise TercetError(f"none of {source.image_count} images can be read; the first: {images.problems[0]}")
         texts, captions = encode_source_texts(model, source, config, tokenizer)
         texts, captions, image_of_text = of_readable_images(texts, captions, images, caption_owners(source, limit))
-        similarities = images.image_feats @ texts.text_feats.T
+        similarities = cosines(images.image_feats, texts.text_feats)
         scores = Scores(similarities, similarities.T)
         dual, reranked = recall(scores, image_of_text), None
         if config.evaluate.rerank > 0:
