@@ -136,8 +136,8 @@ class PlainPretraining(nn.Module):
     def enqueue(self, image_feats: Tensor, text_feats: Tensor) -> None:
         """Write the batch over the oldest features."""
         slots = (self.pointer + torch.arange(len(image_feats), device=image_feats.device)) % self.config.queue_size
-        self.image_queue[:, slots] = image_feats.T
-        self.text_queue[:, slots] = text_feats.T
+        self.image_queue[:, slots] = image_feats.T.float()
+        self.text_queue[:, slots] = text_feats.T.float()
         self.pointer = (self.pointer + len(image_feats)) % self.config.queue_size
 
     def match(

@@ -189,7 +189,8 @@ class EvaluateConfig(Section):
     )
     batch_size: int = Field(default=64, ge=1, description="images or texts a batch")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto", description="auto takes bf16 where the device has it natively; cosines and the logits of classes stay fp32"
+        default="auto",
+        description="auto takes bf16 where the device has it natively; cosines and logits of classes stay fp32",
     )
     int8: bool = Field(default=False, description="encoders in int8, on a CPU: faster, a little less exact")
     limit: int | None = Field(default=None, ge=1, description="evaluate on the first so many images only")

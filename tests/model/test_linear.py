@@ -11,9 +11,10 @@ from tercet.model import linear as module
 from tercet.model.linear import Linear, linear
 
 
-@pytest.fixture(autouse=True)
-def large_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["Intel's processor", "another"])
+def on_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LEAST_WORK", 1)
+    monkeypatch.setattr(module, "is_intel", lambda: request.param != "another")
 
 
 def gradients(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -72,3 +73,9 @@ def test_weights_are_those_of_a_plain_linear_map() -> None:
     layer = Linear(8, 4)
     layer.load_state_dict(plain.state_dict())
     torch.testing.assert_close(layer(hidden), plain(hidden))
+
+
+def test_products_with_a_gradient_go_to_onednn_where_the_processor_is_not_intels() -> None:
+    weight, hidden = torch.randn(8, 8, requires_grad=True), torch.randn(4, 8)
+    function = type(linear(hidden, weight).grad_fn).__name__
+    assert (function == "_LinearBackward") == (not module.is_intel())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +17,12 @@ LEAST_WORK = 1 << 24
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear`, whose large fp32 products on a CPU go to oneDNN.
+    """`torch.nn.Linear`, whose large fp32 products on a CPU go to the faster of two libraries.
 
     PyTorch gives them to MKL, in front of which it copies the bias into the result.  oneDNN adds it while it writes
     the result, and GELU with it.  On a processor with AVX-512 that is not Intel's, oneDNN's products alone took 4 to
-    20 % less time (`docs/performance.md`).
+    20 % less time; on Intel's own, gradients by oneDNN took up to twice as long (`docs/performance.md`), and it is left
+    the product with GELU alone.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -33,7 +37,7 @@ class Linear(nn.Linear):
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, by oneDNN where that is faster.
+    """`torch.nn.functional.linear`, by oneDNN where that is faster: for large products on a processor not of Intel's.
 
     Args:
         hidden: `[..., in_features]`.
@@ -43,11 +47,19 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Returns:
         `[..., out_features]`.
     """
-    if not _suits(hidden, weight):
+    if is_intel() or not _suits(hidden, weight):
         return F.linear(hidden, weight, bias)
     if torch.is_grad_enabled():
         return _Linear.apply(hidden, weight, bias)
     return _product(hidden, weight, bias)
+
+
+@functools.cache
+def is_intel() -> bool:
+    """Whether the processor is Intel's, for which MKL has its fastest kernels."""
+    information = Path("/proc/cpuinfo")
+    told = information.read_text("utf-8") if information.is_file() else platform.processor()
+    return "GenuineIntel" in told
 
 
 def _suits(hidden: Tensor, weight: Tensor) -> bool:
