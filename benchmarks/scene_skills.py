@@ -26,8 +26,8 @@ from tercet.config import Config, DataConfig
 from tercet.config_model import VisionConfig
 from tercet.data.entailment_files import draw_entailments
 from tercet.data.scene_captions import NUMBERS, plural
+from tercet.data.scene_expressions import expressions
 from tercet.data.scene_layout import BACKGROUNDS, COLOURS, SHAPES, SIZES, pick, place, random_kind
-from tercet.data.scene_tasks import expressions
 from tercet.data.scenes import Scene, SceneSource, scene_generator
 from tercet.data.vqa_files import draw_questions
 from tercet.model.stem import ConvolutionStem

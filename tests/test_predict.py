@@ -17,6 +17,7 @@ from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
 from tercet.predict import Grounding
 from tercet.tasks.answering import Answer
+from tercet.tasks.explaining import Explanation
 from tiny_model import SCENES, TEXTS, make_model
 
 IMAGES = [SCENES.array(index) for index in range(4)]
@@ -144,10 +145,26 @@ def test_ground(model: Tercet, mode: str) -> None:
 def test_ground_refuses(model: Tercet) -> None:
     with pytest.raises(TercetError, match="4 images and 3 texts; give one of either, or as many of both"):
         model.ground(IMAGES, TEXTS[:3])
-    with pytest.raises(TercetError, match="no mode 'gradcam'"):
+    with pytest.raises(TercetError, match="no mode 'gradcam'; the modes are itm, itc and answer"):
         model.ground(IMAGES[0], TEXTS[0], mode="gradcam")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TercetError, match="layer 1 has no cross-attention"):
         model.ground(IMAGES[0], TEXTS[0], layer=1)
+
+
+def test_what_an_answer_rests_on(model: Tercet, folder: Path) -> None:
+    question = "What is the heart?"
+    with pytest.raises(TercetError, match="no head for answer; fine-tune it first"):
+        model.ground(IMAGES[0], question, mode="answer")
+    answering = tercet.load(folder)
+    seen = answering.ground(IMAGES[0], question, mode="answer")
+    found = answering.explain(IMAGES[0], question, mode="answer")
+    assert isinstance(seen, Grounding) and isinstance(found, Explanation)
+    close(seen.heatmap, found.heatmap)
+    assert "".join(heat.word for heat in found.words) == "whatistheheart"
+    assert all(heat.heatmap.max() > 0 for heat in found.words)
+    assert found.match == pytest.approx(answering.match(IMAGES[0], question), abs=1e-3)
+    with pytest.raises(TercetError, match="mode 'itc' tells words not apart; the modes are itm and answer"):
+        answering.explain(IMAGES[0], question, mode="itc")
 
 
 def test_answer(model: Tercet, folder: Path) -> None:

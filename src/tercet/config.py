@@ -194,11 +194,20 @@ class EvaluateConfig(Section):
     )
     int8: bool = Field(default=False, description="encoders in int8, on a CPU: faster, a little less exact")
     limit: int | None = Field(default=None, ge=1, description="evaluate on the first so many images only")
-    heatmap: Literal["itm", "itc"] = Field(
-        default="itm", description="grounding: read the fusion encoder's cross-attention, or the image's own attention"
+    heatmap: Literal["itm", "itc", "answer"] = Field(
+        default="itm",
+        description="grounding: read the fusion encoder's cross-attention, the image's own attention, or "
+        "cross-attention for the answers to heatmap_questions",
     )
     heatmap_layer: int | None = Field(
-        default=None, ge=0, description="grounding: layer that is read, from 0; default two thirds up, as published"
+        default=None,
+        ge=0,
+        description="grounding: layer that is read, from 0; default two thirds up, as published; for answers the last",
+    )
+    heatmap_questions: list[str] = Field(
+        default=["what is {}?"],
+        min_length=1,
+        description="grounding by answers: questions with {} for the expression, whose heatmaps are added up",
     )
 
 

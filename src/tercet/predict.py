@@ -15,7 +15,7 @@ from torch import Tensor
 from tercet.config import DataConfig, VqaConfig
 from tercet.data.augment import Pixels
 from tercet.data.inputs import ImageInput, ImageInputs, TextInputs, list_images, list_texts, to_batch, to_pixels
-from tercet.data.texts import clean_question
+from tercet.data.texts import clean_caption, clean_question
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
@@ -23,7 +23,15 @@ from tercet.tasks.boxes import peak
 from tercet.tasks.classify import TEMPLATES, class_feats, zero_shot
 from tercet.tasks.encoding import BATCH, encode_sentences, evaluating, tokenise
 from tercet.tasks.explaining import Explanation, join_pieces
-from tercet.tasks.heatmaps import Mode, average_words, contrast_heatmaps, enlarge, matched_heatmaps, to_grid
+from tercet.tasks.heatmaps import (
+    Mode,
+    answered_heatmaps,
+    average_words,
+    contrast_heatmaps,
+    enlarge,
+    matched_heatmaps,
+    to_grid,
+)
 from tercet.tasks.rerank import match_image, pad_texts
 
 if TYPE_CHECKING:
@@ -202,8 +210,10 @@ def ground(
         model: with its tokenizer.
         images: one, or as many as texts.
         texts: one, or as many as images; one of either goes with all of the other.
-        mode: `itm` reads the cross-attention of a fusion layer, `itc` the image's own attention.
-        layer: which layer, counted from 0 (for `itm` in the whole text stack); default two thirds up, as published.
+        mode: `itm` reads the cross-attention of a fusion layer, `itc` the image's own attention; `answer`, of a model
+            fine-tuned for questions, the cross-attention that a question's answer rests on.
+        layer: which layer, counted from 0 (but for `itc` in the whole text stack); default two thirds up, as published,
+            and for `answer` the last.
 
     Returns:
         One `Grounding` for one image and one text, else a list.
@@ -211,8 +221,8 @@ def ground(
     Raises:
         TercetError: an image or text cannot be read, their numbers do not fit, or there is no such layer.
     """
-    if mode not in ("itm", "itc"):
-        raise TercetError(f"no mode {mode!r}; the modes are itm and itc")
+    if mode not in ("itm", "itc", "answer"):
+        raise TercetError(f"no mode {mode!r}; the modes are itm, itc and answer")
     found: list[Grounding] = []
     pairs = _Pairs(images, texts)
     for pixels, said in pairs:
@@ -221,18 +231,20 @@ def ground(
 
 
 def explain(
-    model: Tercet, images: ImageInputs, texts: TextInputs, layer: int | None = None
+    model: Tercet, images: ImageInputs, texts: TextInputs, layer: int | None = None, mode: Mode = "itm"
 ) -> Explanation | list[Explanation]:
     """Where in the image each word of a text is seen, and whether they belong together.
 
-    The heatmaps are those of `ground` in mode `itm`, pieces of a word joined; `Explanation.overlay` lays one over the
+    The heatmaps are those of `ground`, pieces of a word joined; `Explanation.overlay` lays one over the
     image, and `tercet.report.explain.draw_explanation` draws all of them.
 
     Args:
         model: with its tokenizer.
         images: one, or as many as texts.
         texts: one, or as many as images; one of either goes with all of the other.
-        layer: which fusion layer, counted in the whole text stack; default two thirds up, as published.
+        layer: which fusion layer, counted in the whole text stack; default two thirds up, as published, and for
+            `answer` the last.
+        mode: `itm`: by the logit of a match; `answer`: texts are questions, by the likeliest answer to each.
 
     Returns:
         One `Explanation` for one image and one text, else a list.
@@ -240,10 +252,12 @@ def explain(
     Raises:
         TercetError: an image or text cannot be read, their numbers do not fit, or there is no such layer.
     """
+    if mode not in ("itm", "answer"):
+        raise TercetError(f"mode {mode!r} tells words not apart; the modes are itm and answer")
     found: list[Explanation] = []
     pairs = _Pairs(images, texts)
     for pixels, said in pairs:
-        for index, (seen, chance) in enumerate(_ground_some(model, pixels, said, "itm", layer)):
+        for index, (seen, chance) in enumerate(_ground_some(model, pixels, said, mode, layer)):
             assert chance is not None
             own = pixels[index if len(pixels) > 1 else 0]
             found.append(Explanation(seen.text, chance, seen.heatmap, join_pieces(seen.words), own))
@@ -253,14 +267,15 @@ def explain(
 def _ground_some(
     model: Tercet, pixels: list[Pixels], texts: list[str], mode: Mode, layer: int | None
 ) -> list[tuple[Grounding, float | None]]:
-    """Groundings of as many texts as images, or of texts in one image; in mode `itm` with the chance of a match."""
+    """Groundings of as many texts as images, or of texts in one image; but for `itc` with the chance of a match."""
     with evaluating(model) as device:
         batch = to_batch(pixels, model.config.vision.image_size).to(device)
-        input_ids, attention_mask = tokenise(model, texts, _DATA)
+        input_ids, attention_mask = tokenise(model, texts, _DATA, clean_question if mode == "answer" else clean_caption)
         mask = attention_mask.to(device)
         text_embeds = model.encode_text(input_ids.to(device), mask)
-        if mode == "itm":
-            words, logits = matched_heatmaps(model, model.encode_image(batch), text_embeds, mask, layer)
+        if mode != "itc":
+            heatmaps = matched_heatmaps if mode == "itm" else answered_heatmaps
+            words, logits = heatmaps(model, model.encode_image(batch), text_embeds, mask, layer)
             maps, chances = average_words(words, mask), _chance(logits).tolist()
         else:
             words, chances = None, [None] * len(texts)

@@ -11,16 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from tercet.data.scene_expressions import EXPRESSION_KINDS, expressions
 from tercet.data.scene_layout import COLOURS, SHAPES, SIZES, SceneObject, relation
 from tercet.data.scene_pairs import PairStatement, pair_statement, shared_statements
-from tercet.data.scene_tasks import (
-    EXPRESSION_KINDS,
-    QUESTION_KINDS,
-    entailments,
-    expressions,
-    place_questions,
-    questions,
-)
+from tercet.data.scene_tasks import QUESTION_KINDS, entailments, place_questions, questions, referred_questions
 from tercet.data.scenes import Scene, draw_scene
 
 NUMBERS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
@@ -157,6 +151,26 @@ def test_places_are_asked_of_every_figure_that_words_tell_apart(scenes: list[Sce
     assert max(answers.values()) / sum(answers.values()) < 0.3
     assert sum(answers.values()) > 2 * len(scenes)
     assert 0.05 < reminded / len(scenes) < 0.15
+
+
+def test_figures_told_by_their_place_are_asked_about_where_another_would_give_another_answer(
+    scenes: list[Scene],
+) -> None:
+    seen: Counter[str] = Counter()
+    for scene in scenes:
+        asked = referred_questions(scene)
+        assert asked == referred_questions(scene)
+        assert len({text for text, _, _ in asked}) == len(asked)
+        for text, given, kind in asked:
+            match = re.search(rf"((?:left|right|top)most|lowest) \w+|\w+ {RELATION} the [\w ]+?(?= have|\?)", text)
+            if match is None or kind == "position" or kind == "yes/no":
+                assert answer(scene, text, kind) == given, text
+                continue
+            told = "outermost" if match[1] else "neighbour"
+            item = resolve(scene.objects, match[0], told, seen)
+            assert getattr(item, kind) == given, text
+            assert any(getattr(other, kind) != given for other in scene.objects)
+    assert min(seen.values()) > 600
 
 
 def test_no_form_of_question_has_a_dominant_answer(scenes: list[Scene]) -> None:

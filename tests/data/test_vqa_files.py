@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 
 from tercet.config import DataConfig
-from tercet.data.scene_tasks import place_questions, questions
-from tercet.data.scenes import SceneSource
+from tercet.data.scene_tasks import Question, place_questions, questions, referred_questions
+from tercet.data.scenes import Scene, SceneSource
 from tercet.data.vqa_files import (
     common_answers,
     open_questions,
@@ -268,14 +269,15 @@ def test_scenes_ask_their_questions() -> None:
     assert held_out.sample(0).key == "scenes:test#0 question 0"
 
 
-def test_scenes_asked_for_places() -> None:
-    source = open_questions(["scenes:places", "scenes:validation"], DataConfig(scenes=8), "train")
+@pytest.mark.parametrize(("name", "ask"), [("places", place_questions), ("referred", referred_questions)])
+def test_scenes_asked_otherwise(name: str, ask: Callable[[Scene], list[Question]]) -> None:
+    source = open_questions([f"scenes:{name}", "scenes:validation"], DataConfig(scenes=8), "train")
     scenes = SceneSource(8, "train")
-    asked = [question for index in range(8) for question in place_questions(scenes.scene(index))]
+    asked = [question for index in range(8) for question in ask(scenes.scene(index))]
     assert [source.sample(index).text for index in range(len(asked))] == [question.text for question in asked]
     assert source.sample(len(asked)).key == "scenes:validation#0 question 0"
     assert source.image_count == 8 + 500
-    held_out = open_questions(["scenes:places"], DataConfig(scenes=8), "test")
+    held_out = open_questions([f"scenes:{name}"], DataConfig(scenes=8), "test")
     assert held_out.image_count == 500 and held_out.key(0) == "scenes:test#0"
     with pytest.raises(TercetError, match="no scenes of split 'place'"):
         open_questions(["scenes:place"], DataConfig(scenes=8), "train")

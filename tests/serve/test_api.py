@@ -151,6 +151,16 @@ def test_explain(server: Serving, first_id: str) -> None:
     )
 
 
+def test_explain_an_answer(server: Serving, first_id: str) -> None:
+    body = {"image": {"id": first_id}, "text": "is it a red circle?"}
+    found = server.post("/v1/explain", {**body, "answer": True}).json()
+    alone = server.model.ground(server.index.image(first_id), body["text"], mode="answer")
+    assert isinstance(alone, Grounding)
+    np.testing.assert_allclose(found["heatmap"], alone.heatmap.numpy(), rtol=1e-3, atol=1e-6)
+    assert [each["word"] for each in found["words"]][-2:] == ["red", "circle"]
+    assert found["heatmap"] != server.post("/v1/explain", body).json()["heatmap"]
+
+
 def test_embed(server: Serving) -> None:
     found = server.post("/v1/embed", {"images": [PICTURE], "texts": TEXTS}).json()
     np.testing.assert_allclose(found["image_feats"], server.model.embed_images([SCENES.array(0)]).numpy(), atol=1e-5)

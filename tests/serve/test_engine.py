@@ -87,7 +87,7 @@ def test_embed(model: Tercet, engine: Engine) -> None:
 def test_explain(model: Tercet, engine: Engine) -> None:
     texts = [*TEXTS[:3], "redcircle star"]  # the last has a word of several pieces
     jobs = [ExplainJob(image, text) for image, text in zip(IMAGES, texts, strict=True)]
-    results = engine.run(("explain",), jobs)
+    results = engine.run(("explain", "itm"), jobs)
     for job, found in zip(jobs, results, strict=True):
         alone = model.explain(job.pixels, job.text)
         assert isinstance(alone, Explanation)

@@ -114,6 +114,10 @@ def test_question_and_heatmap(watched: Watched, server: Serving) -> None:
     question(page)
     assert page.inner_text("#answer .best") in (server.model.answers or [])
     assert page.locator("#answer li").count() == 5
+    page.click("#answer button")
+    page.wait_for_selector("#words button >> text=whole question")
+    assert page.locator("#words button").first.inner_text() == "how"
+    assert "Where the question looks for its answer" in page.inner_text("#fit")
     page.keyboard.press("Escape")
     heatmap(page)
     assert page.locator("#words button").all_inner_texts() == ["two", "yellow", "triangles", "whole sentence"]

@@ -20,6 +20,7 @@ from tercet.data.samples import Sample
 from tercet.data.scenes import SceneSource
 from tercet.data.views import one_view
 from tercet.errors import TercetError
+from tercet.predict import Grounding
 from tercet.tasks.grounding import evaluate_grounding, expression_maps, read_map
 from tercet.tasks.heatmaps import average_words, contrast_heatmaps, matching_heatmaps
 from tiny_model import make_model
@@ -64,6 +65,29 @@ def test_maps_are_those_of_each_expression_alone(mode: str) -> None:
         else:
             expected = contrast_heatmaps(model, own, model.project_text(text_embeds[:, 0]))
         torch.testing.assert_close(heatmap.flatten(), expected[0], rtol=1e-4, atol=1e-7)
+
+
+def test_maps_of_answers_add_up_over_questions_that_weigh_alike() -> None:
+    model = make_model()
+    model.add_heads(["answer"])
+    model.eval()
+    source = draw_expressions(2, "test")
+    samples = [source.sample(index) for index in range(source.sample_count) if source.sample(index).images == (0,)]
+    images = torch.from_numpy(source.pixels(0, 10**6)).permute(2, 0, 1)[None]
+    images = torch.nn.functional.interpolate(images, size=32)
+    questions = ["What colour is {}?", "is there {}"]
+
+    def maps(*asked: str) -> torch.Tensor:
+        settings = {"heatmap": "answer", "heatmap_questions": list(asked)}
+        config = Config.model_validate({"data": {"workers": 0}, "evaluate": settings})
+        return torch.stack(expression_maps(model, images, samples, config))
+
+    both = maps(*questions)
+    torch.testing.assert_close(both, maps(questions[0]) + maps(questions[1]))
+    torch.testing.assert_close(both.sum(dim=(1, 2)), torch.full((len(samples),), 2.0))
+    alone = model.ground(images[0].permute(1, 2, 0).numpy(), f"what colour is {samples[0].text}?", mode="answer")
+    assert isinstance(alone, Grounding)
+    torch.testing.assert_close(maps(questions[0])[0], alone.heatmap / alone.heatmap.sum(), rtol=1e-4, atol=1e-6)
 
 
 def test_points_and_boxes_are_read_at_the_size_of_the_annotation() -> None:

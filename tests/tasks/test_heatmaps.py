@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,9 +11,17 @@ from hypothesis import strategies as st
 
 from tercet.config_model import ModelConfig
 from tercet.errors import TercetError
+from tercet.model.attention import AttentionTap, attention_weights
 from tercet.model.tercet import Tercet
 from tercet.tasks.boxes import box_scores, choose_box, inside, overlap, peak
-from tercet.tasks.heatmaps import average_words, contrast_heatmaps, enlarge, matching_heatmaps, to_grid
+from tercet.tasks.heatmaps import (
+    answered_heatmaps,
+    average_words,
+    contrast_heatmaps,
+    enlarge,
+    matching_heatmaps,
+    to_grid,
+)
 
 IMAGES, TEXTS, TOKENS = 2, 3, 5
 
@@ -21,6 +31,7 @@ def model(request: pytest.FixtureRequest) -> Tercet:
     torch.manual_seed(0)
     vision = {"image_size": 32, "width": 32, "depth": 3, "heads": 2, "window": request.param}
     text = {"width": 32, "mlp_width": 64, "depth": 5, "fusion_layer": 2, "heads": 2, "vocabulary_size": 40}
+    text |= {"cls_id": 2, "sep_id": 3, "mask_id": 4}
     sizes = {"size": "tiny", "vision": vision, "text": text, "embed_dim": 16}
     made = Tercet(ModelConfig.model_validate(sizes)).eval()
     for parameter in made.parameters():
@@ -86,6 +97,87 @@ def test_without_gradients_and_with_frozen_parameters(model: Tercet, batch: tupl
         torch.testing.assert_close(first, second)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(getattr(module, "tap", None) is None for module in model.modules())
+
+
+def test_an_answer_rests_on_what_the_words_of_its_question_saw(model: Tercet, batch: tuple) -> None:
+    images, input_ids, mask = batch
+    with torch.no_grad():
+        image_embeds, text_embeds = model.encode_image(images), model.encode_text(input_ids, mask)
+    with pytest.raises(TercetError, match="no head for answer; fine-tune it first"):
+        answered_heatmaps(model, image_embeds, text_embeds, mask)
+    answering = copy.deepcopy(model)
+    answering.add_heads(["answer"])
+    answering.eval()
+    together, logits = answered_heatmaps(answering, image_embeds, text_embeds, mask)
+    alone, _ = answered_heatmaps(answering, image_embeds.repeat_interleave(TEXTS, 0), text_embeds, mask)
+    torch.testing.assert_close(together, alone)
+    assert together.shape == (IMAGES * TEXTS, TOKENS, 16)
+    assert not together[~mask].any()
+    # The decoder reads every word, where a match is read from [CLS] alone.
+    assert (together[mask].amax(dim=1) > 0).all()
+    last = matching_heatmaps(answering, image_embeds, text_embeds, mask, layer=4)
+    assert not last[:, 1:].any()
+    expected = answering.match_logits(text_embeds, mask, answering.remember(image_embeds))
+    torch.testing.assert_close(logits, expected.detach())
+    other, _ = answered_heatmaps(answering, image_embeds, text_embeds, mask, layer=2)
+    assert not torch.allclose(other, together)
+
+
+def test_heat_for_an_answer_is_attention_times_what_looking_there_would_do_for_it(model: Tercet, batch: tuple) -> None:
+    """Against the definition: the layer's weights are nudged one at a time and the answer's likelihood read again."""
+    images, input_ids, mask = batch
+    answering = copy.deepcopy(model)
+    answering.add_heads(["answer"])
+    answering.double().eval()
+    assert answering.answer_decoder is not None
+    ids, own, layer = input_ids[3:4, :2], mask[3:4, :2], 4
+    with torch.no_grad():
+        image_embeds = answering.encode_image(answering.vision.normalise(images[:1]).double())
+        text_embeds = answering.encode_text(ids, own)
+    found, _ = answered_heatmaps(answering, image_embeds, text_embeds, own, layer)
+
+    attention = answering.fusion.layers[layer - 2].cross_attention
+    kept: list[torch.Tensor] = []
+    nudge: list[tuple[tuple[int, ...], float]] = []
+
+    def nudged(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        weights = attention_weights(query, key, mask)
+        if attention.tap is not None:
+            kept.append(weights.detach().clone())
+            for place, amount in nudge:
+                weights = weights.clone()
+                weights[place] += amount
+        return weights
+
+    @torch.no_grad()
+    def likelihood() -> float:
+        attention.tap = AttentionTap()
+        fused = answering.fuse(text_embeds, own, answering.remember(image_embeds))
+        attention.tap = None
+        decoder = answering.answer_decoder
+        assert decoder is not None
+        start = torch.full((1, 1), answering.config.text.cls_id)
+        logits = decoder.logits(decoder(start, decoder.remember(fused, own))[:, 0])
+        return logits.log_softmax(dim=-1).max().item()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tercet.model.attention.attention_weights", nudged)
+        likelihood()
+        weights = kept[0]
+        heads, tokens = weights.shape[1:3]
+        patches = found.shape[2]
+        for token, spot in ((0, 3), (1, 7), (1, 12)):
+            expected = 0.0
+            for head in range(heads):
+                place = (0, head, token, weights.shape[3] - patches + spot)
+                values = []
+                for amount in (1e-5, -1e-5):
+                    nudge[:] = [(place, amount)]
+                    values.append(likelihood())
+                slope = (values[0] - values[1]) / 2e-5
+                expected += weights[place].item() * max(slope, 0.0) / heads
+            assert tokens == 2
+            assert found[0, token, spot].item() == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
 def test_layers_that_are_not_there(model: Tercet, batch: tuple) -> None:

@@ -77,7 +77,10 @@ class ExplainArguments:
     to: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """the PNG to write"""
     layer: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """which layer of the fusion encoder, counted from 0 in the whole text stack; default two thirds up, as published"""
+    """which layer of the fusion encoder, counted from 0 in the whole text stack; default two thirds up, as published;
+    for an answer the last"""
+    answer: bool = False
+    """TEXT is a question: show what the model's answer to it rests on"""
 
 
 def match(arguments: list[str]) -> None:
@@ -129,8 +132,9 @@ def explain(arguments: list[str]) -> None:
     from tercet.report.explain import draw_explanation
 
     model = load_chosen(options.model)
-    warn_untrained_matching(model, "the heatmaps mean nothing")
-    found = model.explain(options.image, options.text, options.layer)
+    if not options.answer:
+        warn_untrained_matching(model, "the heatmaps mean nothing")
+    found = model.explain(options.image, options.text, options.layer, "answer" if options.answer else "itm")
     assert not isinstance(found, list)
     print(draw_explanation(found, options.to))
 

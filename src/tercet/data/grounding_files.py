@@ -26,7 +26,7 @@ from tercet.data.json_text import parse_json
 from tercet.data.references import Box, References, is_coordinate, read_references
 from tercet.data.rows import SplitFilter, is_empty
 from tercet.data.samples import SampleCollector, SampleSource, SampleTable, open_samples
-from tercet.data.scene_tasks import expressions
+from tercet.data.scene_expressions import expressions
 from tercet.data.scenes import SceneSource
 from tercet.data.sources import TABLE_SUFFIXES, Source, find_files, open_sources
 from tercet.data.storage import read_text

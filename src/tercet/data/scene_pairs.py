@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tercet.data.scene_captions import NUMBERS, plural, with_article
+from tercet.data.scene_expressions import DIRECTION_WORDS
 from tercet.data.scene_layout import (
     BACKGROUNDS,
     COLOURS,
@@ -21,7 +22,6 @@ from tercet.data.scene_layout import (
     place,
     relation,
 )
-from tercet.data.scene_tasks import DIRECTION_WORDS
 from tercet.data.scenes import SCENE_SIZE, Scene
 
 Look = tuple[str, str]  # colour and shape

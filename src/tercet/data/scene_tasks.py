@@ -1,4 +1,4 @@
-"""What drawn scenes give to the downstream tasks: questions, entailments and referring expressions.
+"""What drawn scenes give to the downstream tasks: questions and entailments.
 
 All are pure functions of the scene.  Truth and falsehood are worded alike: which answer is right cannot be guessed
 from the words without the picture.
@@ -6,27 +6,26 @@ from the words without the picture.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from tercet.data.scene_captions import NUMBERS, plural, with_article
+from tercet.data.scene_expressions import DIRECTION_WORDS, FIGURE, by_neighbour, outermost, refer
 from tercet.data.scene_layout import COLOURS, OPPOSITE, SHAPES, SIZES, SceneObject, pick, relation
 from tercet.data.scenes import Scene, scene_generator
 
 Label = Literal["entailment", "neutral", "contradiction"]
-Box = tuple[float, float, float, float]
 
-EXPRESSION_KINDS = ("attributes", "outermost", "neighbour")
 QUESTION_KINDS = ("colour", "shape", "count", "position", "yes/no")
-DIRECTION_WORDS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 CLEAR_OF_MIDDLE = 0.1  # share of the side that an object keeps from the middle to count as left, right, top or bottom
 COUNT_ANSWERS = ("zero", "one", "two", "three", "four")
 COUNT_WEIGHTS = (0.7, 0.7, 2.0, 4.0, 5.0)  # large counts are rarer in scenes, so they are asked for when they occur
-REMINDERS = 0.1  # share of the scenes asked for places that are asked everything else too
+REMINDERS = 0.1  # share of the scenes asked for places, or by them, that are asked everything else too
 
-_QUESTIONS, _ENTAILMENTS, _EXPRESSIONS, _PLACES = 3, 4, 5, 7  # random streams of a scene; 0 to 2 draw and describe it
+_QUESTIONS, _ENTAILMENTS, _PLACES, _REFERRED = 3, 4, 7, 8  # random streams of a scene; 0 to 2 draw and describe it
 
 
 class Question(NamedTuple):
@@ -34,21 +33,6 @@ class Question(NamedTuple):
 
     text: str
     answer: str
-    kind: str
-
-
-class Expression(NamedTuple):
-    """A phrase that refers to one object.
-
-    Attributes:
-        text: the phrase.
-        box: (left, top, right, bottom) of the object in pixels.
-        kind: what tells the object apart: 'attributes' of its own; being 'outermost' among those of its shape; or the
-            side of a 'neighbour' that it lies on.
-    """
-
-    text: str
-    box: Box
     kind: str
 
 
@@ -88,6 +72,28 @@ def place_questions(scene: Scene) -> list[Question]:
     return list(dict.fromkeys(asked))
 
 
+def referred_questions(scene: Scene) -> list[Question]:
+    """Colour and shape of figures that are told by where they lie: "what colour is the leftmost star?".
+
+    Only where another figure would give another answer, so that a model has to look at the one that the words mean.
+    One scene in ten is asked all of `questions` too.
+    """
+    rng = scene_generator(scene.seed, _REFERRED)
+    asked: list[Question] = []
+    for item in scene.objects:
+        others = [other for other in scene.objects if other is not item]
+        for place, noun in itertools.product((outermost, by_neighbour), ("", FIGURE)):
+            name = place(scene, item, rng, noun)
+            rivals = others if place is by_neighbour or noun else [o for o in others if o.shape == item.shape]
+            asks = [_ask_colour] if any(rival.colour != item.colour for rival in rivals) else []
+            asks += [_ask_shape] if noun and any(rival.shape != item.shape for rival in rivals) else []
+            if name is not None and asks:
+                asked.append(pick(rng, asks)(name, item, rng))
+    if rng.random() < REMINDERS:
+        asked += questions(scene)
+    return list(dict.fromkeys(asked))
+
+
 def entailments(scene: Scene) -> list[tuple[str, Label]]:
     """Hypotheses about a scene: two that it entails, two that it contradicts, two that it leaves open.
 
@@ -102,55 +108,22 @@ def entailments(scene: Scene) -> list[tuple[str, Label]]:
     return list(dict.fromkeys(made))
 
 
-def expressions(scene: Scene) -> list[Expression]:
-    """Phrases that each refer to exactly one object.  An object that nothing tells apart from another has none."""
-    rng = scene_generator(scene.seed, _EXPRESSIONS)
-    made: dict[str, Expression] = {}
-    for item, box in zip(scene.objects, scene.boxes, strict=True):
-        phrases = refer(scene, item, rng), _outermost(scene, item, rng), _by_neighbour(scene, item, rng)
-        for kind, phrase in zip(EXPRESSION_KINDS, phrases, strict=True):
-            if phrase is not None:
-                text = f"the {phrase}"
-                made[text] = Expression(text, box, kind)
-    return list(made.values())
-
-
-def refer(scene: Scene, item: SceneObject, rng: np.random.Generator, without: str = "") -> str | None:
-    """Words that fit `item` and no other object of the scene, such as 'small red circle'; None when there are none.
-
-    Args:
-        without: 'colour', 'shape' or 'size', when that must not be told.
-    """
-    options = []
-    for names in (("shape",), ("colour", "shape"), ("size", "shape"), ("size", "colour", "shape"), ("size", "colour")):
-        told = tuple(name for name in names if name != without)
-        if told and sum(all(getattr(other, n) == getattr(item, n) for n in told) for other in scene.objects) == 1:
-            options.append(told)
-    if without == "shape" and len(scene.objects) == 1:
-        options.append(())
-    if not options:
-        return None
-    told = pick(rng, options)
-    if not told:
-        return "figure"
-    words = [getattr(item, name) for name in ("size", "colour") if name in told]
-    return " ".join([*words, item.shape if "shape" in told else pick(rng, ("one", "figure"))])
-
-
 def _colour_question(scene: Scene, rng: np.random.Generator) -> Question | None:
     referred = _referred(scene, rng, "colour")
-    if referred is None:
-        return None
-    item, name = referred
+    return None if referred is None else _ask_colour(referred[1], referred[0], rng)
+
+
+def _ask_colour(name: str, item: SceneObject, rng: np.random.Generator) -> Question:
     text = pick(rng, ("what colour is the {}?", "what is the colour of the {}?", "which colour does the {} have?"))
     return Question(text.format(name), item.colour, "colour")
 
 
 def _shape_question(scene: Scene, rng: np.random.Generator) -> Question | None:
     referred = _referred(scene, rng, "shape")
-    if referred is None:
-        return None
-    item, name = referred
+    return None if referred is None else _ask_shape(referred[1], referred[0], rng)
+
+
+def _ask_shape(name: str, item: SceneObject, rng: np.random.Generator) -> Question:
     text = pick(rng, ("what shape is the {}?", "what is the shape of the {}?", "which shape does the {} have?"))
     return Question(text.format(name), item.shape, "shape")
 
@@ -351,44 +324,3 @@ def _neutral(scene: Scene, rng: np.random.Generator) -> str:
         )
     hope = pick(rng, ("wanted", "promised", "forgot", "refused", "tried", "was told"))
     return f"{pick(rng, ('the artist', 'the pupil'))} {hope} to draw another {colour} {shape}"
-
-
-def _outermost(scene: Scene, item: SceneObject, rng: np.random.Generator) -> str | None:
-    """'leftmost star': the object clearly furthest to one side among two or more of its shape."""
-    rivals = [other for other in scene.objects if other.shape == item.shape and other is not item]
-    if not rivals:
-        return None
-    gaps = {
-        "leftmost": min(other.x for other in rivals) - item.x,
-        "rightmost": item.x - max(other.x for other in rivals),
-        "topmost": min(other.y for other in rivals) - item.y,
-        "lowest": item.y - max(other.y for other in rivals),
-    }
-    sides = [side for side, gap in gaps.items() if gap > 0.08]
-    return f"{pick(rng, sides)} {item.shape}" if sides else None
-
-
-def _by_neighbour(scene: Scene, item: SceneObject, rng: np.random.Generator) -> str | None:
-    """'circle above the red square': the only object of its shape anywhere to that side of a nameable object."""
-    options = []
-    for other in scene.objects:
-        direction = relation(item, other)
-        name = refer(scene, other, rng) if other is not item else None
-        if direction is None or name is None:
-            continue
-        rivals = [
-            rival for rival in scene.objects if rival is not item and rival is not other and rival.shape == item.shape
-        ]
-        if not any(_lies(direction, rival, other) for rival in rivals):
-            options.append(f"{item.shape} {DIRECTION_WORDS[direction]} the {name}")
-    return pick(rng, options) if options else None
-
-
-def _lies(direction: str, first: SceneObject, second: SceneObject) -> bool:
-    """Whether `first` lies at all to that side of `second`, however little."""
-    return {
-        "left": first.x < second.x,
-        "right": first.x > second.x,
-        "above": first.y < second.y,
-        "below": first.y > second.y,
-    }[direction]

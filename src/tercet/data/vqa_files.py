@@ -21,7 +21,7 @@ from tercet.config import DataConfig
 from tercet.data.json_rows import choose_layout, image_root, read_objects, text_of
 from tercet.data.json_text import parse_json
 from tercet.data.samples import SampleCollector, SampleSource, SampleTable, open_samples
-from tercet.data.scene_tasks import Question, place_questions, questions
+from tercet.data.scene_tasks import Question, place_questions, questions, referred_questions
 from tercet.data.scenes import Scene, SceneSource
 from tercet.data.storage import is_url, missing, read_text
 from tercet.errors import TercetError
@@ -55,8 +55,8 @@ def open_questions(specs: Sequence[str], data: DataConfig, split: str) -> Sample
     is allowed for evaluation alone.
 
     Args:
-        specs: official or ALBEF files, `scenes`, or `scenes:places`: scenes of `split`, asked for places, see
-            `place_questions`.
+        specs: official or ALBEF files, `scenes`, or scenes of `split` that are asked for places, `scenes:places`, or
+            by them, `scenes:referred`; see `place_questions` and `referred_questions`.
         data: where images lie; how many scenes are drawn.
         split: 'train', 'validation' or 'test'.
 
@@ -67,8 +67,9 @@ def open_questions(specs: Sequence[str], data: DataConfig, split: str) -> Sample
     def read(file: str, suffix: str | None, data: DataConfig) -> SampleSource:
         return read_questions(file, suffix, data, need_answers=split == "train")
 
-    places = partial(draw_questions, ask=place_questions)
-    return open_samples(specs, data, split, read, draw_questions, {"places": places})
+    kinds = {"places": place_questions, "referred": referred_questions}
+    other = {name: partial(draw_questions, ask=ask) for name, ask in kinds.items()}
+    return open_samples(specs, data, split, read, draw_questions, other)
 
 
 def draw_questions(count: int, split: str, ask: Callable[[Scene], list[Question]] = questions) -> SampleTable:

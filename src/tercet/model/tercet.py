@@ -205,12 +205,12 @@ class Tercet(nn.Module):
         return ground(self, images, texts, mode, layer)
 
     def explain(
-        self, images: ImageInputs, texts: TextInputs, layer: int | None = None
+        self, images: ImageInputs, texts: TextInputs, layer: int | None = None, mode: Mode = "itm"
     ) -> Explanation | list[Explanation]:
         """Where in images each word of texts is seen; see `tercet.predict.explain`."""
         from tercet.predict import explain
 
-        return explain(self, images, texts, layer)
+        return explain(self, images, texts, layer, mode)
 
     def save(self, folder: str | Path, tokenizer: Tokenizer | None = None, card: str | None = None) -> Path:
         """Write this model as a folder; see `tercet.model.folder.save_model`."""

@@ -241,9 +241,13 @@ def _add_questions(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/explain", responses=POST_FAULTS, operation_id="explain")
     async def explain(body: schema.ExplainRequest) -> schema.ExplainResponse:
-        """Where in an image each word of a text is seen."""
-        job = ExplainJob(await service.picture(body.image), body.text)
-        found = await service.infer(("explain",), job, cost=2)
+        """Where in an image each word of a text is seen, or each of a question for its answer."""
+        reader = None
+        if body.answer:
+            reader = service.engine.answering
+            reader.require_heads(("answer",), "vqa")
+        job = ExplainJob(await service.picture(body.image, reader), body.text)
+        found = await service.infer(("explain", "answer" if body.answer else "itm"), job, cost=2)
         words = [
             schema.WordMap(word=heat.word, heatmap=heat.heatmap.tolist(), strength=heat.strength)
             for heat in found.words

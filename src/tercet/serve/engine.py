@@ -210,8 +210,10 @@ class Engine:
             for row in range(len(jobs))
         ]
 
-    def _explain(self, jobs: list[ExplainJob], _: tuple) -> list[Explanation]:
-        found = self.model.explain([job.pixels for job in jobs], [job.text for job in jobs])
+    def _explain(self, jobs: list[ExplainJob], shared: tuple) -> list[Explanation]:
+        (mode,) = shared
+        model = self.answering if mode == "answer" else self.model
+        found = model.explain([job.pixels for job in jobs], [job.text for job in jobs], mode=mode)
         assert isinstance(found, list)
         return found
 

@@ -167,6 +167,9 @@ class ExplainRequest(Body):
 
     image: Picture
     text: Text
+    answer: bool = Field(
+        default=False, description="the text is a question: what the answer to it rests on, by the model that answers"
+    )
 
 
 class WordMap(BaseModel):

@@ -6,7 +6,7 @@ measured against.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,20 @@ from tercet.data.grounding_files import check_boxes
 from tercet.data.inputs import to_batch
 from tercet.data.loader import dealt
 from tercet.data.samples import Sample, SampleSource
+from tercet.data.texts import clean_question
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
 from tercet.ranks import Ranks
 from tercet.tasks.boxes import HIT, Box, choose_box, inside, overlap, peak
 from tercet.tasks.encoding import evaluating, tokenise
-from tercet.tasks.heatmaps import average_words, contrast_heatmaps, enlarge, matching_heatmaps, to_grid
+from tercet.tasks.heatmaps import (
+    answered_heatmaps,
+    average_words,
+    contrast_heatmaps,
+    enlarge,
+    matched_heatmaps,
+    to_grid,
+)
 
 
 @dataclass(frozen=True)
@@ -157,24 +165,48 @@ def expression_maps(model: Tercet, images: Tensor, samples: Sequence[Sample], co
         config: `data` and `evaluate` are read.
     """
     device, layer = next(model.parameters()).device, config.evaluate.heatmap_layer
-    input_ids, attention_mask = tokenise(model, [sample.text for sample in samples], config.data)
-    mask, images = attention_mask.to(device), images.to(device)
-    text_embeds = model.encode_text(input_ids.to(device), mask)
+    texts, images = [sample.text for sample in samples], images.to(device)
     side = model.config.vision.image_size
     counts = list(_runs([sample.images[0] for sample in samples]))
     if config.evaluate.heatmap == "itc":
+        input_ids, attention_mask = tokenise(model, texts, config.data)
+        text_embeds = model.encode_text(input_ids.to(device), attention_mask.to(device))
         feats = model.project_text(text_embeds[:, 0]).split(counts)
-        maps = [contrast_heatmaps(model, images[row][None], own, layer) for row, own in enumerate(feats)]
-        return list(to_grid(torch.cat(maps).cpu(), side, side))
+        maps = torch.cat([contrast_heatmaps(model, images[row][None], own, layer) for row, own in enumerate(feats)])
+        return list(to_grid(maps.cpu(), side, side))
     image_embeds = model.encode_image(images)
+    if config.evaluate.heatmap == "itm":
+        maps = _fusion_maps(model, image_embeds, counts, tokenise(model, texts, config.data), matched_heatmaps, layer)
+        return list(to_grid(maps.cpu(), side, side))
+    total = torch.zeros(len(texts), image_embeds.shape[1] - 1, device=device)
+    for question in config.evaluate.heatmap_questions:
+        asked = [question.replace("{}", text) for text in texts]
+        tokens = tokenise(model, asked, config.data, clean_question)
+        maps = _fusion_maps(model, image_embeds, counts, tokens, answered_heatmaps, layer)
+        # Every question weighs alike, however sure the model is of its answer.
+        total += maps / maps.sum(dim=1, keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
+    return list(to_grid(total.cpu(), side, side))
+
+
+def _fusion_maps(
+    model: Tercet,
+    image_embeds: Tensor,
+    counts: Sequence[int],
+    tokens: tuple[Tensor, Tensor],
+    heatmaps: Callable[[Tercet, Tensor, Tensor, Tensor, int | None], tuple[Tensor, Tensor]],
+    layer: int | None,
+) -> Tensor:
+    """`heatmaps` of texts `[texts, patches]`, averaged over words; `counts` of them are of each image in turn."""
+    input_ids, mask = (part.to(image_embeds.device) for part in tokens)
+    text_embeds = model.encode_text(input_ids, mask)
     maps = []
-    for row, (texts, own_mask) in enumerate(zip(text_embeds.split(counts), mask.split(counts), strict=True)):
+    for row, (own, own_mask) in enumerate(zip(text_embeds.split(counts), mask.split(counts), strict=True)):
         # Padded to the longest of its own image alone.
         longest = int(own_mask.sum(dim=1).max())
         own_mask = own_mask[:, :longest]
-        words = matching_heatmaps(model, image_embeds[row][None], texts[:, :longest], own_mask, layer)
+        words, _ = heatmaps(model, image_embeds[row][None], own[:, :longest], own_mask, layer)
         maps.append(average_words(words, own_mask))
-    return list(to_grid(torch.cat(maps).cpu(), side, side))
+    return torch.cat(maps)
 
 
 def read_map(heatmap: Tensor, sample: Sample, shape: tuple[int, int]) -> Found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -17,14 +17,19 @@ from tercet.model.layers import CrossAttention, SelfAttention, TextLayer
 from tercet.model.tercet import Tercet
 from tercet.model.vision import VisionTransformer
 
-Mode = Literal["itm", "itc"]
+Mode = Literal["itm", "itc", "answer"]
 
 
 def default_layer(model: Tercet, mode: Mode) -> int:
-    """The layer to look at, counted as published: text layer 8 of 12 for `itm`, ViT block 8 of 12 for `itc`."""
+    """The layer to look at, counted as published: text layer 8 of 12 for `itm`, ViT block 8 of 12 for `itc`.
+
+    For `answer`, which is ours, the last text layer: what the decoder reads is what its words saw there.
+    """
     if mode == "itc":
         return model.config.vision.depth * 2 // 3
     text = model.config.text
+    if mode == "answer":
+        return text.depth - 1
     return text.fusion_layer + (text.depth - text.fusion_layer) // 3
 
 
@@ -56,8 +61,41 @@ def matched_heatmaps(
 ) -> tuple[Tensor, Tensor]:
     """`matching_heatmaps`, and `itm_logits` `[pairs, 2]` of the same pass."""
     weights, gradient, logits = _matching_pass(model, image_embeds, text_embeds, attention_mask, layer)
-    maps = (weights * gradient.clamp(min=0))[..., 1 - image_embeds.shape[1] :].mean(dim=1)  # of the patches
-    return maps * attention_mask[..., None], logits
+    return _weighted(weights, gradient, image_embeds, attention_mask), logits
+
+
+def answered_heatmaps(
+    model: Tercet, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor, layer: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mode `answer`: where each token of a question looks, as far as that makes the model's own answer likelier.
+
+    What is raised is the log-probability of the first word piece of the likeliest answer.
+
+    Args:
+        model: fine-tuned for questions, in evaluation mode.
+        image_embeds: `[images, 1 + patches, vision_width]`.
+        text_embeds: of the questions, `[pairs, tokens, width]`; consecutive pairs share an image.
+        attention_mask: bool `[pairs, tokens]`.
+        layer: index in the whole text stack; default `default_layer`.
+
+    Returns:
+        As `matched_heatmaps`: maps `[pairs, tokens, patches]`, and `itm_logits` `[pairs, 2]` of the same pass.
+
+    Raises:
+        TercetError: the model answers no questions, or there is no fusion layer of that index.
+    """
+    model.require_heads(("answer",), "vqa")
+    decoder = model.answer_decoder
+    assert decoder is not None
+
+    def likelihood(fused: Tensor) -> Tensor:
+        start = torch.full((fused.shape[0], 1), model.config.text.cls_id, device=fused.device)
+        logits = decoder.logits(decoder(start, decoder.remember(fused, attention_mask))[:, 0])
+        return logits.float().log_softmax(dim=-1).amax(dim=-1)
+
+    layer = default_layer(model, "answer") if layer is None else layer
+    weights, gradient, logits = _fusion_pass(model, image_embeds, text_embeds, attention_mask, layer, likelihood)
+    return _weighted(weights, gradient, image_embeds, attention_mask), logits
 
 
 def contrast_heatmaps(model: Tercet, images: Tensor, text_feats: Tensor, layer: int | None = None) -> Tensor:
@@ -150,7 +188,23 @@ def _matching_pass(
     model: Tercet, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor, layer: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `matching_attention` gives, and `itm_logits` `[pairs, 2]`."""
-    cross_attention = _fusion_attention(model, default_layer(model, "itm") if layer is None else layer)
+    layer = default_layer(model, "itm") if layer is None else layer
+    return _fusion_pass(model, image_embeds, text_embeds, attention_mask, layer, None)
+
+
+def _fusion_pass(
+    model: Tercet,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    attention_mask: Tensor,
+    layer: int,
+    score: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-attention of a fusion layer, the gradient of a score with respect to it, and `itm_logits` `[pairs, 2]`.
+
+    `score` makes `[pairs]` of the fused texts `[pairs, tokens, width]`; None: the logit of a match.
+    """
+    cross_attention = _fusion_attention(model, layer)
     with _differentiable(), _tapped(cross_attention) as tap:
         memory = model.remember(_plain(image_embeds))
         # Whatever parameters are frozen, the graph starts here.
@@ -158,9 +212,16 @@ def _matching_pass(
         fused = model.fuse(text, attention_mask, memory)
         logits = model.itm_head(fused[:, 0])
         weights = _read(tap)
-        (gradient,) = torch.autograd.grad(logits[:, 1].sum(), weights)
+        scores = logits[:, 1] if score is None else score(fused)
+        (gradient,) = torch.autograd.grad(scores.sum(), weights)
     pairs = text.shape[0]
     return _unfold(weights.detach(), pairs), _unfold(gradient, pairs), logits.detach()
+
+
+def _weighted(weights: Tensor, gradient: Tensor, image_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+    """Attention to the patches times its positive gradient, averaged over heads; 0 at padding."""
+    maps = (weights * gradient.clamp(min=0))[..., 1 - image_embeds.shape[1] :].mean(dim=1)
+    return maps * attention_mask[..., None]
 
 
 @contextmanager

@@ -29,7 +29,10 @@ export function setUp(about, searchLike) {
     if (event.key === "ArrowRight") turn(1);
   };
   part("ask").onsubmit = ask;
-  part("why").onsubmit = explain;
+  part("why").onsubmit = (event) => {
+    event.preventDefault();
+    explain(part("sentence").value, false);
+  };
   part("words").onkeydown = walkWords;
   new ResizeObserver(redraw).observe(part("frame"));
   if (!about.answers_questions) {
@@ -98,6 +101,7 @@ async function ask(event) {
     const rows = [{ text: found.answer, score: found.score }, ...found.others];
     answer.replaceChildren(
       make("p", { className: "best" }, found.answer || "(nothing)"),
+      make("button", { type: "button", onclick: () => explain(part("question").value, true) }, "Where is that seen?"),
       make("ul", {}, ...rows.map(({ text, score }) =>
         make("li", {}, make("span", { title: text }, text), meter(score), make("span", {}, percent(score))))),
     );
@@ -106,16 +110,19 @@ async function ask(event) {
   }
 }
 
-async function explain(event) {
-  event.preventDefault();
+// Where the words of a sentence are, or where those of a question look for its answer.
+async function explain(text, answer) {
   const own = visit;
   part("fit").textContent = "…";
   part("words").replaceChildren();
   try {
-    const found = await post("v1/explain", { image: shown, text: part("sentence").value });
+    const found = await post("v1/explain", { image: shown, text, answer });
     if (own !== visit) return;
-    part("fit").textContent = `The whole sentence fits with ${percent(found.match)}. Pick a word:`;
-    maps = [...found.words, { word: "whole sentence", heatmap: found.heatmap, strength: 1 }];
+    part("fit").textContent = answer
+      ? "Where the question looks for its answer. Pick a word:"
+      : `The whole sentence fits with ${percent(found.match)}. Pick a word:`;
+    const whole = answer ? "whole question" : "whole sentence";
+    maps = [...found.words, { word: whole, heatmap: found.heatmap, strength: 1 }];
     part("words").replaceChildren(
       ...maps.map(({ word }, index) =>
         make("button", { type: "button", onclick: () => pick(index), className: index === maps.length - 1 ? "whole" : "" }, word)),
