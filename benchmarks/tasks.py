@@ -4,10 +4,10 @@
     OMP_NUM_THREADS=1 python benchmarks/tasks.py --init runs/demo/model --output runs/tasks
     python benchmarks/tasks.py --init runs/demo/model --output runs/tasks --tasks vqa --set data.scenes=2000
 
-The two runs of a task are the recipe `demo-TASK`, after those that prepare it (`demo-vqa-first` and `demo-vqa-places`;
-`demo-nlvr-pretrain`, as published, and `demo-nlvr-first`), with the same seed, data, steps and tokenizer (that of the
-model, so that both read the same word pieces); one begins with the model's weights and the other with random ones.
-They run at the same time, so that a busy machine slows both alike.  A run that is there already is not run again.
+The two runs of a task are the recipe `demo-TASK`, after those that prepare it (`demo-vqa-first` and
+`demo-vqa-referred`; `demo-nlvr-pretrain`, as published, and `demo-nlvr-first`), with the same seed, data, steps and
+tokenizer (that of the model, so that both read the same word pieces); one begins with the model's weights and the
+other with random ones.  What learned questions also points at what expressions mean.  They run at the same time, so that a busy machine slows both alike.  A run that is there already is not run again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 TASKS = ("vqa", "entailment", "nlvr", "grounding")
-PREPARATIONS = {"vqa": ("vqa-first", "vqa-places"), "nlvr": ("nlvr-pretrain", "nlvr-first")}
+PREPARATIONS = {"vqa": ("vqa-first", "vqa-referred"), "nlvr": ("nlvr-pretrain", "nlvr-first")}
 STARTS = ("pre-trained", "random")
 MEASURES = {
     "vqa": ("accuracy", "all"),
@@ -62,9 +62,22 @@ def run_pair(task: str, output: Path, init: str, settings: list[str]) -> dict[st
     with ThreadPoolExecutor(len(STARTS)) as pool:
         list(pool.map(perform, runs.values()))
     return {
-        start: {"commands": [" ".join(command) for command in commands.values()], **measured(task, list(commands))}
+        start: {
+            "commands": [" ".join(command) for command in commands.values()],
+            **measured(task, list(commands)),
+            **({"pointing": pointing(list(commands)[-1])} if task == "vqa" else {}),
+        }
         for start, commands in runs.items()
     }
+
+
+def pointing(run: Path) -> dict[str, Any]:
+    """Where a run that learned questions points at what expressions mean, by what its answers rest on."""
+    command = [sys.executable, "-m", "tercet", "evaluate", str(run), "--task", "grounding", "--data", "scenes:test"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{run}: {done.stderr.splitlines()[-1]}")
+    return json.loads(done.stdout)
 
 
 def measured(task: str, runs: list[Path]) -> dict[str, Any]:
