@@ -7,7 +7,8 @@
 The two runs of a task are the recipe `demo-TASK`, after those that prepare it (`demo-vqa-first` and
 `demo-vqa-referred`; `demo-nlvr-pretrain`, as published, and `demo-nlvr-first`), with the same seed, data, steps and
 tokenizer (that of the model, so that both read the same word pieces); one begins with the model's weights and the
-other with random ones.  What learned questions also points at what expressions mean.  They run at the same time, so that a busy machine slows both alike.  A run that is there already is not run again.
+other with random ones.  What learned questions also points at what expressions mean.  Both run at the same time, so
+that a busy machine slows them alike.  A run that is there already is not run again.
 """
 
 from __future__ import annotations
