@@ -63,6 +63,17 @@ def question(page: Page) -> None:
     page.wait_for_selector("#answer .best, #answer .wrong")
 
 
+def answer(page: Page) -> None:
+    """See what an answer about the first picture rests on."""
+    search(page)
+    page.click("#grid .hit >> nth=0")
+    page.fill("#question", "what colour is the leftmost figure?")
+    page.click("#ask button")
+    page.click("#answer button")
+    page.wait_for_selector("#words button >> text=whole question")
+    page.wait_for_timeout(300)
+
+
 def heatmap(page: Page) -> None:
     """See a word of the query in the first picture."""
     question(page)
@@ -91,6 +102,7 @@ STATES: dict[str, Callable[[Page], None]] = {
     "compare": compare,
     "drop": drop,
     "question": question,
+    "answer": answer,
     "heatmap": heatmap,
     "empty": empty,
     "error": error,
