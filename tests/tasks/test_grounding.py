@@ -90,6 +90,19 @@ def test_maps_of_answers_add_up_over_questions_that_weigh_alike() -> None:
     torch.testing.assert_close(maps(questions[0])[0], alone.heatmap / alone.heatmap.sum(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"heatmap": "answer"}, "no head for answer; fine-tune it first"),
+        ({"heatmap": "answer", "heatmap_questions": ["what is it?"]}, r"heatmap_questions: 'what is it\?' has no {}"),
+    ],
+)
+def test_what_pointing_by_answers_needs(settings: dict[str, object], message: str) -> None:
+    config = Config.model_validate({"data": {"workers": 0}, "evaluate": {"limit": 1, **settings}})
+    with pytest.raises(TercetError, match=message):
+        evaluate_grounding(make_model(), draw_expressions(1, "test"), config)
+
+
 def test_points_and_boxes_are_read_at_the_size_of_the_annotation() -> None:
     heatmap = torch.zeros(4, 4)
     heatmap[0, 3] = 1.0

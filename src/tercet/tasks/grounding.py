@@ -136,8 +136,14 @@ def evaluate_grounding(model: Tercet, source: SampleSource, config: Config) -> G
         config: `data` and `evaluate` are read.
 
     Raises:
-        TercetError: a box lies outside its image, no image can be read, or the model has no tokenizer or no such layer.
+        TercetError: a box lies outside its image, no image can be read, the model has no tokenizer or no such layer, or
+            it points by answers and has no answer decoder, or a question has no place for the expression.
     """
+    for question in config.evaluate.heatmap_questions:
+        if "{}" not in question:
+            raise TercetError(
+                f"evaluate.heatmap_questions: {question!r} has no {{}} where the expression goes, as in 'what is {{}}?'"
+            )
     result = GroundingResult()
     ranks = Ranks()
     done: list[tuple[list[Found], list[str]]] = []

@@ -114,7 +114,7 @@ def contrast_heatmaps(model: Tercet, images: Tensor, text_feats: Tensor, layer: 
         TercetError: there is no block of that index.
     """
     weights, gradient = contrast_attention(model, images, text_feats, layer)
-    own = weights[:, None, :, 0, 1:] * gradient[:, :, :, 0, 1:].clamp(min=0)
+    own = weights[:, None, :, 0, 1:].float() * gradient[:, :, :, 0, 1:].float().clamp(min=0)
     return own.mean(dim=2).flatten(0, 1)
 
 
@@ -219,8 +219,8 @@ def _fusion_pass(
 
 
 def _weighted(weights: Tensor, gradient: Tensor, image_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-    """Attention to the patches times its positive gradient, averaged over heads; 0 at padding."""
-    maps = (weights * gradient.clamp(min=0))[..., 1 - image_embeds.shape[1] :].mean(dim=1)
+    """Attention to the patches times its positive gradient, averaged over heads, in fp32; 0 at padding."""
+    maps = (weights.float() * gradient.float().clamp(min=0))[..., 1 - image_embeds.shape[1] :].mean(dim=1)
     return maps * attention_mask[..., None]
 
 
