@@ -162,6 +162,8 @@ def test_what_an_answer_rests_on(model: Tercet, folder: Path) -> None:
     close(seen.heatmap, found.heatmap)
     assert "".join(heat.word for heat in found.words) == "whatistheheart"
     assert all(heat.heatmap.max() > 0 for heat in found.words)
+    told = answering.answer(IMAGES[0], question)
+    assert isinstance(told, Answer) and found.answer == told.text
     assert found.match == pytest.approx(answering.match(IMAGES[0], question), abs=1e-3)
     with pytest.raises(TercetError, match="mode 'itc' tells words not apart; the modes are itm and answer"):
         answering.explain(IMAGES[0], question, mode="itc")

@@ -6,7 +6,7 @@ One image or text gives one result, several give as many.  The methods of `Terce
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -261,6 +261,10 @@ def explain(
             assert chance is not None
             own = pixels[index if len(pixels) > 1 else 0]
             found.append(Explanation(seen.text, chance, seen.heatmap, join_pieces(seen.words), own))
+    if mode == "answer":
+        given = answer(model, images, texts)
+        answers = given if isinstance(given, list) else [given]
+        found = [replace(own, answer=said.text) for own, said in zip(found, answers, strict=True)]
     return found[0] if pairs.single else found
 
 

@@ -158,7 +158,10 @@ def test_explain_an_answer(server: Serving, first_id: str) -> None:
     assert isinstance(alone, Grounding)
     np.testing.assert_allclose(found["heatmap"], alone.heatmap.numpy(), rtol=1e-3, atol=1e-6)
     assert [each["word"] for each in found["words"]][-2:] == ["red", "circle"]
-    assert found["heatmap"] != server.post("/v1/explain", body).json()["heatmap"]
+    told = server.post("/v1/ask", {"image": {"id": first_id}, "question": body["text"]}).json()
+    assert found["answer"] == told["answer"]
+    other = server.post("/v1/explain", body).json()
+    assert other["answer"] is None and other["heatmap"] != found["heatmap"]
 
 
 def test_embed(server: Serving) -> None:

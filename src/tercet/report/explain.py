@@ -68,8 +68,9 @@ def panel_size(aspect: float) -> tuple[float, float]:
 
 def _panels(explanation: Explanation, side: int) -> list[tuple[str, float | None, Pixels]]:
     """Title, strength and picture of each panel."""
+    told = f"match {100 * explanation.match:.1f} %" if explanation.answer is None else f"answer: {explanation.answer}"
     panels: list[tuple[str, float | None, Pixels]] = [
-        (f"match {100 * explanation.match:.1f} %", None, fit(explanation.pixels, side)),
+        (told, None, fit(explanation.pixels, side)),
         ("all words", None, explanation.overlay(None, side)),
     ]
     for index, heat in enumerate(explanation.words):

@@ -252,7 +252,9 @@ def _add_questions(app: FastAPI, service: Service) -> None:
             schema.WordMap(word=heat.word, heatmap=heat.heatmap.tolist(), strength=heat.strength)
             for heat in found.words
         ]
-        return schema.ExplainResponse(text=body.text, match=found.match, heatmap=found.heatmap.tolist(), words=words)
+        return schema.ExplainResponse(
+            text=body.text, match=found.match, answer=found.answer, heatmap=found.heatmap.tolist(), words=words
+        )
 
     @app.post("/v1/embed", responses=POST_FAULTS, operation_id="embed")
     async def embed(body: schema.EmbedRequest) -> schema.EmbedResponse:

@@ -185,6 +185,7 @@ class ExplainResponse(BaseModel):
 
     text: str
     match: float = Field(description="probability that image and text belong together")
+    answer: str | None = Field(default=None, description="the answer that is explained, if the text is a question")
     heatmap: list[list[float]] = Field(description="the mean over the words")
     words: list[WordMap]
 

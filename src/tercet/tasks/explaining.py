@@ -1,4 +1,4 @@
-"""Which part of an image each word of a text is matched by: the heatmaps of grounding, a word at a time."""
+"""Which part of an image each word of a text is matched or answered by: the heatmaps of grounding, word by word."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class WordHeat:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a text fits an image, or does not.
+    """Why a text fits an image or does not, or why a question has the answer that it has.
 
     Attributes:
         text: the text, as given.
@@ -45,6 +45,7 @@ class Explanation:
         heatmap: of the whole text, `[rows, columns]`.
         words: in their order.
         pixels: the image, uint8 `[height, width, 3]`.
+        answer: what the model answers, where the text is a question to it.
     """
 
     text: str
@@ -52,6 +53,7 @@ class Explanation:
     heatmap: Tensor
     words: list[WordHeat]
     pixels: Pixels
+    answer: str | None = None
 
     def overlay(self, word: int | None = None, side: int | None = None) -> Pixels:
         """The image in grey with the heat of a word, or of the whole text, in colour on it; weak words in thin colour.

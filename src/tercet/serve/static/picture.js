@@ -119,7 +119,7 @@ async function explain(text, answer) {
     const found = await post("v1/explain", { image: shown, text, answer });
     if (own !== visit) return;
     part("fit").textContent = answer
-      ? "Where the question looks for its answer. Pick a word:"
+      ? `Where the question looks for its answer, ${found.answer}. Pick a word:`
       : `The whole sentence fits with ${percent(found.match)}. Pick a word:`;
     const whole = answer ? "whole question" : "whole sentence";
     maps = [...found.words, { word: whole, heatmap: found.heatmap, strength: 1 }];
