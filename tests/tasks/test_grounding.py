@@ -90,6 +90,24 @@ def test_maps_of_answers_add_up_over_questions_that_weigh_alike() -> None:
     torch.testing.assert_close(maps(questions[0])[0], alone.heatmap / alone.heatmap.sum(), rtol=1e-4, atol=1e-6)
 
 
+def test_the_answer_whose_heat_is_read_is_one_of_the_models_list() -> None:
+    model = make_model()
+    model.add_heads(["answer"])
+    model.eval()
+    picture = SceneSource(1, "test").array(0)
+
+    def seen(answers: list[str] | None) -> torch.Tensor:
+        model.answers = answers
+        found = model.ground(picture, "is it red", mode="answer")
+        assert isinstance(found, Grounding)
+        return found.heatmap
+
+    freely, one, other = seen(None), seen(["red"]), seen(["circle", "large"])
+    assert not torch.allclose(one, other) and not torch.allclose(one, freely)
+    both = seen(["red", "circle", "large"])
+    assert torch.allclose(both, one) or torch.allclose(both, other)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

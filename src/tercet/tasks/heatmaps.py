@@ -69,7 +69,8 @@ def answered_heatmaps(
 ) -> tuple[Tensor, Tensor]:
     """Mode `answer`: where each token of a question looks, as far as that makes the model's own answer likelier.
 
-    What is raised is the log-probability of the first word piece of the likeliest answer.
+    What is raised is the log-probability of the first word piece of the likeliest answer, of the model's list where it
+    has one.
 
     Args:
         model: fine-tuned for questions, in evaluation mode.
@@ -88,10 +89,15 @@ def answered_heatmaps(
     decoder = model.answer_decoder
     assert decoder is not None
 
+    pieces = None
+    if model.answers is not None and model.tokenizer is not None:
+        pieces = model.tokenizer.encode(model.answers, None)[0][:, 1].unique().to(text_embeds.device)
+
     def likelihood(fused: Tensor) -> Tensor:
         start = torch.full((fused.shape[0], 1), model.config.text.cls_id, device=fused.device)
         logits = decoder.logits(decoder(start, decoder.remember(fused, attention_mask))[:, 0])
-        return logits.float().log_softmax(dim=-1).amax(dim=-1)
+        chances = logits.float().log_softmax(dim=-1)
+        return (chances if pieces is None else chances[:, pieces]).amax(dim=-1)
 
     layer = default_layer(model, "answer") if layer is None else layer
     weights, gradient, logits = _fusion_pass(model, image_embeds, text_embeds, attention_mask, layer, likelihood)
