@@ -209,6 +209,13 @@ class EvaluateConfig(Section):
         min_length=1,
         description="grounding by answers: questions with {} for the expression, whose heatmaps are added up",
     )
+    heatmap_blur: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="grounding: weight of the patches beside a patch in its heat, 0 as published; where something spans "
+        "several patches, its hottest may lie at its edge",
+    )
 
 
 class VqaConfig(Section):

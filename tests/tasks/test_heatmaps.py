@@ -17,6 +17,7 @@ from tercet.tasks.boxes import box_scores, choose_box, inside, overlap, peak
 from tercet.tasks.heatmaps import (
     answered_heatmaps,
     average_words,
+    blur,
     contrast_heatmaps,
     enlarge,
     matching_heatmaps,
@@ -195,6 +196,16 @@ def test_grids_of_oblong_images() -> None:
     assert to_grid(maps, 48, 64).shape == (1, 3, 4)
     assert to_grid(maps, 48, 64)[0, 1, 0] == 4
     assert enlarge(to_grid(maps, 48, 64), 30, 40).shape == (1, 30, 40)
+
+
+def test_a_patch_takes_its_neighbours_along() -> None:
+    maps = torch.zeros(2, 4, 5)
+    maps[0, 0, 1], maps[1, 2, 2] = 4.0, 1.0
+    assert torch.equal(blur(maps, 0.0), maps)
+    line = torch.tensor([1.0, 2.0, 1.0]) / 4
+    torch.testing.assert_close(blur(maps, 0.5)[1, 1:4, 1:4], line[:, None] * line)
+    torch.testing.assert_close(blur(maps, 0.5)[0, 0, :3], torch.tensor([0.5, 1.0, 0.5]))
+    assert blur(maps, 0.5)[1].sum() == pytest.approx(1.0)
 
 
 def test_boxes_that_reach_over_the_edge_count_what_is_inside() -> None:

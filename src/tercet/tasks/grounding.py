@@ -28,6 +28,7 @@ from tercet.tasks.encoding import evaluating, tokenise
 from tercet.tasks.heatmaps import (
     answered_heatmaps,
     average_words,
+    blur,
     contrast_heatmaps,
     enlarge,
     matched_heatmaps,
@@ -179,11 +180,11 @@ def expression_maps(model: Tercet, images: Tensor, samples: Sequence[Sample], co
         text_embeds = model.encode_text(input_ids.to(device), attention_mask.to(device))
         feats = model.project_text(text_embeds[:, 0]).split(counts)
         maps = torch.cat([contrast_heatmaps(model, images[row][None], own, layer) for row, own in enumerate(feats)])
-        return list(to_grid(maps.cpu(), side, side))
+        return _grids(maps, side, config)
     image_embeds = model.encode_image(images)
     if config.evaluate.heatmap == "itm":
         maps = _fusion_maps(model, image_embeds, counts, tokenise(model, texts, config.data), matched_heatmaps, layer)
-        return list(to_grid(maps.cpu(), side, side))
+        return _grids(maps, side, config)
     total = torch.zeros(len(texts), image_embeds.shape[1] - 1, device=device)
     for question in config.evaluate.heatmap_questions:
         asked = [question.replace("{}", text) for text in texts]
@@ -191,7 +192,12 @@ def expression_maps(model: Tercet, images: Tensor, samples: Sequence[Sample], co
         maps = _fusion_maps(model, image_embeds, counts, tokens, answered_heatmaps, layer)
         # Every question weighs alike, however sure the model is of its answer.
         total += maps / maps.sum(dim=1, keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
-    return list(to_grid(total.cpu(), side, side))
+    return _grids(total, side, config)
+
+
+def _grids(maps: Tensor, side: int, config: Config) -> list[Tensor]:
+    """Maps `[texts, patches]` of square images as `[rows, columns]` each, on the host."""
+    return list(blur(to_grid(maps.float().cpu(), side, side), config.evaluate.heatmap_blur))
 
 
 def _fusion_maps(

@@ -185,6 +185,15 @@ def to_grid(maps: Tensor, height: int, width: int) -> Tensor:
     return maps.unflatten(-1, (rows, maps.shape[-1] // rows))
 
 
+def blur(maps: Tensor, weight: float) -> Tensor:
+    """`[batch, rows, columns]` in which each patch takes those beside it along, across and down, by `weight`.
+
+    Nothing lies beyond the edge.
+    """
+    line = torch.tensor([weight, 1.0, weight], dtype=maps.dtype, device=maps.device) / (1 + 2 * weight)
+    return F.conv2d(maps[:, None], (line[:, None] * line)[None, None], padding=1)[:, 0]
+
+
 def enlarge(maps: Tensor, height: int, width: int) -> Tensor:
     """`[batch, rows, columns]` to `[batch, height, width]` pixels, bicubic; a cubic may dip below 0 near a peak."""
     return F.interpolate(maps[:, None], size=(height, width), mode="bicubic", align_corners=False)[:, 0]
