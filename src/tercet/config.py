@@ -213,8 +213,8 @@ class EvaluateConfig(Section):
         default=0.0,
         ge=0,
         le=1,
-        description="grounding: weight of the patches beside a patch in its heat, 0 as published; where something spans "
-        "several patches, its hottest may lie at its edge",
+        description="grounding: weight of the patches beside a patch in its heat, 0 as published; where something "
+        "spans several patches, its hottest may lie at its edge",
     )
 
 
