@@ -67,7 +67,7 @@ def answer(page: Page) -> None:
     """See what an answer about the first picture rests on."""
     search(page)
     page.click("#grid .hit >> nth=0")
-    page.fill("#question", "what colour is the leftmost figure?")
+    page.fill("#question", "what colour is the lowest triangle?")
     page.click("#ask button")
     page.click("#answer button")
     page.wait_for_selector("#words button >> text=whole question")
