@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tercet.model import linear as module
-from tercet.model.linear import Linear, linear
+from tercet.model.linear import Linear, is_intel, linear
 
 
 @pytest.fixture(autouse=True, params=["Intel's processor", "another"])
@@ -79,3 +79,12 @@ def test_products_with_a_gradient_go_to_onednn_where_the_processor_is_not_intels
     weight, hidden = torch.randn(8, 8, requires_grad=True), torch.randn(4, 8)
     function = type(linear(hidden, weight).grad_fn).__name__
     assert (function == "_LinearBackward") == (not module.is_intel())
+
+
+def test_a_compiled_layer_is_one_graph_that_asks_nothing_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "is_intel", is_intel)
+    is_intel.cache_clear()
+    hidden, weight, bias = torch.randn(4, 8), torch.randn(6, 8), torch.randn(6)
+    compiled = torch.compile(linear, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(hidden, weight, bias), F.linear(hidden, weight, bias))
+    assert is_intel.cache_info().currsize == 0

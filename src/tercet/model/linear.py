@@ -47,7 +47,7 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Returns:
         `[..., out_features]`.
     """
-    if is_intel() or not _suits(hidden, weight):
+    if not _suits(hidden, weight) or is_intel():
         return F.linear(hidden, weight, bias)
     if torch.is_grad_enabled():
         return _Linear.apply(hidden, weight, bias)
