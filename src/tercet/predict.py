@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from tercet.data.texts import clean_caption, clean_question
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
+from tercet.tasks.answering import Answerer, first_pieces
 from tercet.tasks.boxes import peak
 from tercet.tasks.classify import TEMPLATES, class_feats, zero_shot
 from tercet.tasks.encoding import BATCH, encode_sentences, evaluating, tokenise
@@ -156,8 +158,6 @@ def answer(
     Raises:
         TercetError: the model has no answer decoder, an image or question cannot be read, or their numbers do not fit.
     """
-    from tercet.tasks.answering import Answerer
-
     model.require_heads(("answer",), "vqa")
     config = VqaConfig()
     data = _DATA.model_copy(update={"max_words": config.max_words, "max_tokens": model.config.text.max_positions})
@@ -278,7 +278,7 @@ def _ground_some(
         mask = attention_mask.to(device)
         text_embeds = model.encode_text(input_ids.to(device), mask)
         if mode != "itc":
-            heatmaps = matched_heatmaps if mode == "itm" else answered_heatmaps
+            heatmaps = matched_heatmaps if mode == "itm" else partial(answered_heatmaps, pieces=first_pieces(model))
             words, logits = heatmaps(model, model.encode_image(batch), text_embeds, mask, layer)
             maps, chances = average_words(words, mask), _chance(logits).tolist()
         else:

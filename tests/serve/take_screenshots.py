@@ -54,21 +54,23 @@ def drop(page: Page) -> None:
     page.wait_for_load_state("networkidle")
 
 
-def question(page: Page) -> None:
-    """Ask about the first picture."""
+def ask(page: Page, text: str) -> None:
+    """Ask something about the first picture."""
     search(page)
     page.click("#grid .hit >> nth=0")
-    page.fill("#question", "how many triangles are there?")
+    page.fill("#question", text)
     page.click("#ask button")
     page.wait_for_selector("#answer .best, #answer .wrong")
 
 
+def question(page: Page) -> None:
+    """Ask about the first picture."""
+    ask(page, "how many triangles are there?")
+
+
 def answer(page: Page) -> None:
     """See what an answer about the first picture rests on."""
-    search(page)
-    page.click("#grid .hit >> nth=0")
-    page.fill("#question", "what colour is the lowest triangle?")
-    page.click("#ask button")
+    ask(page, "what colour is the lowest triangle?")
     page.click("#answer button")
     page.wait_for_selector("#words button >> text=whole question")
     page.wait_for_timeout(300)

@@ -46,8 +46,8 @@ class Claim(NamedTuple):
 def questions(scene: Scene) -> list[Question]:
     """Questions about a scene: at most one of colour and of shape, up to two of count, of position and of yes/no."""
     rng = scene_generator(scene.seed, _QUESTIONS)
-    found = [_colour_question(scene, rng), _shape_question(scene, rng), _total_question(scene, rng)]
-    found += [_count_question(scene, rng), _relation_question(scene, rng)]
+    found = [_attribute_question(scene, attribute, rng) for attribute in ("colour", "shape")]
+    found += [_total_question(scene, rng), _count_question(scene, rng), _relation_question(scene, rng)]
     placed = _placed(scene, rng)
     if placed is not None:
         found.append(_half_question(*placed))
@@ -67,9 +67,7 @@ def place_questions(scene: Scene) -> list[Question]:
     rng = scene_generator(scene.seed, _PLACES)
     named = [(item, refer(scene, item, rng)) for item in scene.objects]
     asked = [_half_question(name, half) for item, name in named if name is not None for half in _halves(item)]
-    if rng.random() < REMINDERS:
-        asked += questions(scene)
-    return list(dict.fromkeys(asked))
+    return _reminded(scene, asked, rng)
 
 
 def referred_questions(scene: Scene) -> list[Question]:
@@ -85,13 +83,14 @@ def referred_questions(scene: Scene) -> list[Question]:
         for place, noun in itertools.product((outermost, by_neighbour), ("", FIGURE)):
             name = place(scene, item, rng, noun)
             rivals = others if place is by_neighbour or noun else [o for o in others if o.shape == item.shape]
-            asks = [_ask_colour] if any(rival.colour != item.colour for rival in rivals) else []
-            asks += [_ask_shape] if noun and any(rival.shape != item.shape for rival in rivals) else []
-            if name is not None and asks:
-                asked.append(pick(rng, asks)(name, item, rng))
-    if rng.random() < REMINDERS:
-        asked += questions(scene)
-    return list(dict.fromkeys(asked))
+            attributes = [
+                attribute
+                for attribute in (("colour", "shape") if noun else ("colour",))
+                if any(getattr(rival, attribute) != getattr(item, attribute) for rival in rivals)
+            ]
+            if name is not None and attributes:
+                asked.append(_ask(pick(rng, attributes), name, item, rng))
+    return _reminded(scene, asked, rng)
 
 
 def entailments(scene: Scene) -> list[tuple[str, Label]]:
@@ -108,24 +107,22 @@ def entailments(scene: Scene) -> list[tuple[str, Label]]:
     return list(dict.fromkeys(made))
 
 
-def _colour_question(scene: Scene, rng: np.random.Generator) -> Question | None:
-    referred = _referred(scene, rng, "colour")
-    return None if referred is None else _ask_colour(referred[1], referred[0], rng)
+def _reminded(scene: Scene, asked: list[Question], rng: np.random.Generator) -> list[Question]:
+    """What is `asked`, each once, and in `REMINDERS` of the scenes all of `questions` too."""
+    if rng.random() < REMINDERS:
+        asked = asked + questions(scene)
+    return list(dict.fromkeys(asked))
 
 
-def _ask_colour(name: str, item: SceneObject, rng: np.random.Generator) -> Question:
-    text = pick(rng, ("what colour is the {}?", "what is the colour of the {}?", "which colour does the {} have?"))
-    return Question(text.format(name), item.colour, "colour")
+def _attribute_question(scene: Scene, attribute: str, rng: np.random.Generator) -> Question | None:
+    referred = _referred(scene, rng, attribute)
+    return None if referred is None else _ask(attribute, referred[1], referred[0], rng)
 
 
-def _shape_question(scene: Scene, rng: np.random.Generator) -> Question | None:
-    referred = _referred(scene, rng, "shape")
-    return None if referred is None else _ask_shape(referred[1], referred[0], rng)
-
-
-def _ask_shape(name: str, item: SceneObject, rng: np.random.Generator) -> Question:
-    text = pick(rng, ("what shape is the {}?", "what is the shape of the {}?", "which shape does the {} have?"))
-    return Question(text.format(name), item.shape, "shape")
+def _ask(attribute: str, name: str, item: SceneObject, rng: np.random.Generator) -> Question:
+    """The colour or shape of `item`, called `name`."""
+    text = pick(rng, ("what {0} is the {1}?", "what is the {0} of the {1}?", "which {0} does the {1} have?"))
+    return Question(text.format(attribute, name), getattr(item, attribute), attribute)
 
 
 def _total_question(scene: Scene, rng: np.random.Generator) -> Question:

@@ -88,6 +88,14 @@ def encode_answers(tokenizer: Tokenizer, answers: Sequence[str]) -> AnswerList:
     return AnswerList(list(answers), input_ids, attention_mask.sum(dim=1))
 
 
+def first_pieces(model: Tercet) -> Tensor | None:
+    """Word pieces that the answers of a model's list begin with, on its device; None where it writes freely."""
+    if model.answers is None:
+        return None
+    answers = encode_answers(require_tokenizer(model), model.answers)
+    return answers.input_ids[:, 1].unique().to(model.temperature.device)
+
+
 @dataclass
 class RankedAnswers:
     """The best answers of a list to each question, the best first.
@@ -124,7 +132,7 @@ def rank_answers(
     """
     memory = decoder.remember(question_states, question_mask)
     cache = TokenCache()
-    first_log = _next_log_probabilities(decoder, answers.input_ids[:1, :1].expand(len(memory), 1), memory, cache)
+    first_log = next_log_probabilities(decoder, answers.input_ids[:1, :1].expand(len(memory), 1), memory, cache)
     first = first_log[:, answers.input_ids[:, 1]]
     first, candidates = first.topk(max(1, min(k, len(answers))), dim=1)
     rest = _score_rest(decoder, memory, cache, answers, candidates)
@@ -133,10 +141,10 @@ def rank_answers(
     return RankedAnswers(candidates.gather(1, order), scores, scores.softmax(dim=1))
 
 
-def _next_log_probabilities(
-    decoder: AnswerDecoder, input_ids: Tensor, memory: ImageMemory, cache: TokenCache
+def next_log_probabilities(
+    decoder: AnswerDecoder, input_ids: Tensor, memory: ImageMemory, cache: TokenCache | None = None
 ) -> Tensor:
-    """`[answers, vocabulary]` behind one more token `[answers, 1]` of each answer."""
+    """`[answers, vocabulary]` behind one more token `[answers, 1]` of each answer; without a cache the first."""
     return decoder.logits(decoder(input_ids, memory, cache)[:, 0]).float().log_softmax(dim=-1)
 
 
@@ -217,7 +225,7 @@ def write_answers(
     memory = decoder.remember(question_states, question_mask)
     cache = TokenCache()
     for _ in range(min(max_tokens, decoder.position_embed.num_embeddings)):
-        log_probabilities = _next_log_probabilities(decoder, search.last_tokens, memory, cache)
+        log_probabilities = next_log_probabilities(decoder, search.last_tokens, memory, cache)
         rows = search.advance(log_probabilities)
         if bool(search.done.all()):
             break

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from tercet.data.texts import clean_question
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
 from tercet.ranks import Ranks
+from tercet.tasks.answering import first_pieces
 from tercet.tasks.boxes import HIT, Box, choose_box, inside, overlap, peak
 from tercet.tasks.encoding import evaluating, tokenise
 from tercet.tasks.heatmaps import (
@@ -185,11 +187,12 @@ def expression_maps(model: Tercet, images: Tensor, samples: Sequence[Sample], co
     if config.evaluate.heatmap == "itm":
         maps = _fusion_maps(model, image_embeds, counts, tokenise(model, texts, config.data), matched_heatmaps, layer)
         return _grids(maps, side, config)
+    answered = partial(answered_heatmaps, pieces=first_pieces(model))
     total = torch.zeros(len(texts), image_embeds.shape[1] - 1, device=device)
     for question in config.evaluate.heatmap_questions:
         asked = [question.replace("{}", text) for text in texts]
         tokens = tokenise(model, asked, config.data, clean_question)
-        maps = _fusion_maps(model, image_embeds, counts, tokens, answered_heatmaps, layer)
+        maps = _fusion_maps(model, image_embeds, counts, tokens, answered, layer)
         # Every question weighs alike, however sure the model is of its answer.
         total += maps / maps.sum(dim=1, keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
     return _grids(total, side, config)

@@ -16,6 +16,7 @@ from tercet.model.attention import AttentionTap
 from tercet.model.layers import CrossAttention, SelfAttention, TextLayer
 from tercet.model.tercet import Tercet
 from tercet.model.vision import VisionTransformer
+from tercet.tasks.answering import next_log_probabilities
 
 Mode = Literal["itm", "itc", "answer"]
 
@@ -65,12 +66,16 @@ def matched_heatmaps(
 
 
 def answered_heatmaps(
-    model: Tercet, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor, layer: int | None = None
+    model: Tercet,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    attention_mask: Tensor,
+    layer: int | None = None,
+    pieces: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mode `answer`: where each token of a question looks, as far as that makes the model's own answer likelier.
 
-    What is raised is the log-probability of the first word piece of the likeliest answer, of the model's list where it
-    has one.
+    What is raised is the log-probability of the first word piece of the likeliest answer.
 
     Args:
         model: fine-tuned for questions, in evaluation mode.
@@ -78,6 +83,7 @@ def answered_heatmaps(
         text_embeds: of the questions, `[pairs, tokens, width]`; consecutive pairs share an image.
         attention_mask: bool `[pairs, tokens]`.
         layer: index in the whole text stack; default `default_layer`.
+        pieces: what answers begin with, see `tercet.tasks.answering.first_pieces`; None: any word piece.
 
     Returns:
         As `matched_heatmaps`: maps `[pairs, tokens, patches]`, and `itm_logits` `[pairs, 2]` of the same pass.
@@ -89,14 +95,9 @@ def answered_heatmaps(
     decoder = model.answer_decoder
     assert decoder is not None
 
-    pieces = None
-    if model.answers is not None and model.tokenizer is not None:
-        pieces = model.tokenizer.encode(model.answers, None)[0][:, 1].unique().to(text_embeds.device)
-
     def likelihood(fused: Tensor) -> Tensor:
         start = torch.full((fused.shape[0], 1), model.config.text.cls_id, device=fused.device)
-        logits = decoder.logits(decoder(start, decoder.remember(fused, attention_mask))[:, 0])
-        chances = logits.float().log_softmax(dim=-1)
+        chances = next_log_probabilities(decoder, start, decoder.remember(fused, attention_mask))
         return (chances if pieces is None else chances[:, pieces]).amax(dim=-1)
 
     layer = default_layer(model, "answer") if layer is None else layer
