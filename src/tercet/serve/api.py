@@ -145,6 +145,7 @@ def create_app(model: Tercet, index: Index, settings: ServeSettings, answering: 
     app.state.service = service
     _add_errors(app, index.path)
     _add_questions(app, service)
+    _add_explanations(app, service)
     _add_images(app, service)
     _add_health(app, service)
     _add_page(app, read_page())
@@ -239,6 +240,18 @@ def _add_questions(app: FastAPI, service: Service) -> None:
         scores = await service.infer(("classify",), job)
         return schema.ClassifyResponse(labels=[schema.Scored(text=text, score=score) for text, score in scores.items()])
 
+    @app.post("/v1/embed", responses=POST_FAULTS, operation_id="embed")
+    async def embed(body: schema.EmbedRequest) -> schema.EmbedResponse:
+        """Unit vectors of images and texts."""
+        pixels = [await service.picture(picture) for picture in body.images]
+        job = EmbedJob(pixels, list(body.texts))
+        images, texts = await service.infer(("embed",), job, cost=len(pixels) + len(body.texts))
+        return schema.EmbedResponse(image_feats=images, text_feats=texts)
+
+
+def _add_explanations(app: FastAPI, service: Service) -> None:
+    """The address that tells where words are seen."""
+
     @app.post("/v1/explain", responses=POST_FAULTS, operation_id="explain")
     async def explain(body: schema.ExplainRequest) -> schema.ExplainResponse:
         """Where in an image each word of a text is seen, or each of a question for its answer."""
@@ -255,14 +268,6 @@ def _add_questions(app: FastAPI, service: Service) -> None:
         return schema.ExplainResponse(
             text=body.text, match=found.match, answer=found.answer, heatmap=found.heatmap.tolist(), words=words
         )
-
-    @app.post("/v1/embed", responses=POST_FAULTS, operation_id="embed")
-    async def embed(body: schema.EmbedRequest) -> schema.EmbedResponse:
-        """Unit vectors of images and texts."""
-        pixels = [await service.picture(picture) for picture in body.images]
-        job = EmbedJob(pixels, list(body.texts))
-        images, texts = await service.infer(("embed",), job, cost=len(pixels) + len(body.texts))
-        return schema.EmbedResponse(image_feats=images, text_feats=texts)
 
 
 def _add_images(app: FastAPI, service: Service) -> None:
