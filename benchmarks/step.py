@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import cast
@@ -204,6 +204,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "recompute": arguments.recompute,
         "precision": config.train.precision,
         "steps": arguments.steps,
+        "ratio_quartiles": quartiles(seconds) if arguments.plain and len(seconds["ours"]) > 1 else None,
         "spread": {name: spread([one / arguments.batch for one in times]) for name, times in seconds.items()},
         "gflop_per_pair": {name: round(value / 1e9, 2) for name, value in flops.items()},
         "gemm_gflops": rate.summary(),
@@ -213,6 +214,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         **({"milliseconds_of_a_step": profile(ours)} if arguments.profile else {}),
         "machine": describe_machine(arguments),
     }
+
+
+def quartiles(seconds: Mapping[str, list[float]]) -> list[float]:
+    """Of the ratios of neighbouring turns: how far a machine that others keep busy moves the ratio."""
+    ratios = [plain / ours for plain, ours in zip(seconds["plain"], seconds["ours"], strict=True)]
+    return [round(ratio, 3) for ratio in statistics.quantiles(ratios)]
 
 
 def take_steps(step: Callable[[], object], count: int) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -54,6 +56,8 @@ def attention(
     written_out = tap is not None or (dropout > 0 and query.device.type == "cpu")
     if not written_out:
         # An exported program must not learn how many queries there were.
+        if mask is None and _learns_in_bf16_on_a_cpu(query):
+            return _Attention.apply(query, key, value)
         chooses = query.device.type == "cuda" and not torch.compiler.is_exporting()
         unplanned = chooses and (mask is not None or query.shape[2] < PLANNED_QUERIES)
         with sdpa_kernel(UNPLANNED) if unplanned else contextlib.nullcontext():
@@ -62,6 +66,40 @@ def attention(
     if tap is not None:
         tap.weights = weights
     return drop(weights, dropout) @ value
+
+
+def _learns_in_bf16_on_a_cpu(query: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and query.requires_grad
+        and torch.is_grad_enabled()
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """Attention in bf16 by the CPU's fused kernel, and its gradients by the kernel for fp32.
+
+    That for bf16 converts tile by tile and took half as long again (`docs/performance.md`); its gradients are rounded
+    to bf16 on the way, these at the end alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        attended, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+        ctx.save_for_backward(query, key, value, attended, logsumexp)
+        return attended
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Any
+    ) -> tuple[Tensor, ...]:
+        query, key, value, attended, logsumexp = ctx.saved_tensors
+        whole = (part.float() for part in (gradients[0], query, key, value, attended))
+        of_whole = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*whole, logsumexp, 0.0, False)
+        return tuple(gradient.to(query.dtype) for gradient in of_whole)
 
 
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -20,9 +20,8 @@ class Linear(nn.Linear):
     """`torch.nn.Linear`, whose large fp32 products on a CPU go to the faster of two libraries.
 
     PyTorch gives them to MKL, in front of which it copies the bias into the result.  oneDNN adds it while it writes
-    the result, and GELU with it.  On a processor with AVX-512 that is not Intel's, oneDNN's products alone took 4 to
-    20 % less time; on Intel's own, gradients by oneDNN took up to twice as long (`docs/performance.md`), and it is left
-    the product with GELU alone.
+    the result, and GELU with it.  On a processor with AVX-512 that is not Intel's, oneDNN's products took 4 to 20 %
+    less time; on Intel's own, up to twice as long (`docs/performance.md`), and all is left to MKL.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -47,7 +46,7 @@ def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Returns:
         `[..., out_features]`.
     """
-    if not _suits(hidden, weight) or is_intel():
+    if not _suits(hidden, weight):
         return F.linear(hidden, weight, bias)
     if torch.is_grad_enabled():
         return _Linear.apply(hidden, weight, bias)
@@ -74,6 +73,7 @@ def _suits(hidden: Tensor, weight: Tensor) -> bool:
         and type(hidden) is Tensor
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+        and not is_intel()
     )
 
 

@@ -56,11 +56,19 @@ def gradient_norm(model: nn.Module) -> Tensor:
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     pieces = [local_part(gradient) for gradient in gradients if hasattr(gradient, "to_local")]
     whole = [gradient for gradient in gradients if not hasattr(gradient, "to_local")]
-    norm = torch.nn.utils.get_total_norm(whole, foreach=True)
+    norm = _norm(whole)
     if not pieces:
         return norm
-    squares = torch.nn.utils.get_total_norm(pieces, foreach=True).square()
+    squares = _norm(pieces).square()
     return (norm.to(squares).square() + Ranks().sum(squares)).sqrt()
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    if not gradients or any(gradient.device.type != "cpu" for gradient in gradients):
+        return torch.nn.utils.get_total_norm(gradients, foreach=True)
+    # PyTorch's norm reads memory at a third of the rate that a product does on a CPU.
+    flat = [gradient.flatten() for gradient in gradients]
+    return torch.stack([one.dot(one) for one in flat]).sum().sqrt()
 
 
 def step_clipped(optimizer: torch.optim.Optimizer, grad_norm: Tensor, limit: float | None) -> None:
