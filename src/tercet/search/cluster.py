@@ -103,11 +103,10 @@ def _stream(model: Tercet, images: Sequence[ListedImage]) -> Iterator[Embedded]:
         Embedder,
         batch_size=BATCH,
         fn_constructor_args=(shared,),
-        concurrency=min(actors, max(1, blocks)),
+        # Ray starts a lost actor anew and does its blocks again, as often as it takes: its own default for a pool.
+        compute=ray.data.ActorPoolStrategy(size=min(actors, max(1, blocks))),
         num_gpus=1 if devices else 0,
         num_cpus=1,
-        max_restarts=-1,
-        max_task_retries=-1,
     )
     for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         table: Any = batch
