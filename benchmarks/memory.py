@@ -30,7 +30,7 @@ def run_steps(arguments: argparse.Namespace) -> int:
     """Bytes that two steps take at the most; the second has AdamW's moments from its beginning."""
     keep_memory()
     torch.manual_seed(0)
-    config = step_config(arguments)
+    config = step_config(arguments.quick, arguments.batch, arguments.device, recompute=arguments.recompute)
     step = OurStep(config, draw_batch(config.model, arguments.batch, arguments.caption_tokens))
     for _ in range(2):
         step()
@@ -42,7 +42,7 @@ def run_steps(arguments: argparse.Namespace) -> int:
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
     """Foretell, then run the steps in another process."""
-    config = step_config(arguments)
+    config = step_config(arguments.quick, arguments.batch, arguments.device, recompute=arguments.recompute)
     half = place(config.train).precision == "bf16"
     shape = expected_shape(arguments.batch, arguments.caption_tokens, config.objectives.mask_probability)
     parts = count_memory(config.model, config.objectives, shape, half, arguments.device == "cuda", arguments.recompute)
@@ -77,7 +77,6 @@ def main() -> None:
     parser.add_argument("--caption-tokens", type=int, default=20, help="word pieces of every caption")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--recompute", action="store_true", help="with activation checkpointing")
-    parser.set_defaults(compile=False)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     print(run_steps(arguments) if arguments.child else json.dumps(measure(arguments)))

@@ -141,18 +141,26 @@ def draw_batch(model: ModelConfig, pairs: int, tokens: int) -> Batch:
     )
 
 
-def step_config(arguments: argparse.Namespace) -> Config:
-    """The run whose step is timed."""
+def step_config(
+    quick: bool,
+    batch: int,
+    device: str = "cpu",
+    precision: str | None = None,
+    compile: bool = False,
+    recompute: bool = False,
+) -> Config:
+    """The run whose step is timed; `precision` None is bf16 on a GPU and fp32 on a processor."""
+    train = {
+        "device": device,
+        "precision": precision or ("bf16" if device == "cuda" else "fp32"),
+        "batch_size": batch,
+        "compile": compile,
+        "recompute": recompute,
+    }
     return Config(
-        model=ModelConfig.model_validate(QUICK_MODEL if arguments.quick else {}),
+        model=ModelConfig.model_validate(QUICK_MODEL if quick else {}),
         objectives=ObjectivesConfig(alpha_ramp=0),
-        train=TrainConfig(
-            device=arguments.device,
-            precision=arguments.precision,
-            batch_size=arguments.batch,
-            compile=arguments.compile,
-            recompute=arguments.recompute,
-        ),
+        train=TrainConfig.model_validate(train),
     )
 
 
@@ -170,7 +178,14 @@ def count_each(runs: dict[str, OurStep | PlainStep], config: Config, arguments: 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
     """Build, count and time."""
     rate = prepare(arguments)
-    config = step_config(arguments)
+    config = step_config(
+        arguments.quick,
+        arguments.batch,
+        arguments.device,
+        arguments.precision,
+        arguments.compile,
+        arguments.recompute,
+    )
     model = config.model
     batch = draw_batch(model, arguments.batch, arguments.caption_tokens)
     ours = OurStep(config, batch)
@@ -285,9 +300,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind")
     parser.add_argument("--turn", type=int, help="steps in a row that are timed together; default 5 on a GPU, else 1")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of each kind before the timed ones")
-    arguments = parser.parse_args()
-    arguments.precision = arguments.precision or ("bf16" if arguments.device == "cuda" else "fp32")
-    print(json.dumps(measure(arguments)))
+    print(json.dumps(measure(parser.parse_args())))
 
 
 if __name__ == "__main__":

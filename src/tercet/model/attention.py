@@ -55,9 +55,9 @@ def attention(
     # No fused CPU kernel drops weights; what PyTorch falls back to scales queries and keys apart and copies both.
     written_out = tap is not None or (dropout > 0 and query.device.type == "cpu")
     if not written_out:
-        # An exported program must not learn how many queries there were.
         if mask is None and _learns_in_bf16_on_a_cpu(query):
             return _Attention.apply(query, key, value)
+        # An exported program must not learn how many queries there were.
         chooses = query.device.type == "cuda" and not torch.compiler.is_exporting()
         unplanned = chooses and (mask is not None or query.shape[2] < PLANNED_QUERIES)
         with sdpa_kernel(UNPLANNED) if unplanned else contextlib.nullcontext():

@@ -29,7 +29,7 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
     def gelu(self, input: Tensor) -> Tensor:
-        """The same with an exact (erf) GELU behind it, in one pass where no gradient is asked for."""
+        """The same with an exact (erf) GELU behind it, by oneDNN in one pass where no gradient is asked for."""
         if not torch.is_grad_enabled() and _suits(input, self.weight):
             return _product(input, self.weight, self.bias, "gelu")
         return F.gelu(self(input))
