@@ -1,6 +1,6 @@
 """The training views as anybody would write them with Pillow: what `pipeline.py` times and the tests compare with.
 
-The same draws as Tercet's (`data.changes`), operation by operation with Pillow's own functions, one image at a time.
+Written from the paper and the published settings, without Tercet's code: also the random choices are its own.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import math
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from tercet.data.changes import Change, draw_crop, draw_full
-
 GREY = (128, 128, 128)
+RAND_AUGMENT = ("identity", "autocontrast", "equalize", "brightness", "sharpness")
+RAND_AUGMENT += ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+AT_LEVEL_7 = {"brightness": 1.36, "sharpness": 1.36, "shear_x": 0.21, "shear_y": 0.21}
+AT_LEVEL_7 |= {"translate_x": 7.0, "translate_y": 7.0, "rotate": 21.0}
 
 
 def decode(data: bytes) -> Image.Image:
@@ -23,17 +25,46 @@ def decode(data: bytes) -> Image.Image:
 
 def view(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
     """One view as published: crop, resize, jitter, grey, blur, flip, RandAugment; uint8 `[3, size, size]`."""
-    top, left, height, width = draw_crop(image.height, image.width, rng, (0.2, 1.0))
-    cut = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
-    for change in draw_full(rng):
-        cut = apply(cut, change)
+    left, top, right, bottom = random_crop(image.width, image.height, rng)
+    cut = image.crop((left, top, right, bottom)).resize((size, size), Image.Resampling.BICUBIC)
+    if rng.uniform() < 0.8:
+        jitter = {name: rng.uniform(0.6, 1.4) for name in ("brightness", "contrast", "saturation")}
+        jitter["hue"] = rng.uniform(-0.1, 0.1)
+        for name in rng.permutation(list(jitter)).tolist():
+            cut = apply(cut, name, jitter[name])
+    if rng.uniform() < 0.2:
+        cut = apply(cut, "grey")
+    if rng.uniform() < 0.5:
+        cut = apply(cut, "blur", rng.uniform(0.1, 2.0))
+    if rng.uniform() < 0.5:
+        cut = apply(cut, "flip")
+    for name in rng.choice(RAND_AUGMENT, 2).tolist():
+        if rng.uniform() < 0.5:
+            amount = AT_LEVEL_7.get(name, 0.0)
+            two_sided = name.startswith(("shear", "translate", "rotate"))
+            cut = apply(cut, name, -amount if two_sided and rng.uniform() < 0.5 else amount)
     return np.ascontiguousarray(np.asarray(cut).transpose(2, 0, 1))
 
 
-def apply(image: Image.Image, change: Change) -> Image.Image:
-    """One change."""
-    name, amount = change
+def random_crop(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """torchvision's RandomResizedCrop of a fifth to all of the area: left, top, right, bottom."""
+    for _ in range(10):
+        area = width * height * rng.uniform(0.2, 1.0)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        wide, tall = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if wide <= width and tall <= height:
+            left, top = int(rng.integers(width - wide + 1)), int(rng.integers(height - tall + 1))
+            return left, top, left + wide, top + tall
+    wide, tall = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - wide) // 2, (height - tall) // 2
+    return left, top, left + wide, top + tall
+
+
+def apply(image: Image.Image, name: str, amount: float = 0.0) -> Image.Image:
+    """One operation."""
     match name:
+        case "identity":
+            return image
         case "brightness":
             return ImageEnhance.Brightness(image).enhance(amount)
         case "contrast":

@@ -3,9 +3,9 @@
     python benchmarks/pipeline.py            # 200 JPEGs of 640x480, 5 rounds
     python benchmarks/pipeline.py --quick    # under 50 s on 2 cores
 
-Both decode every JPEG once and cut two views of it by the same draws (crop, colour jitter, grey, blur, flip and
-RandAugment), and both end with uint8 `[3, size, size]`.  Photographs are read from a folder where there is one
-(`--photographs`); drawn scenes stand in where there is none.
+Both decode every JPEG once and make two views of it (crop, colour jitter, grey, blur, flip and RandAugment), and both
+end with uint8 `[3, size, size]`.  Photographs are read from a folder where there is one (`--photographs`); synthetic
+scenes stand in where there is none.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from PIL import Image
 
 import pillow_views
 from machine import processor_name
-from tercet.data.images import EncodedImage
+from tercet.data.images import EncodedImage, ViewTransform
 from tercet.data.loader import stack
-from tercet.data.views import ViewStyle
 
 WIDTH, HEIGHT, QUALITY = 640, 480, 90
 PHOTOGRAPHS = Path(__file__).resolve().parents[2] / "shared" / "data" / "flickr8k" / "originals"
@@ -41,12 +40,11 @@ def photographs(folder: Path, count: int) -> list[bytes]:
     return [made[index % len(made)] for index in range(count)]
 
 
-def drawn(count: int) -> list[bytes]:
-    """JPEGs of 640x480 made from drawn scenes."""
-    from tercet.data.scenes import SceneSource
+def scenes(count: int) -> list[bytes]:
+    """JPEGs of 640x480 made from synthetic scenes."""
+    from tercet.data.scenes import draw_scene
 
-    scenes = SceneSource(count, "train")
-    return [encode(Image.fromarray(scenes.array(index))) for index in range(count)]
+    return [encode(Image.fromarray(draw_scene(seed).image)) for seed in range(count)]
 
 
 def encode(image: Image.Image) -> bytes:
@@ -56,17 +54,12 @@ def encode(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def run_ours(images: list[bytes], style: ViewStyle, finish: bool = True) -> None:
-    """What a worker does with a batch; without `finish` it leaves colours and warps to the device."""
+def run_ours(images: list[bytes], transform: ViewTransform) -> None:
+    """What a worker does with a batch."""
     views: list[np.ndarray] = []
     for number, data in enumerate(images):
-        encoded = EncodedImage(data, "image")
-        height, width = encoded.height, encoded.width
-        drawn_views = style.draw_two(height, width, np.random.default_rng(number))
-        pixels = style.decode(encoded, drawn_views)
-        make = style.make if finish else style.cut
-        views += [make(pixels, view, height, width) for view in drawn_views]
-    stack(views, style.size)
+        views += transform(EncodedImage(data, "image"), np.random.default_rng(number))
+    stack(views, transform.size)
 
 
 def run_plain(images: list[bytes], size: int) -> None:
@@ -92,12 +85,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     count, rounds = (60, 5) if arguments.quick else (200, 7)
     folder = Path(arguments.photographs)
     real = folder.is_dir()
-    images = photographs(folder, count) if real else drawn(count)
-    style = ViewStyle(arguments.size)
+    images = photographs(folder, count) if real else scenes(count)
+    transform = ViewTransform(arguments.size)
     runs: dict[str, Callable[[], None]] = {
-        "ours": lambda: run_ours(images, style),
+        "ours": lambda: run_ours(images, transform),
         "plain": lambda: run_plain(images, arguments.size),
-        "device": lambda: run_ours(images, style, finish=False),
     }
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -112,9 +104,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "plain": round(medians["plain"], 1),
         "ratio": round(statistics.median(a / b for a, b in zip(rates["ours"], rates["plain"], strict=True)), 2),
         "unit": "views/s a core",
-        "with_device_augmentation": round(medians["device"], 1),
         "size": arguments.size,
-        "images": f"{count} {'photographs' if real else 'drawn scenes'} as JPEGs of {WIDTH}x{HEIGHT}",
+        "images": f"{count} {'photographs' if real else 'synthetic scenes'} as JPEGs of {WIDTH}x{HEIGHT}",
         "spread": {name: [round(min(values), 1), round(max(values), 1)] for name, values in rates.items()},
         "machine": {"processor": processor_name(), "cores": os.cpu_count(), "clock": "processor"},
     }

@@ -36,7 +36,7 @@ from tercet.data.packed import PackedStrings
 from tercet.data.shard_index import ShardContent, index_path, save_index
 from tercet.data.shard_source import ShardSource
 from tercet.data.sources import open_sources
-from tercet.data.texts import Tokenizer
+from tercet.data.tokenizer import Tokenizer
 
 ENTRIES, SHARDS = 10_000_000, 500
 CAPTION, KEY_LENGTH, IMAGE_BYTES = (
@@ -62,7 +62,7 @@ def write_shards(folder: Path, images: list[bytes], pairs: int, shard_size: int)
 
 def pairs_per_second(folder: Path, workers: int, size: int, batch_size: int) -> float:
     """Of a training's loader, after the workers have started."""
-    data = DataConfig(workers=workers, augment_on="worker")
+    data = DataConfig(workers=workers)
     source = open_sources([str(folder)], data, "train")
     tokenizer = Tokenizer.train(cleaned_captions(source, data.max_words, 200), 200)
     loader = TrainLoader(source, tokenizer, data, size, batch_size, 0)

@@ -29,7 +29,7 @@ import torch
 from machine import processor_name
 from tercet.config_model import ModelConfig
 from tercet.data.scenes import SceneSource
-from tercet.data.texts import Tokenizer, clean_caption
+from tercet.data.tokenizer import Tokenizer, clean_caption
 from tercet.model.tercet import Tercet
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import torch
 
 from tercet.config_model import ModelConfig
 from tercet.data.scenes import SceneSource
-from tercet.data.texts import Tokenizer
+from tercet.data.tokenizer import Tokenizer
 from tercet.model.tercet import Tercet
 
 SCENES = SceneSource(4, "test", distinct=True)

@@ -115,11 +115,6 @@ class DataConfig(Section):
         default="full",
         description="full: as published; light: crop and flip; whole: as full without the crop; none: resize only",
     )
-    augment_on: Literal["auto", "worker", "device"] = Field(
-        default="auto",
-        description="where views get their colours and warps: in the workers, or batched on the device; "
-        "auto takes the device where it is a GPU",
-    )
     crop_scale: tuple[float, float] = Field(
         default=(0.2, 1.0), description="share of the image's area that a random crop keeps"
     )

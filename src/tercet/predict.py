@@ -16,7 +16,7 @@ from torch import Tensor
 from tercet.config import DataConfig, VqaConfig
 from tercet.data.augment import Pixels
 from tercet.data.inputs import ImageInput, ImageInputs, TextInputs, list_images, list_texts, to_batch, to_pixels
-from tercet.data.texts import clean_caption, clean_question
+from tercet.data.tokenizer import clean_caption, clean_question
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet

@@ -1,21 +1,43 @@
+"""Augmentation: operations equal the published ones and Pillow's, and views have the published distribution."""
+
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from safetensors.numpy import load_file
 
 from tercet.data import augment
-from tercet.data.augment import Pixels
-from tercet.data.changes import draw_full
+from tercet.data.augment import (
+    RAND_AUGMENT,
+    Operation,
+    Pixels,
+    apply_operation,
+    apply_operations,
+    sample_augmentations,
+    sample_crop,
+    sample_flip,
+    sample_jitter,
+    sample_rand_augment,
+)
+from tercet.data.images import ViewTransform
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import pillow_views
 
 Tensors = dict[str, np.ndarray]
+SAMPLES = 4000
+WARPS = {"shear_x", "shear_y", "translate_x", "translate_y", "rotate"}
+JITTER = {"brightness", "contrast", "saturation", "hue"}
+NAMES = {*JITTER, "grey", "blur", "flip", "autocontrast", "equalize", "sharpness", *WARPS}
 
 
 @pytest.fixture(scope="module")
@@ -38,52 +60,45 @@ def distance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.abs(first.astype(np.int64) - second.astype(np.int64))
 
 
-EXACT: dict[str, Callable[[Pixels], Pixels]] = {
-    "Identity": lambda image: augment.apply_changes(image, []),
-    "Equalize": augment.equalize,
-    "Brightness": lambda image: augment.adjust_brightness(image, 1.36),
-    "AutoContrast": lambda image: augment.autocontrast(image, "published"),
-    "Sharpness": lambda image: augment.sharpen(image, 1.36, "published"),
-}
-WARPS: dict[str, Callable[[Pixels], Pixels]] = {
-    "ShearX_neg": lambda image: augment.shear_x(image, -0.21),
-    "ShearX_pos": lambda image: augment.shear_x(image, 0.21),
-    "ShearY_neg": lambda image: augment.shear_y(image, -0.21),
-    "ShearY_pos": lambda image: augment.shear_y(image, 0.21),
-    "TranslateX_neg": lambda image: augment.translate_x(image, -7),
-    "TranslateX_pos": lambda image: augment.translate_x(image, 7),
-    "TranslateY_neg": lambda image: augment.translate_y(image, -7),
-    "TranslateY_pos": lambda image: augment.translate_y(image, 7),
-    "Rotate_neg": lambda image: augment.rotate(image, -21),
-    "Rotate_pos": lambda image: augment.rotate(image, 21),
-}
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_operations_equal_the_published_ones(name: str, tensors: Tensors, photo: Pixels) -> None:
-    assert distance(EXACT[name](photo), tensors[f"out.{name}"]).max() == 0
-
-
-@pytest.mark.parametrize("name", WARPS)
-def test_warps_equal_the_published_ones(name: str, tensors: Tensors, photo: Pixels) -> None:
+PUBLISHED: dict[str, tuple[Operation | None, int]] = {
+    "Identity": (None, 0),
+    "Equalize": (("equalize", 0), 0),
+    "Brightness": (("brightness", 1.36), 0),
+    "AutoContrast": (("autocontrast", 0), 0),
+    "Sharpness": (("sharpness", 1.36), 0),
     # One grey level: other versions of OpenCV than the 5.0 of the fixtures may round some pixels the other way.
-    assert distance(WARPS[name](photo), tensors[f"out.{name}"]).max() <= 1
+    **{
+        f"{name}_{sign}": ((operation, amount if sign == "pos" else -amount), 1)
+        for name, operation, amount in (
+            ("ShearX", "shear_x", 0.21),
+            ("ShearY", "shear_y", 0.21),
+            ("TranslateX", "translate_x", 7),
+            ("TranslateY", "translate_y", 7),
+            ("Rotate", "rotate", 21),
+        )
+        for sign in ("neg", "pos")
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_operations_equal_the_published_ones(name: str, tensors: Tensors, photo: Pixels) -> None:
+    operation, tolerance = PUBLISHED[name]
+    found = apply_operations(photo, [operation] if operation else [], "published")
+    assert distance(found, tensors[f"out.{name}"]).max() <= tolerance
 
 
 def test_every_published_result_is_tested(tensors: Tensors) -> None:
     results = {key.removeprefix("out.") for key in tensors if key.startswith("out.")}
-    assert results == {*EXACT, *WARPS, "AutoContrast_min0", "test_transform_64"}
+    assert results == {*PUBLISHED, "AutoContrast_min0", "test_transform_64"}
 
 
-def test_the_right_mathematics_equals_pillow(tensors: Tensors, photo: Pixels) -> None:
+def test_the_default_is_the_right_mathematics_and_not_the_published_defects(tensors: Tensors, photo: Pixels) -> None:
     dark = tensors["in.image_min0_hwc_u8"]
     assert distance(augment.autocontrast(photo), tensors["pil.AutoContrast"]).max() == 0
     assert distance(augment.autocontrast(dark), tensors["pil.AutoContrast_min0"]).max() == 0
     assert distance(augment.autocontrast(dark, "published"), tensors["out.AutoContrast_min0"]).max() == 0
     assert distance(augment.sharpen(photo, 1.36), tensors["pil.Sharpness"]).max() == 0
-
-
-def test_the_two_kinds_differ_where_the_published_code_was_wrong(photo: Pixels) -> None:
     assert (augment.autocontrast(photo, "published")[..., 0] == 255).all()
     assert distance(augment.sharpen(photo, 1.36, "published"), augment.sharpen(photo, 1.36)).max() > 100
 
@@ -102,17 +117,11 @@ def test_jitter_equals_pillows_formulae(factor: float, photographs: list[Pixels]
         assert distance(augment.to_grey(image), np.asarray(theirs.convert("L"))[..., None]).max() <= 1
 
 
-def pillow_hue(image: Pixels, steps: int) -> Pixels:
-    """Hue turned by `steps` of 255 in 8 bits, as the published transform does it."""
-    hue, saturation, value = Image.fromarray(image).convert("HSV").split()
-    turned = Image.fromarray(np.asarray(hue) + np.array(steps).astype(np.uint8))
-    return np.asarray(Image.merge("HSV", (turned, saturation, value)).convert("RGB"))
-
-
 @pytest.mark.parametrize("steps", [-25, -9, 0, 4, 25])
 def test_hue_is_as_close_to_pillows_as_its_eight_bits_allow(steps: int, photographs: list[Pixels]) -> None:
     for image in photographs:
-        difference = distance(augment.adjust_hue(image, steps / 255), pillow_hue(image, steps))
+        theirs = np.asarray(pillow_views.turn_hue(Image.fromarray(image), (steps + np.sign(steps) / 2) / 255))
+        difference = distance(augment.adjust_hue(image, steps / 255), theirs)
         # Pillow cuts the hue to 255 steps twice and turns by steps of 256; a step is up to 6 levels of one channel.
         assert difference.max() <= 9
         assert difference.mean() < 0.6
@@ -126,7 +135,6 @@ def test_hue_turns_the_colour_circle() -> None:
     assert (augment.adjust_hue(green, 0.5) == [255, 0, 255]).all()
 
 
-@settings(deadline=None)
 @given(arrays(np.uint8, (5, 4, 3)), st.integers(-3, 3))
 def test_whole_turns_of_the_hue_change_nothing(image: Pixels, turns: int) -> None:
     assert distance(augment.adjust_hue(image, float(turns)), image).max() <= 1
@@ -152,7 +160,6 @@ def test_blur_has_the_variance_of_its_name() -> None:
         assert variance == pytest.approx(sigma**2, rel=0.15)
 
 
-@settings(deadline=None)
 @given(arrays(np.uint8, (7, 9, 3)))
 def test_any_image_equals_pillow(image: Pixels) -> None:
     theirs = Image.fromarray(image)
@@ -161,45 +168,182 @@ def test_any_image_equals_pillow(image: Pixels) -> None:
     # One level: where the smoothed value lies on a half.
     sharper = ImageEnhance.Sharpness(theirs).enhance(1.36)
     assert distance(augment.sharpen(image, 1.36), np.asarray(sharper)).max() <= 1
-    assert (augment.flip_horizontally(image) == image[:, ::-1]).all()
+    assert (apply_operation(image, "flip", 0) == image[:, ::-1]).all()
 
 
 @pytest.mark.parametrize("height,width", [(1, 1), (1, 30), (2, 2), (30, 1)])
-def test_every_operation_takes_the_smallest_images(height: int, width: int) -> None:
+def test_every_operation_takes_the_smallest_images_and_writes_into_none(height: int, width: int) -> None:
     image = np.full((height, width, 3), 77, np.uint8)
-    rng = np.random.default_rng(0)
-    for operation in augment.OPERATIONS.values():
-        for compat in ("tercet", "published"):
-            assert operation(image, 0.7, compat).shape == image.shape
-    for _ in range(20):
-        assert augment.apply_changes(image, draw_full(rng)).shape == image.shape
-
-
-def test_the_same_state_gives_the_same_image(photo: Pixels) -> None:
-    def draw(seed: int) -> list[Pixels]:
-        rng = np.random.default_rng(seed)
-        return [augment.apply_changes(photo, draw_full(rng)) for _ in range(20)]
-
-    assert all((first == second).all() for first, second in zip(draw(3), draw(3), strict=True))
-    assert len({image.tobytes() for image in draw(3)}) > 15
-
-
-def test_nothing_writes_into_its_input(photo: Pixels) -> None:
-    image = photo.copy()
     image.flags.writeable = False
+    for name in NAMES:
+        for compat in ("tercet", "published"):
+            assert apply_operation(image, name, 0.7, compat).shape == image.shape
+    assert (image == 77).all()
+    with pytest.raises(ValueError, match="posterize"):
+        apply_operation(image, "posterize", 0.7)
+
+
+def test_choices_have_the_published_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tercet.data.augment.sample_rand_augment", lambda rng: [])
+    rng = np.random.default_rng(5)
+    sampled = [dict(sample_augmentations(rng)) for _ in range(SAMPLES)]
+    shares = {name: sum(name in one for one in sampled) / SAMPLES for name in ("hue", "grey", "blur", "flip")}
+    assert shares == pytest.approx({"hue": 0.8, "grey": 0.2, "blur": 0.5, "flip": 0.5}, abs=0.03)
+    sigmas = np.array([one["blur"] for one in sampled if "blur" in one])
+    assert 0.1 <= sigmas.min() < 0.15 and 1.95 < sigmas.max() <= 2.0
+    assert sigmas.mean() == pytest.approx(1.05, abs=0.06)
+    order = {"hue": 0, "grey": 1, "blur": 2, "flip": 3}
+    for one in sampled:
+        ranks = [order[name] for name in one if name in order]
+        assert ranks == sorted(ranks)
+
+
+def test_flipping_can_be_switched_off() -> None:
     rng = np.random.default_rng(0)
-    for _ in range(60):
-        augment.apply_changes(image, draw_full(rng), "published")
-    for name, operation in augment.OPERATIONS.items():
-        operation(image, 1.0, "tercet")
-        assert (image == photo).all(), name
+    assert not any(name == "flip" for _ in range(200) for name, _ in sample_augmentations(rng, flip=False))
+    assert sum(bool(sample_flip(rng)) for _ in range(SAMPLES)) / SAMPLES == pytest.approx(0.5, abs=0.03)
+    assert {name for _ in range(500) for name, _ in sample_augmentations(rng)} == NAMES
 
 
-@pytest.mark.parametrize("pixels", [-7.0, -1.0, 0.0, 3.0, 200.0])
-def test_whole_shifts_equal_the_warp(pixels: float, photo: Pixels) -> None:
-    for shift, matrix in (
-        (augment.translate_x, [[1, 0, -pixels], [0, 1, 0]]),
-        (augment.translate_y, [[1, 0, 0], [0, 1, -pixels]]),
-    ):
-        assert (shift(photo, pixels) == augment._warp(photo, matrix)).all()
-        assert distance(shift(photo, pixels), shift(photo, pixels + 1e-4)).max() <= 1
+def test_jitter_keeps_within_its_strength_in_any_order() -> None:
+    rng = np.random.default_rng(0)
+    sampled = [sample_jitter(rng) for _ in range(SAMPLES)]
+    orders = Counter(tuple(name for name, _ in one) for one in sampled)
+    assert len(orders) == 24 and max(orders.values()) < 2 * SAMPLES / 24
+    for name in ("brightness", "contrast", "saturation"):
+        factors = np.array([dict(one)[name] for one in sampled])
+        assert 0.6 <= factors.min() < 0.61 and 1.39 < factors.max() <= 1.4
+        assert factors.mean() == pytest.approx(1.0, abs=0.015)
+    turns = np.array([dict(one)["hue"] for one in sampled])
+    assert -0.1 <= turns.min() < -0.098 and 0.098 < turns.max() <= 0.1
+
+
+def test_rand_augment_has_the_published_probabilities() -> None:
+    rng = np.random.default_rng(2)
+    sampled = Counter(operation for _ in range(5 * SAMPLES) for operation in sample_rand_augment(rng))
+    by_name: Counter[str] = Counter()
+    for (name, _), count in sampled.items():
+        by_name[name] += count
+    assert set(by_name) == {name for name, _ in RAND_AUGMENT} - {"identity"}
+    for name, largest in RAND_AUGMENT[1:]:
+        assert by_name[name] / (5 * SAMPLES) == pytest.approx(0.1, abs=0.01), name
+        amounts = {amount for other, amount in sampled if other == name}
+        if largest is None:
+            assert sorted(amounts) == [pytest.approx(1.36)]
+        else:
+            assert sorted(amounts) == [pytest.approx(-0.7 * largest), pytest.approx(0.7 * largest)]
+            assert sampled[name, max(amounts)] / by_name[name] == pytest.approx(0.5, abs=0.05)
+
+
+@given(st.integers(1, 700), st.integers(1, 700), st.integers(0, 2**32 - 1), st.sampled_from([(0.2, 1.0), (0.5, 1.0)]))
+def test_crops_lie_inside_and_keep_their_bounds(height: int, width: int, seed: int, scale: tuple[float, float]) -> None:
+    top, left, crop_height, crop_width = sample_crop(height, width, np.random.default_rng(seed), scale)
+    assert top >= 0 and left >= 0 and crop_height >= 1 and crop_width >= 1
+    assert top + crop_height <= height and left + crop_width <= width
+    if min(height, width) >= 100:
+        assert 0.74 <= crop_width / crop_height <= 1.35
+
+
+def test_crops_have_uniform_areas_and_positions() -> None:
+    rng = np.random.default_rng(3)
+    crops = np.array([sample_crop(400, 400, rng, (0.2, 0.5)) for _ in range(3000)])
+    shares = crops[:, 2] * crops[:, 3] / 400**2
+    assert 0.195 < shares.min() < 0.21 and 0.49 < shares.max() < 0.505
+    assert shares.mean() == pytest.approx(0.35, abs=0.008)
+    ratios = np.log(crops[:, 3] / crops[:, 2])
+    assert ratios.mean() == pytest.approx(0, abs=0.02) and np.abs(ratios).max() <= np.log(4 / 3) + 0.02
+    positions = crops[:, :2] / (401 - crops[:, 2:])
+    assert positions.mean(axis=0) == pytest.approx([0.5, 0.5], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10)), (1, 1, (0, 0, 1, 1))],
+)
+def test_extreme_shapes_fall_back_to_the_centre(height: int, width: int, expected: tuple[int, ...]) -> None:
+    assert sample_crop(height, width, np.random.default_rng(0), (0.9, 1.0)) == expected
+
+
+VIEWS, SIZE = 2000, 48
+CRITICAL = 1.95 * (2 / VIEWS) ** 0.5  # of Kolmogorov and Smirnov's test at a level of 0.001
+
+
+@pytest.fixture(scope="module")
+def picture() -> Pixels:
+    """Coarse saturated colours that get brighter to the right: every operation shows in one of the statistics."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(40, 200, (12, 16, 3)).astype(np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((160, 120), Image.Resampling.BICUBIC)).astype(float)
+    ramp = np.linspace(0.55, 1.1, 160)[None, :, None] * np.array([1.15, 0.85, 0.55])
+    noise = rng.normal(0, 6, (120, 160, 1))
+    return np.clip(smooth * ramp + noise, 12, 230).astype(np.uint8)
+
+
+def statistics(view: Pixels) -> list[float]:
+    """What tells the operations apart: brightness, contrast, colour, hue, edges, sides, range, flatness, borders."""
+    values = view.astype(float)
+    red, green, blue = values.mean(axis=(0, 1))
+    half = SIZE // 2
+    counts = np.bincount(view[..., 1].ravel(), minlength=256).cumsum() / SIZE**2
+    flatness = float(np.abs(counts - np.arange(1, 257) / 256).max())
+    corners = [values[:4, :4], values[:4, -4:], values[-4:, :4], values[-4:, -4:]]
+    return [
+        values.mean(),
+        values.std(),
+        (values.max(axis=2) - values.min(axis=2)).mean(),
+        (red - green) / values.mean(),
+        (green - blue) / values.mean(),
+        float(np.abs(np.diff(values, axis=1)).mean() / values.std()),
+        float((values[:, half:].mean() - values[:, :half].mean()) / values.std()),
+        values.min(),
+        values.max(),
+        flatness,
+        min(float(corner.std(axis=(0, 1)).max()) for corner in corners),
+    ]
+
+
+def sample_views(picture: Pixels, removed: set[str]) -> np.ndarray:
+    """Statistics of our views without some operations: [views, statistics]."""
+    transform = ViewTransform(SIZE, crop_scale=(1.0, 1.0) if "crop" in removed else (0.2, 1.0))
+    apply = augment.apply_operation
+
+    def apply_kept(image: Pixels, name: str, amount: float, compat: augment.Compat = "tercet") -> Pixels:
+        return image if name in removed else apply(image, name, amount, compat)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(augment, "apply_operation", apply_kept)
+        views = (transform(picture, np.random.default_rng((1, number)), 1)[0] for number in range(VIEWS))
+        return np.array([statistics(view) for view in views])
+
+
+@pytest.fixture(scope="module")
+def plain(picture: Pixels) -> np.ndarray:
+    """Statistics of the views that plain Pillow makes."""
+    image = Image.fromarray(picture)
+    views = (pillow_views.view(image, SIZE, np.random.default_rng((2, number))) for number in range(VIEWS))
+    return np.array([statistics(view.transpose(1, 2, 0)) for view in views])
+
+
+def largest_gap(first: np.ndarray, second: np.ndarray) -> float:
+    """The largest distance between two samples' distribution functions, over all statistics."""
+    gaps = []
+    for one, other in zip(np.sort(first, axis=0).T, np.sort(second, axis=0).T, strict=True):
+        points = np.concatenate([one, other])
+        functions = [np.searchsorted(sample, points, side="right") / len(sample) for sample in (one, other)]
+        gaps.append(float(np.abs(functions[0] - functions[1]).max()))
+    return max(gaps)
+
+
+def test_views_have_the_distribution_of_plain_pillow(picture: Pixels, plain: np.ndarray) -> None:
+    assert largest_gap(sample_views(picture, set()), plain) < CRITICAL
+
+
+@pytest.mark.parametrize(
+    "removed",
+    [JITTER, {"hue"}, {"grey"}, {"blur"}, {"flip"}, {"autocontrast"}, {"equalize"}, WARPS, {"crop"}],
+    ids=lambda names: "+".join(sorted(names)),
+)
+def test_the_distribution_differs_when_an_operation_is_missing(
+    removed: set[str], picture: Pixels, plain: np.ndarray
+) -> None:
+    assert largest_gap(sample_views(picture, removed), plain) > CRITICAL

@@ -15,7 +15,7 @@ import pytest
 from tercet.config import DataConfig
 from tercet.data.loader import TrainLoader, cleaned_captions
 from tercet.data.sources import Source, open_sources
-from tercet.data.texts import Tokenizer
+from tercet.data.tokenizer import Tokenizer
 
 MakeJpeg = Callable[..., bytes]
 FAILED = {3, 7}

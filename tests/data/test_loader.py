@@ -18,7 +18,7 @@ from tercet.data.batches import Batch, SkipReport
 from tercet.data.images import decode, resize
 from tercet.data.loader import TrainLoader, caption_owners, cleaned_captions, image_batches, text_batches
 from tercet.data.sources import Source, open_sources
-from tercet.data.texts import Tokenizer
+from tercet.data.tokenizer import Tokenizer
 
 SIZE = 32
 
@@ -82,9 +82,8 @@ def test_a_batch(source: Source) -> None:
         assert source.key(image_id) == key
 
 
-@pytest.mark.parametrize("augment_on", ["worker", "device"])
-def test_one_view_is_the_first_of_two(source: Source, augment_on: str) -> None:
-    data = {"augment": "full", "augment_on": augment_on}
+def test_one_view_is_the_first_of_two(source: Source) -> None:
+    data = {"augment": "full"}
     two, one = (next(loader_of(source, data=dict(data), views=views).batches(0)).to("cpu") for views in (2, 1))
     assert torch.equal(one.images, two.images)
     assert one.second_views is None

@@ -21,7 +21,7 @@ from tercet.data.sample_loader import SampleLoader, sample_batches
 from tercet.data.samples import JoinedSamples, SampleSource, open_samples
 from tercet.data.scene_tasks import entailments
 from tercet.data.scenes import SceneSource
-from tercet.data.texts import Tokenizer, clean_caption
+from tercet.data.tokenizer import Tokenizer, clean_caption
 from tercet.errors import TercetError
 
 PLAIN = DataConfig(workers=0, augment="none")

@@ -22,7 +22,7 @@ from tercet.data.order import PairOrder
 from tercet.data.shard_index import COLUMNS, index_path, load_index
 from tercet.data.shard_source import ShardSource
 from tercet.data.sources import open_sources
-from tercet.data.texts import Tokenizer
+from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
 
 MakeTar = Callable[..., Path]

@@ -18,7 +18,7 @@ from fuzz.target import BESIDE, JPEG, PIXEL_LIMIT, Target, as_json, as_lines, pi
 from tercet.config import DataConfig
 from tercet.data.entailment_files import read_entailments
 from tercet.data.grounding_files import open_expressions
-from tercet.data.images import decode
+from tercet.data.images import EncodedImage, decode
 from tercet.data.nlvr_files import read_statements
 from tercet.data.samples import SampleSource
 from tercet.data.sources import open_sources
@@ -351,6 +351,6 @@ def image_targets() -> dict[str, Target]:
     def read(folder: Path) -> object:
         content = read_bytes(str(folder / "picture"))
         decode(content, "picture", PIXEL_LIMIT)
-        return decode(content, "picture", PIXEL_LIMIT, minimum_side=4)
+        return EncodedImage(content, "picture", PIXEL_LIMIT).pixels(8)
 
     return {kind: Target("picture", seeds, read) for kind, seeds in kinds.items()}

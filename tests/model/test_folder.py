@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tercet.config_model import ModelConfig
-from tercet.data.texts import Tokenizer
+from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.folder import empty_model, load_model, push_model, require_tokenizer, save_model
 from tercet.model.tercet import Tercet

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tercet.config import VqaConfig
 from tercet.config_model import ModelConfig
-from tercet.data.texts import Tokenizer
+from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.answer import AnswerDecoder
 from tercet.model.layers import TokenCache

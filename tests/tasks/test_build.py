@@ -13,7 +13,7 @@ from tercet.config import DataConfig
 from tercet.config_io import load_config
 from tercet.data.loader import TrainLoader
 from tercet.data.scenes import SceneSource
-from tercet.data.texts import Tokenizer
+from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
 from tercet.tasks.build import build_loader, further_texts, open_data
 from tercet.train.session import find_tokenizer

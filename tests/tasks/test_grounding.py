@@ -15,10 +15,10 @@ from task_runs import assert_resumes_exactly, logged, run_task
 from tercet.config import Config, DataConfig
 from tercet.config_io import load_config
 from tercet.data.grounding_files import draw_expressions, open_expressions
+from tercet.data.images import ViewTransform
 from tercet.data.loader import TrainLoader
 from tercet.data.samples import Sample
 from tercet.data.scenes import SceneSource
-from tercet.data.views import one_view
 from tercet.errors import TercetError
 from tercet.predict import Grounding
 from tercet.tasks.grounding import evaluate_grounding, expression_maps, read_map
@@ -173,7 +173,7 @@ def test_whole_views_keep_all_of_the_image() -> None:
     image[:, :30] = 255
     white = []
     for seed in range(40):
-        view = one_view(image, 32, np.random.default_rng(seed), "whole", flip=False)
+        view = ViewTransform(32, "whole")(image, np.random.default_rng(seed), 1, flip=False)[0]
         assert view.shape == (32, 32, 3)
         white.append(view[16, 4].mean() > view[16, 27].mean())
     assert sum(white) > 30  # never mirrored; a few operations wipe the difference out

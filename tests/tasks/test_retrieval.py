@@ -13,7 +13,7 @@ from tercet.config_model import ModelConfig
 from tercet.data.batches import TextBatch
 from tercet.data.scenes import SceneSource
 from tercet.data.sources import open_sources
-from tercet.data.texts import Tokenizer
+from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
 from tercet.tasks.rerank import TextTokens, candidate_pairs, match_image, match_images, pad_texts, score_image

@@ -19,7 +19,7 @@ from tercet.config_io import load_config
 from tercet.config_model import ModelConfig
 from tercet.data.sample_loader import SampleLoader
 from tercet.data.samples import SampleSource
-from tercet.data.texts import Tokenizer, clean_question
+from tercet.data.tokenizer import Tokenizer, clean_question
 from tercet.data.vqa_files import draw_questions, open_questions
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet

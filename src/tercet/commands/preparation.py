@@ -110,7 +110,7 @@ def tokenizer(arguments: list[str]) -> None:
     from tercet.config_io import default_config
     from tercet.data.loader import cleaned_captions
     from tercet.data.sources import open_sources
-    from tercet.data.texts import Tokenizer
+    from tercet.data.tokenizer import Tokenizer
 
     data = default_config(overrides).data
     captions = cleaned_captions(open_sources(options.captions, data, "train"), data.max_words)

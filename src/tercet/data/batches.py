@@ -6,13 +6,10 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from tercet.data.device_augment import Schedule
 
 MESSAGES_KEPT = 20
 
@@ -77,7 +74,6 @@ class Batch(HostBatch):
         step: its index within the epoch.
         skipped: samples that were broken and left out.
         problems: why, one message for each.
-        changes: what is still to be done to the views, those of `images` first; `to` does it on the device.
     """
 
     images: Tensor
@@ -91,18 +87,6 @@ class Batch(HostBatch):
     step: int = 0
     skipped: int = 0
     problems: list[str] = field(default_factory=list)
-    changes: Schedule | None = None
-
-    def to(self, device: torch.device | str) -> Batch:
-        """A copy on `device`, its views finished there; from pinned memory the host does not wait for it."""
-        moved = super().to(device)
-        if moved.changes is None:
-            return moved
-        if moved.second_views is None:
-            return dataclasses.replace(moved, images=moved.changes.apply(moved.images), changes=None)
-        both = moved.changes.apply(torch.cat([moved.images, moved.second_views]))
-        first, second = both.split(len(moved.images))
-        return dataclasses.replace(moved, images=first, second_views=second, changes=None)
 
     def __len__(self) -> int:
         return len(self.keys)

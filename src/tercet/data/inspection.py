@@ -11,11 +11,11 @@ import cv2
 import numpy as np
 
 from tercet.data.augment import Pixels
-from tercet.data.images import EncodedImage, reduction_of
+from tercet.data.images import EncodedImage, reduction_for
 from tercet.data.loader import describe, encoded_picture
 from tercet.data.rows import digest
 from tercet.data.sources import Source
-from tercet.data.texts import clean_caption
+from tercet.data.tokenizer import clean_caption
 from tercet.data.workers import WorkerPool
 from tercet.errors import TercetError
 
@@ -77,7 +77,7 @@ class Measurer:
             try:
                 encoded = encoded_picture(self.source, index, self.pixel_limit)
                 if isinstance(encoded, EncodedImage):
-                    reduction = reduction_of(min(encoded.height, encoded.width), ENOUGH)
+                    reduction = reduction_for(min(encoded.height, encoded.width), ENOUGH)
                     pixels, data = encoded.pixels(reduction), encoded.data
                     found.sizes[place] = encoded.height, encoded.width
                 else:

@@ -15,13 +15,10 @@ from torch import Tensor
 
 from tercet.config import DataConfig
 from tercet.data.batches import Batch, ImageBatch, SkipReport, TextBatch
-from tercet.data.changes import Change
-from tercet.data.device_augment import schedule
-from tercet.data.images import EncodedImage, resize
+from tercet.data.images import EncodedImage, ViewTransform, resize
 from tercet.data.order import PairOrder
 from tercet.data.sources import JoinedSource, Source, block_size, image_ids
-from tercet.data.texts import Tokenizer, clean_caption, tells_sides
-from tercet.data.views import View, ViewStyle
+from tercet.data.tokenizer import Tokenizer, clean_caption, mentions_sides
 from tercet.data.workers import WorkerPool
 from tercet.errors import TercetError
 from tercet.ranks import Ranks
@@ -52,15 +49,13 @@ class TrainPlan:
         self.compat: Literal["tercet", "published"] = compat
         self.views = views
         self._image_ids = image_ids(source)
-        self._style = ViewStyle(image_size, data.augment, data.crop_scale, compat)
-        self._on_device = data.augment_on == "device"
+        self._transform = ViewTransform(image_size, data.augment, data.crop_scale, compat)
 
     def __call__(self, number: tuple[int, int]) -> Batch:
         """The batch of `number`, an (epoch, step)."""
         epoch, step = number
         pairs = self.order.step_indices(epoch, step)
-        cuts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-        changes: tuple[list[list[Change]], list[list[Change]]] = ([], [])
+        views: list[list[np.ndarray]] = [[] for _ in range(self.views)]
         captions: list[str] = []
         kept: list[int] = []
         problems: list[str] = []
@@ -70,19 +65,20 @@ class TrainPlan:
             try:
                 text = self.source.captions(image)[caption]
                 rng = np.random.default_rng((AUGMENT_STREAM, self.order.seed, epoch, slot))
-                views, drawn = self._views(image, text, rng)
+                flip = self.data.flip and (self.compat == "published" or not mentions_sides(text))
+                encoded = encoded_picture(self.source, image, self.data.pixel_limit)
+                made = self._transform(encoded, rng, self.views, flip)
             except (OSError, TercetError) as error:
                 problems.append(describe(self.source, image, error))
                 continue
-            for place, (view, own) in enumerate(zip(views, drawn, strict=True)):
-                cuts[place].append(view)
-                changes[place].append(own.changes)
+            for column, view in zip(views, made, strict=True):
+                column.append(view)
             captions.append(clean_caption(text, self.data.max_words))
             kept.append(image)
         input_ids, attention_mask = encode_captions(self.tokenizer, captions, self.data.max_tokens)
         return Batch(
-            images=stack(cuts[0], self.image_size),
-            second_views=stack(cuts[1], self.image_size) if self.views == 2 else None,
+            images=stack(views[0], self.image_size),
+            second_views=stack(views[1], self.image_size) if self.views == 2 else None,
             input_ids=input_ids,
             attention_mask=attention_mask,
             image_ids=torch.from_numpy(self._image_ids[kept]),
@@ -92,24 +88,7 @@ class TrainPlan:
             step=step,
             skipped=len(problems),
             problems=problems,
-            changes=schedule(changes[0] + changes[1], self.compat) if self._on_device else None,
         )
-
-    def _views(self, image: int, text: str, rng: np.random.Generator) -> tuple[list[np.ndarray], tuple[View, ...]]:
-        """The views of an image, as they were drawn; left unfinished where the device is to finish them."""
-        style = self._style
-        flip = self.data.flip and (self.compat == "published" or not tells_sides(text))
-        encoded = encoded_picture(self.source, image, self.data.pixel_limit)
-        if isinstance(encoded, EncodedImage):
-            height, width = encoded.height, encoded.width
-            drawn = style.draw_two(height, width, rng, flip)[: self.views]
-            pixels = style.decode(encoded, drawn)
-        else:
-            height, width = encoded.shape[:2]
-            drawn = style.draw_two(height, width, rng, flip)[: self.views]
-            pixels = encoded
-        finish = style.cut if self._on_device else style.make
-        return [finish(pixels, view, height, width) for view in drawn], drawn
 
 
 class ImagePlan:
@@ -178,8 +157,6 @@ class TrainLoader:
         drop_last: bool = True,
         views: Literal[1, 2] = 2,
     ) -> None:
-        if data.augment_on == "auto":
-            data = data.model_copy(update={"augment_on": "device" if torch.cuda.is_available() else "worker"})
         counts = np.asarray(source.caption_counts)
         block = block_size(source)
         if data.caption_choice == "each" and len(counts):

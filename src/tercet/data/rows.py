@@ -13,7 +13,7 @@ from typing import overload
 import numpy as np
 
 from tercet.data.packed import PackedStrings, StringPacker, encode
-from tercet.data.texts import clean_caption
+from tercet.data.tokenizer import clean_caption
 from tercet.errors import TercetError
 
 MESSAGES_KEPT = 1000

@@ -13,12 +13,11 @@ import torch
 
 from tercet.config import DataConfig
 from tercet.data.batches import SampleBatch, SkipReport
-from tercet.data.images import resize, sufficient_side
+from tercet.data.images import ViewTransform, resize
 from tercet.data.loader import dealt, encode_captions, stack
 from tercet.data.order import PairOrder
 from tercet.data.samples import Sample, SampleSource
-from tercet.data.texts import Tokenizer, clean_caption, tells_sides
-from tercet.data.views import one_view
+from tercet.data.tokenizer import Tokenizer, clean_caption, mentions_sides
 from tercet.data.workers import WorkerPool
 from tercet.errors import TercetError
 from tercet.ranks import Ranks
@@ -50,8 +49,7 @@ class SampleTrainPlan:
         self.compat: Literal["tercet", "published"] = compat
         self.clean = clean
         self.groups = groups
-        sufficient = sufficient_side(image_size, data.crop_scale) if data.augment in ("full", "light") else image_size
-        self._minimum_side = None if compat == "published" else sufficient
+        self._transform = ViewTransform(image_size, data.augment, data.crop_scale, compat)
 
     def __call__(self, number: tuple[int, int]) -> SampleBatch:
         """The batch of `number`, an (epoch, step)."""
@@ -92,11 +90,11 @@ class SampleTrainPlan:
 
     def _view(self, image: int, samples: Sequence[Sample], rng: np.random.Generator) -> np.ndarray:
         data = self.data
-        pixels = self.source.pixels(image, data.pixel_limit, self._minimum_side)
+        pixels = self.source.pixels(image, data.pixel_limit)
         # An answer may tell sides though its question does not.
         told = " ".join(f"{sample.text} {sample.target}" for sample in samples)
-        flip = data.flip and (self.compat == "published" or not tells_sides(told))
-        return one_view(pixels, self.image_size, rng, data.augment, data.crop_scale, self.compat, flip)
+        flip = data.flip and (self.compat == "published" or not mentions_sides(told))
+        return self._transform(pixels, rng, 1, flip)[0]
 
 
 class SamplePlan:

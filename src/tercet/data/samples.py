@@ -72,7 +72,7 @@ class SampleSource(Protocol):
         """The encoded image.  Raises OSError or TercetError when it cannot be read."""
         ...
 
-    def pixels(self, index: int, pixel_limit: int, minimum_side: int | None = None) -> np.ndarray:
+    def pixels(self, index: int, pixel_limit: int) -> np.ndarray:
         """Image `index` decoded: uint8 [height, width, 3].  Raises OSError or TercetError when it cannot be read."""
         ...
 
@@ -154,11 +154,11 @@ class SampleTable:
         """The encoded image.  Raises OSError or TercetError when it cannot be read."""
         return self._images.read(index) if isinstance(self._images, FileImages) else self._images.image(index)
 
-    def pixels(self, index: int, pixel_limit: int, minimum_side: int | None = None) -> np.ndarray:
+    def pixels(self, index: int, pixel_limit: int) -> np.ndarray:
         """Image `index` decoded: uint8 [height, width, 3].  Raises OSError or TercetError when it cannot be read."""
         if not isinstance(self._images, FileImages):  # drawn: no need to encode it first
             return self._images.array(index)
-        return decode(self._images.read(index), self.key(index), pixel_limit, minimum_side)
+        return decode(self._images.read(index), self.key(index), pixel_limit)
 
     def key(self, index: int) -> str:
         """What names image `index` in messages: its path."""
@@ -209,10 +209,10 @@ class JoinedSamples:
         part, local = _find(self._first_image, index)
         return self.parts[part].image(local)
 
-    def pixels(self, index: int, pixel_limit: int, minimum_side: int | None = None) -> np.ndarray:
+    def pixels(self, index: int, pixel_limit: int) -> np.ndarray:
         """Image `index` decoded: uint8 [height, width, 3].  Raises OSError or TercetError when it cannot be read."""
         part, local = _find(self._first_image, index)
-        return self.parts[part].pixels(local, pixel_limit, minimum_side)
+        return self.parts[part].pixels(local, pixel_limit)
 
     def key(self, index: int) -> str:
         """What names image `index` in messages."""

@@ -41,7 +41,7 @@ from tercet.model.vision import resize_position_embed
 from tercet.model.weights_file import find_weights, read_weights
 
 if TYPE_CHECKING:
-    from tercet.data.texts import Tokenizer
+    from tercet.data.tokenizer import Tokenizer
 
 _HEADS = ("vision_projection", "text_projection", "itm_head", "mlm_head", "temperature")
 _FOREIGN_HEADS = ("head", "head_dist", "dist_token", "pre_logits", "pooler", "cls")
@@ -328,7 +328,7 @@ def _find_tokenizer(
     path: Path, given: str | Path | None, source: _Source, base: Tercet | None
 ) -> tuple[Tokenizer | None, list[str]]:
     """The tokenizer of the text encoder: the one given, the one beside the file, or the base model's."""
-    from tercet.data.texts import Tokenizer
+    from tercet.data.tokenizer import Tokenizer
 
     if given is not None:
         return Tokenizer.load(Path(given).expanduser()), []

@@ -36,7 +36,7 @@ from tercet.model.vision import IMAGE_MEAN, IMAGE_STD
 from tercet.version import __version__
 
 if TYPE_CHECKING:
-    from tercet.data.texts import Tokenizer
+    from tercet.data.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
@@ -313,7 +313,7 @@ def _read_weights(path: Path, model: Tercet, device: str | torch.device) -> dict
 def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     if not (folder / TOKENIZER).is_file():
         return None
-    from tercet.data.texts import Tokenizer
+    from tercet.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(folder / TOKENIZER)
     _check_tokenizer(tokenizer, config, str(folder / TOKENIZER))

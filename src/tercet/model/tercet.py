@@ -19,7 +19,7 @@ from tercet.model.vision import VisionTransformer
 
 if TYPE_CHECKING:
     from tercet.data.inputs import ImageInputs, TextInputs
-    from tercet.data.texts import Tokenizer
+    from tercet.data.tokenizer import Tokenizer
     from tercet.model.answer import AnswerDecoder
     from tercet.model.nlvr import SecondFusion
     from tercet.predict import Grounding

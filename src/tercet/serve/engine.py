@@ -12,7 +12,7 @@ from torch import Tensor
 from tercet.config import DataConfig, VqaConfig
 from tercet.data.augment import Pixels
 from tercet.data.inputs import to_batch
-from tercet.data.texts import clean_question
+from tercet.data.tokenizer import clean_question
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
 from tercet.tasks.answering import Answer, Answerer

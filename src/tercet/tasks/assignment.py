@@ -13,7 +13,7 @@ from tercet.config import Config
 from tercet.data.batches import Batch
 from tercet.data.loader import encode_captions, image_batches
 from tercet.data.sources import Source, image_ids, open_sources
-from tercet.data.texts import clean_caption
+from tercet.data.tokenizer import clean_caption
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.nlvr import fused_class

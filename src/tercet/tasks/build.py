@@ -12,7 +12,7 @@ from tercet.data.grounding_files import open_expressions
 from tercet.data.loader import TrainLoader, cleaned_captions
 from tercet.data.sample_loader import SampleLoader
 from tercet.data.sources import open_sources
-from tercet.data.texts import Tokenizer
+from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
 from tercet.precision import autocast, precision_on
@@ -117,8 +117,6 @@ def build_loader(config: Config, source: Any, tokenizer: Tokenizer, image_size: 
             clean=kind.clean,
         )
     data = config.data
-    if data.augment_on == "auto" and train.device == "cpu":
-        data = data.model_copy(update={"augment_on": "worker"})
     return TrainLoader(
         source,
         tokenizer,

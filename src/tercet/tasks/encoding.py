@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tercet.config import DataConfig
 from tercet.data.batches import TextBatch
-from tercet.data.texts import clean_caption
+from tercet.data.tokenizer import clean_caption
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet

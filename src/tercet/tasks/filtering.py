@@ -23,7 +23,7 @@ import torch
 from tercet.config import Config
 from tercet.data.loader import ImageBatch, encode_captions, image_batches
 from tercet.data.sources import Source, image_ids, image_location
-from tercet.data.texts import clean_caption
+from tercet.data.tokenizer import clean_caption
 from tercet.errors import TercetError
 from tercet.files import atomic_stream
 from tercet.model.folder import require_tokenizer

@@ -20,7 +20,7 @@ from tercet.data.grounding_files import check_boxes
 from tercet.data.inputs import to_batch
 from tercet.data.loader import dealt
 from tercet.data.samples import Sample, SampleSource
-from tercet.data.texts import clean_question
+from tercet.data.tokenizer import clean_question
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
 from tercet.ranks import Ranks

@@ -12,7 +12,7 @@ from torch import Tensor
 from tercet.config import Config
 from tercet.data.loader import ImageBatch, TextBatch, caption_owners, image_batches, text_batches
 from tercet.data.sources import Source
-from tercet.data.texts import Tokenizer
+from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet

@@ -27,7 +27,7 @@ from tercet.data.nlvr_files import TRUTHS
 from tercet.data.samples import Sample, SampleSource
 from tercet.data.sources import open_sources
 from tercet.data.storage import read_text
-from tercet.data.texts import clean_caption
+from tercet.data.tokenizer import clean_caption
 from tercet.errors import TercetError
 from tercet.tasks.entailment import EntailmentResult, open_entailments
 from tercet.tasks.grounding import Found, as_box, grounding_scores

@@ -15,7 +15,7 @@ from tercet.config_model import HeadName
 from tercet.data.batches import SkipReport
 from tercet.data.samples import SampleSource
 from tercet.data.sources import Source
-from tercet.data.texts import clean_caption
+from tercet.data.tokenizer import clean_caption
 from tercet.model.memory import ImageMemory
 from tercet.model.tercet import Tercet
 

@@ -13,7 +13,7 @@ from tercet.config import Config, DataConfig, ObjectivesConfig
 from tercet.data.batches import SampleBatch
 from tercet.data.sample_loader import sample_batches
 from tercet.data.samples import SampleSource
-from tercet.data.texts import Tokenizer, clean_question
+from tercet.data.tokenizer import Tokenizer, clean_question
 from tercet.data.vqa_files import (
     Gold,
     QuestionId,

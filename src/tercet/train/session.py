@@ -16,7 +16,7 @@ from tercet.config import Config
 from tercet.config_io import dump_config
 from tercet.config_model import ModelConfig
 from tercet.data.sources import Source
-from tercet.data.texts import Tokenizer
+from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
 from tercet.files import write_atomic
 from tercet.model.folder import load_model, require_tokenizer

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from tercet.data.texts import SPECIAL_TOKENS, Tokenizer, clean_caption, clean_question
+from tercet.data.tokenizer import SPECIAL_TOKENS, Tokenizer, clean_caption, clean_question
 from tercet.errors import TercetError
 
 CAPTIONS = [
@@ -237,7 +237,7 @@ def test_training_on_nothing_is_refused(captions: list[str], size: int, message:
 
 
 def test_training_without_room_is_refused() -> None:
-    with pytest.raises(TercetError, match="no room"):
+    with pytest.raises(TercetError, match="5 word pieces"):
         Tokenizer.train(CAPTIONS, 5)
 
 

@@ -42,7 +42,7 @@ _SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 def clean_caption(text: str, max_words: int) -> str:
     """Lower-case a caption, drop its punctuation and keep its first `max_words` words.  It can become empty.
 
-    A single tab or newline inside stays, as published.
+    A single tab or newline inside stays, as in the published code.
     """
     text = text.lower().translate(_DELETED).replace("<person>", "person")
     text = _RUN_OF_SPACE.sub(" ", text).rstrip("\n").strip(" ")
@@ -54,8 +54,8 @@ def clean_question(text: str, max_words: int) -> str:
     return _first_words(text.lower().translate(_DELETED).rstrip(" "), max_words)
 
 
-def tells_sides(text: str) -> bool:
-    """Whether a text speaks of left or right, so that a mirrored picture would make it false."""
+def mentions_sides(text: str) -> bool:
+    """Whether a text mentions left or right, which a mirrored image would make false."""
     return _SIDES.search(text) is not None
 
 
@@ -64,6 +64,10 @@ class Tokenizer:
 
     Whatever the loaded file says about special tokens around a text, `encode` puts `[CLS]` in front and nothing at
     the end.  The name of a special token inside a text (an answer's "yes[SEP]") becomes that token.
+
+    Attributes:
+        pad_id, unk_id, cls_id, sep_id, mask_id: ids of the special tokens.
+        sep_token: how this vocabulary writes `[SEP]`; appended to a text it becomes `sep_id`.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, origin: str = "tokenizer") -> None:
@@ -73,14 +77,15 @@ class Tokenizer:
             TercetError: a special token is missing.
         """
         self._tokenizer = tokenizer
-        self._special = {role: _find_special(tokenizer, role, origin) for role in SPECIAL_TOKENS}
+        special = {role: _find_special(tokenizer, role, origin) for role in SPECIAL_TOKENS}
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self._ids = {role: _id_of(tokenizer, token) for role, token in self._special.items()}
-        first, first_id = self._special["[CLS]"], self.cls_id
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (index for _, index in special.values())
+        self.sep_token = special["[SEP]"][0]
         # The saved file then gives others the very ids that `encode` gives.
+        first = special["[CLS]"]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{first} $A", pair=f"{first} $A $B", special_tokens=[(first, first_id)]
+            single=f"{first[0]} $A", pair=f"{first[0]} $A $B", special_tokens=[first]
         )
 
     @classmethod
@@ -112,9 +117,7 @@ class Tokenizer:
             TercetError: no words in the captions, or a `size` too small for any.
         """
         if size <= len(SPECIAL_TOKENS):
-            raise TercetError(
-                f"a tokenizer of {size} word pieces has no room for words; give it a few hundred at least"
-            )
+            raise TercetError(f"a tokenizer of {size} word pieces cannot hold any word; give it a few hundred at least")
         tokenizer = _word_piece({})
         words = _count_words(tokenizer, captions)
         if not words:
@@ -132,36 +135,6 @@ class Tokenizer:
         """Rows that an embedding table needs: the largest id and one."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
-    @property
-    def pad_id(self) -> int:
-        """Id of padding."""
-        return self._ids["[PAD]"]
-
-    @property
-    def unk_id(self) -> int:
-        """Id of a word that no pieces make up."""
-        return self._ids["[UNK]"]
-
-    @property
-    def cls_id(self) -> int:
-        """Id of the token in front of every text."""
-        return self._ids["[CLS]"]
-
-    @property
-    def sep_id(self) -> int:
-        """Id of the token that ends an answer."""
-        return self._ids["[SEP]"]
-
-    @property
-    def mask_id(self) -> int:
-        """Id of a hidden word."""
-        return self._ids["[MASK]"]
-
-    @property
-    def sep_token(self) -> str:
-        """How this vocabulary writes `[SEP]`; appended to a text it becomes `sep_id`."""
-        return self._special["[SEP]"]
-
     def encode(self, texts: Sequence[str], max_tokens: int | None, pad_to: int | None = None) -> tuple[Tensor, Tensor]:
         """Token ids of a batch of texts, `[CLS]` first.
 
@@ -177,8 +150,8 @@ class Tokenizer:
             TercetError: a text is longer than `pad_to`.
         """
         encodings = self._tokenizer.encode_batch([_well_formed(text) for text in texts], add_special_tokens=False)
-        room = None if max_tokens is None else max_tokens - 1
-        rows = [encoding.ids[:room] for encoding in encodings]
+        limit = None if max_tokens is None else max_tokens - 1
+        rows = [encoding.ids[:limit] for encoding in encodings]
         longest = max((1 + len(row) for row in rows), default=0)
         if pad_to is not None and longest > pad_to:
             raise TercetError(f"a text of {longest} tokens does not fit pad_to {pad_to}; set max_tokens to {pad_to}")
@@ -223,22 +196,14 @@ def _well_formed(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "ignore").decode()
 
 
-_TRIALS = ("a", "\N{SNOWMAN}", "\N{CUNEIFORM SIGN A}" * 200)
-
-
-def _find_special(tokenizer: tokenizers.Tokenizer, role: str, origin: str) -> str:
-    """How `tokenizer` writes a special token, which from now on is found inside texts as well."""
+def _find_special(tokenizer: tokenizers.Tokenizer, role: str, origin: str) -> tuple[str, int]:
+    """How `tokenizer` writes a special token, which from now on is found inside texts as well, and its id."""
     for name in _ALIASES[role]:
-        if tokenizer.token_to_id(name) is not None:
+        index = tokenizer.token_to_id(name)
+        if index is not None:
             tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False)])
-            return name
+            return name, index
     raise TercetError(f"{origin}: no {role} token among its word pieces; use a tokenizer made for a BERT-like model")
-
-
-def _id_of(tokenizer: tokenizers.Tokenizer, token: str) -> int:
-    index = tokenizer.token_to_id(token)
-    assert index is not None, token
-    return index
 
 
 def _find_in_folder(folder: Path) -> Path:
@@ -270,8 +235,8 @@ def _parse_json(path: Path, text: str) -> tokenizers.Tokenizer:
         raise TercetError(f"{path}: JSON, but not a tokenizer (no key 'model'); give the {TOKENIZER_FILE} beside it")
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
-        for unknown in _TRIALS:  # one that lacks its own token for unknown words fails at the first of them
-            tokenizer.encode(unknown)
+        for unknown in ("a", "\N{SNOWMAN}", "\N{CUNEIFORM SIGN A}" * 200):
+            tokenizer.encode(unknown)  # fails at once where the vocabulary lacks its own token for unknown words
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -321,8 +286,8 @@ def _count_words(tokenizer: tokenizers.Tokenizer, captions: Iterable[str]) -> Co
     return counts
 
 
-def _choose_alphabet(words: Counter[str], room: int) -> dict[str, set[str]]:
-    """The most frequent characters, each with its forms ("a" in front of a word, "##a" inside), that fit in `room`."""
+def _choose_alphabet(words: Counter[str], limit: int) -> dict[str, set[str]]:
+    """The most frequent characters, each with its forms ("a" in front of a word, "##a" inside), within `limit`."""
     frequency: Counter[str] = Counter()
     forms: dict[str, set[str]] = {}
     for word, count in words.items():
@@ -331,8 +296,8 @@ def _choose_alphabet(words: Counter[str], room: int) -> dict[str, set[str]]:
             forms.setdefault(character, {character}).add(f"##{character}" if position else character)
     alphabet: dict[str, set[str]] = {}
     for character in sorted(frequency, key=lambda item: (-frequency[item], item)):
-        room -= len(forms[character])
-        if room < 0:
+        limit -= len(forms[character])
+        if limit < 0:
             break
         alphabet[character] = forms[character]
     return alphabet
@@ -359,7 +324,7 @@ def _train_pieces(words: Counter[str], alphabet: dict[str, set[str]], size: int)
 
 
 def _repeat_words(words: Counter[str], alphabet: dict[str, set[str]]) -> Iterator[str]:
-    """Every word as often as it was counted, in lines of bounded length; words beyond the alphabet are left out."""
+    """Every word as often as it was counted, in lines of bounded length; words beyond the alphabet are skipped."""
     for word in sorted(words):
         if not alphabet.keys() >= set(word):
             continue
