@@ -16,7 +16,7 @@ from tercet.cli import main
 from tercet.commands import COMMANDS
 from tercet.config import Config
 from tercet.config_io import load_config, recipe_meaning, recipe_names
-from tercet.config_section import Section
+from tercet.config import Section
 from tercet.train.cost import count_flops, expected_shape
 
 # Section titles and their pages in order; a page that is not there (yet) is left out, one not named here comes last.
@@ -136,7 +136,7 @@ def hours() -> str:
     rows = []
     for name, pairs in PAIRS.items():
         config = load_config(name)
-        shape = expected_shape(config.train.batch_size, config.data.max_tokens, config.objectives.mask_probability)
+        shape = expected_shape(config.train.batch_size, config.data.max_tokens, config.objectives.mlm_probability)
         flops = count_flops(config.model, config.objectives, shape).total / shape.batch
         total = flops * pairs * config.train.epochs
         spent = total / (PEAK * DEVICES * UTILISATION) / 3600

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from machine import add_options, count_flops, describe_machine, prepare, spread, take_turns
 from plain import PlainModel
 from rerank import PADDED_TOKENS, natural_lengths
-from tercet.config_model import ModelConfig
+from tercet.config import ModelConfig
 from tercet.data.batches import TextBatch
 from tercet.model.int8 import quantise_encoders
 from tercet.model.tercet import Tercet

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tercet.train.parallel import keep_memory
+from tercet.device import tune_malloc
 
 # Rows, inner and outer width of a matrix product: the up-projection of 8 images of 257 tokens in a base-size block,
 # which the published method's share of the rate was measured against, and a large square one.
@@ -141,7 +141,7 @@ def describe_machine(arguments: argparse.Namespace) -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.system(),
-        "keeps_memory": not arguments.return_memory and keep_memory(),
+        "keeps_memory": not arguments.return_memory and tune_malloc(),
         "clock": "processor" if arguments.processor_time else "wall",
         "card": torch.cuda.get_device_name() if getattr(arguments, "device", "cpu") == "cuda" else None,
     }
@@ -174,7 +174,7 @@ def prepare(arguments: argparse.Namespace) -> MatrixRate:
     if arguments.processor_time:
         torch.set_num_threads(1)
     if not arguments.return_memory:
-        keep_memory()
+        tune_malloc()
     torch.manual_seed(0)
     if getattr(arguments, "device", "cpu") == "cuda":
         return MatrixRate(time.perf_counter, "cuda", torch.bfloat16, GPU_SHAPES)

@@ -21,16 +21,18 @@ import torch
 
 from machine import processor_name
 from step import OurStep, draw_batch, step_config
+from tercet.device import resolve_device, tune_malloc
 from tercet.train.cost import expected_shape
 from tercet.train.memory import count_memory
-from tercet.train.parallel import keep_memory, place
 
 
 def run_steps(arguments: argparse.Namespace) -> int:
     """Bytes that two steps take at the most; the second has AdamW's moments from its beginning."""
-    keep_memory()
+    tune_malloc()
     torch.manual_seed(0)
-    config = step_config(arguments.quick, arguments.batch, arguments.device, recompute=arguments.recompute)
+    config = step_config(
+        arguments.quick, arguments.batch, arguments.device, grad_checkpointing=arguments.grad_checkpointing
+    )
     step = OurStep(config, draw_batch(config.model, arguments.batch, arguments.caption_tokens))
     for _ in range(2):
         step()
@@ -42,10 +44,14 @@ def run_steps(arguments: argparse.Namespace) -> int:
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
     """Foretell, then run the steps in another process."""
-    config = step_config(arguments.quick, arguments.batch, arguments.device, recompute=arguments.recompute)
-    half = place(config.train).precision == "bf16"
-    shape = expected_shape(arguments.batch, arguments.caption_tokens, config.objectives.mask_probability)
-    parts = count_memory(config.model, config.objectives, shape, half, arguments.device == "cuda", arguments.recompute)
+    config = step_config(
+        arguments.quick, arguments.batch, arguments.device, grad_checkpointing=arguments.grad_checkpointing
+    )
+    half = resolve_device(config.train.device, config.train.precision).precision == "bf16"
+    shape = expected_shape(arguments.batch, arguments.caption_tokens, config.objectives.mlm_probability)
+    parts = count_memory(
+        config.model, config.objectives, shape, half, arguments.device == "cuda", arguments.grad_checkpointing
+    )
     command = [sys.executable, __file__, *sys.argv[1:], "--child"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     measured = int(done.stdout.split()[-1])
@@ -59,7 +65,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "size": "small" if arguments.quick else "base",
         "batch": arguments.batch,
         "caption_tokens": arguments.caption_tokens,
-        "recompute": arguments.recompute,
+        "grad_checkpointing": arguments.grad_checkpointing,
         "parts": {name: round(value / 2**30, 3) for name, value in parts.items()},
         "machine": {
             "device": torch.cuda.get_device_name() if arguments.device == "cuda" else processor_name(),
@@ -76,7 +82,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="pairs a step")
     parser.add_argument("--caption-tokens", type=int, default=20, help="word pieces of every caption")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--recompute", action="store_true", help="with activation checkpointing")
+    parser.add_argument("--grad-checkpointing", action="store_true", help="with activation checkpointing")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     print(run_steps(arguments) if arguments.child else json.dumps(measure(arguments)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tercet.config_model import ModelConfig, TextConfig, VisionConfig
+from tercet.config import ModelConfig, TextConfig, VisionConfig
 from tercet.model.tercet import Tercet
 
 # Added to the logit of a key that may not be looked at, as published.

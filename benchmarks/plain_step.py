@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plain import PlainModel
-from tercet.config import ObjectivesConfig, OptimConfig
-from tercet.config_model import TextConfig
+from tercet.config import ObjectivesConfig, OptimConfig, TextConfig
 
 
 @dataclass
@@ -165,7 +164,7 @@ class PlainPretraining(nn.Module):
         """`mlm`: student and teacher each through all layers, vocabulary logits at every position."""
         masked_ids, labels = batch.masked_ids, batch.labels
         if masked_ids is None or labels is None:
-            masked_ids, labels = hide(batch.input_ids, self.text, self.config.mask_probability)
+            masked_ids, labels = hide(batch.input_ids, self.text, self.config.mlm_probability)
         with torch.no_grad():
             guesses = self.word_logits(self.teacher, masked_ids, batch.attention_mask, teacher_images).softmax(dim=-1)
         logits = self.word_logits(self.student, masked_ids, batch.attention_mask, image_embeds)

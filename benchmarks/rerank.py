@@ -21,12 +21,10 @@ from torch import Tensor
 
 from machine import add_options, count_flops, describe_machine, prepare, spread, take_turns
 from plain import PlainModel, plain_scores
-from tercet.config import TrainConfig
-from tercet.config_model import ModelConfig
-from tercet.config_section import merge
+from tercet.config import ModelConfig, merge
+from tercet.device import resolve_device
 from tercet.model.tercet import Tercet
 from tercet.tasks.rerank import score_images
-from tercet.train.parallel import place
 
 PADDED_TOKENS = 30
 # Word pieces, [CLS] included, of the 5,000 captions of Flickr8k's test split: how many captions have 3, 4, ... 30.
@@ -63,7 +61,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     rate = prepare(arguments)
     sizes = merge(QUICK_MODEL if arguments.quick else {}, {"vision": {"image_size": arguments.image_size}})
     cuda = arguments.device == "cuda"
-    placement = place(TrainConfig(device=arguments.device, precision="bf16" if cuda else "fp32"))
+    placement = resolve_device(arguments.device, "bf16" if cuda else "fp32")
     model = Tercet(ModelConfig.model_validate(sizes)).to(placement.device).eval()
     plain = PlainModel.of(model).to(placement.device).eval()
     captions, images = arguments.captions, arguments.images

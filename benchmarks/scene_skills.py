@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tercet
-from tercet.config import Config, DataConfig
-from tercet.config_model import VisionConfig
+from tercet.config import Config, DataConfig, VisionConfig
 from tercet.data.entailment_files import draw_entailments
 from tercet.data.scene_captions import NUMBERS, plural
 from tercet.data.scene_expressions import expressions

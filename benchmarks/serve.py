@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from machine import processor_name
-from tercet.config_model import ModelConfig
+from tercet.config import ModelConfig
 from tercet.data.scenes import SceneSource
 from tercet.data.tokenizer import Tokenizer, clean_caption
 from tercet.model.tercet import Tercet

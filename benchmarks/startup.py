@@ -24,7 +24,7 @@ import torch
 
 from machine import processor_name
 from step import QUICK_MODEL
-from tercet.config_model import ModelConfig
+from tercet.config import ModelConfig
 from tercet.data.tokenizer import Tokenizer
 from tercet.model.folder import load_model
 from tercet.model.tercet import Tercet

@@ -25,19 +25,18 @@ import torch
 from machine import add_options, count_flops, describe_machine, prepare, spread, take_turns
 from plain import PlainModel
 from plain_step import PlainBatch, PlainPretraining, plain_optimizer, sum_of_losses
-from tercet.config import Config, ObjectivesConfig, TrainConfig
-from tercet.config_model import ModelConfig
+from tercet.config import Config, ModelConfig, ObjectivesConfig, TrainConfig
 from tercet.data.loader import Batch
+from tercet.device import resolve_device
+from tercet.distributed import Ranks
 from tercet.model.recompute import recompute_layers
 from tercet.model.tercet import Tercet
-from tercet.ranks import Ranks
 from tercet.tasks.pretrain import Pretraining
 from tercet.train.compilation import compile_encoders, compiled_models
 from tercet.train.cost import count_flops as cost_flops
 from tercet.train.cost import expected_shape
 from tercet.train.loop import StepResult, take_step
 from tercet.train.optim import build_optimizer
-from tercet.train.parallel import place
 from tercet.train.session import Session
 
 # Counted on the published code: base size, 256 px, queue 65536, captions of 8 to 14 word pieces.
@@ -57,10 +56,10 @@ class OurStep:
         # As the loader hands it over.
         self.batch = batch.pin_memory() if config.train.device == "cuda" else batch
         student = Tercet(config.model)
-        placement = place(config.train)
+        placement = resolve_device(config.train.device, config.train.precision)
         self.last: StepResult | None = None
         self.task = Pretraining(student, config.objectives).to(placement.device).train()
-        recompute_layers(student, config.train.recompute)
+        recompute_layers(student, config.train.grad_checkpointing)
         if config.train.compile:
             compile_encoders(compiled_models(self.task))
         assert self.task.queue is not None
@@ -94,7 +93,7 @@ class PlainStep:
     """The published computation of the same step on the same weights; normalising the pixels is left to its loader."""
 
     def __init__(self, config: Config, batch: Batch, student: Tercet) -> None:
-        self.placement = place(config.train)
+        self.placement = resolve_device(config.train.device, config.train.precision)
         batch = batch.to(self.placement.device)
         model = PlainModel.of(student)
         self.task = PlainPretraining(model, config.model.text, config.objectives).to(self.placement.device).train()
@@ -147,7 +146,7 @@ def step_config(
     device: str = "cpu",
     precision: str | None = None,
     compile: bool = False,
-    recompute: bool = False,
+    grad_checkpointing: bool = False,
 ) -> Config:
     """The run whose step is timed; `precision` None is bf16 on a GPU and fp32 on a processor."""
     train = {
@@ -155,11 +154,11 @@ def step_config(
         "precision": precision or ("bf16" if device == "cuda" else "fp32"),
         "batch_size": batch,
         "compile": compile,
-        "recompute": recompute,
+        "grad_checkpointing": grad_checkpointing,
     }
     return Config(
         model=ModelConfig.model_validate(QUICK_MODEL if quick else {}),
-        objectives=ObjectivesConfig(alpha_ramp=0),
+        objectives=ObjectivesConfig(alpha_warmup=0),
         train=TrainConfig.model_validate(train),
     )
 
@@ -168,7 +167,7 @@ def count_each(runs: dict[str, OurStep | PlainStep], config: Config, arguments: 
     """FLOPs a pair; by arithmetic for compiled layers, which PyTorch's counter does not see into."""
     flops: dict[str, float] = {name: count_flops(step) for name, step in runs.items() if not arguments.compile}
     if arguments.compile:
-        shape = expected_shape(arguments.batch, arguments.caption_tokens, config.objectives.mask_probability)
+        shape = expected_shape(arguments.batch, arguments.caption_tokens, config.objectives.mlm_probability)
         flops["ours"] = cost_flops(config.model, config.objectives, shape).total
         if "plain" in runs:
             flops["plain"] = count_flops(runs["plain"])
@@ -184,7 +183,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         arguments.device,
         arguments.precision,
         arguments.compile,
-        arguments.recompute,
+        arguments.grad_checkpointing,
     )
     model = config.model
     batch = draw_batch(model, arguments.batch, arguments.caption_tokens)
@@ -216,7 +215,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "batch": arguments.batch,
         "caption_tokens": arguments.caption_tokens,
         "compile": arguments.compile,
-        "recompute": arguments.recompute,
+        "grad_checkpointing": arguments.grad_checkpointing,
         "precision": config.train.precision,
         "steps": arguments.steps,
         "ratio_quartiles": quartiles(seconds) if arguments.plain and len(seconds["ours"]) > 1 else None,
@@ -293,7 +292,7 @@ def main() -> None:
         "--precision", choices=("fp32", "bf16"), help="of both; default bf16 on a GPU, and fp32 on a processor"
     )
     parser.add_argument("--compile", action="store_true", help="ours compiled")
-    parser.add_argument("--recompute", action="store_true", help="ours with activation checkpointing")
+    parser.add_argument("--grad-checkpointing", action="store_true", help="ours with activation checkpointing")
     parser.add_argument("--profile", action="store_true", help="on a GPU: what a step's milliseconds go to")
     parser.add_argument("--batch", type=int, default=4, help="pairs a step")
     parser.add_argument("--caption-tokens", type=int, default=20, help="word pieces of every caption")

@@ -117,9 +117,9 @@ def train_until_one_is_told_to_stop(overrides: dict[str, Any]) -> None:
 
 def train_runs(recipe: str, runs: list[dict[str, Any]]) -> list[str]:
     """Train several runs one after the other in the same processes; gives the run folders."""
-    from tercet.train.parallel import joined
+    from tercet.distributed import init_distributed
 
-    with joined("cpu"):
+    with init_distributed("cpu"):
         return [train_run(recipe, overrides) for overrides in runs]
 
 
@@ -130,12 +130,11 @@ def poisoned_step(overrides: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from tercet.config_io import load_config
-    from tercet.ranks import Ranks
+    from tercet.distributed import Ranks, init_distributed
     from tercet.train.loop import take_step
-    from tercet.train.parallel import joined
     from tercet.train.session import due_steps, open_session
 
-    with joined("cpu"):
+    with init_distributed("cpu"):
         session = open_session(load_config("demo", overrides))
         steps = due_steps(session)
         first = take_step(session, next(steps)).trouble
@@ -158,13 +157,12 @@ def fail_while_writing(overrides: dict[str, Any], rank: int, moment: str | None)
     import signal
 
     from tercet.config_io import load_config
-    from tercet.ranks import Ranks
+    from tercet.distributed import Ranks, init_distributed
     from tercet.train import checkpoint
     from tercet.train.loop import take_step
-    from tercet.train.parallel import joined
     from tercet.train.session import due_steps, open_session
 
-    with joined("cpu"):
+    with init_distributed("cpu"):
         session = open_session(load_config("demo", overrides))
         steps = due_steps(session)
         for step in (1, 2):
@@ -193,25 +191,24 @@ def gathered_rows(sizes: list[int]) -> dict[str, Any]:
     """`Spread.gather` of rows whose numbers tell where they came from, and the gradient of a loss of each rank."""
     import torch
 
-    from tercet.ranks import Ranks, spread_rows
-    from tercet.train.parallel import joined
+    from tercet.distributed import Ranks, init_distributed, rank_layout
 
-    with joined("cpu"):
+    with init_distributed("cpu"):
         ranks = Ranks()
         rows = torch.full((sizes[ranks.rank], 2), float(ranks.rank + 1), requires_grad=True)
-        spread = spread_rows(len(rows))
+        spread = rank_layout(len(rows))
         everyone = spread.gather(rows)
         (everyone.sum(dim=1) * torch.arange(len(everyone)) * (ranks.rank + 1)).sum().backward()
         assert rows.grad is not None
         flags = spread.gather(torch.ones(len(rows), 3, dtype=torch.bool))
-        cards = ranks.gather_in_turn([f"{ranks.rank}.{number}" for number in range(sizes[ranks.rank])])
+        values = ranks.gather_interleaved([f"{ranks.rank}.{number}" for number in range(sizes[ranks.rank])])
         return {
             "everyone": everyone.tolist(),
             "gradient": rows.grad.tolist(),
             "flags": flags.tolist(),
             "start": spread.start,
             "mean": spread.mean,
-            "cards": cards,
+            "values": values,
             "any": [ranks.any(ranks.rank == 1), ranks.any(False)],
         }
 
@@ -221,12 +218,12 @@ def evaluations(tasks: list[str]) -> dict[str, Any]:
     import torch
 
     from tercet.config_io import load_config
+    from tercet.distributed import init_distributed
     from tercet.tasks.build import evaluate_task, kind_of, open_data
-    from tercet.train.parallel import joined
     from tiny_model import make_model
 
     overrides = {"evaluate.batch_size": 3, "evaluate.limit": 7, "evaluate.rerank": 3, "data.workers": 0}
-    with joined("cpu"):
+    with init_distributed("cpu"):
         found = {}
         for task in tasks:
             config = load_config("demo", overrides)
@@ -246,9 +243,9 @@ def feature_evaluations(folder: str) -> tuple[dict[str, Any], int]:
     from pathlib import Path
 
     from tercet.config import Config
+    from tercet.distributed import init_distributed
     from tercet.errors import TercetError
     from tercet.tasks.build import evaluate_task, open_data
-    from tercet.train.parallel import joined
     from tiny_model import make_model
 
     classify = {"train": [f"{folder}/train"], "shots": [1, 2], "templates": ["a {}", "one {} alone"]}
@@ -257,7 +254,7 @@ def feature_evaluations(folder: str) -> tuple[dict[str, Any], int]:
     files = {"classify": f"{folder}/test", **{path.stem: str(path) for path in Path(folder).glob("*.json*")}}
     model, encoded = make_model(), []
     model.vision.register_forward_hook(lambda _, images, __: encoded.append(len(images[0])))
-    with joined("cpu"):
+    with init_distributed("cpu"):
         found: dict[str, Any] = {}
         for name, file in files.items():
             task = "classify" if name == "classify" else "probes"

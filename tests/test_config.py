@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from tercet.config import Config
+from tercet.config import Config, ModelConfig
 from tercet.config_io import (
     config_fields,
     default_config,
@@ -20,7 +20,6 @@ from tercet.config_io import (
     recipe_meaning,
     recipe_names,
 )
-from tercet.config_model import ModelConfig
 from tercet.errors import TercetError
 
 
@@ -181,7 +180,11 @@ class TestMistakes:
             ("optim: {lr: -1}", "mine.yaml: optim.lr: -1 must be above 0"),
             ("train: {epochs: 1.5}", "mine.yaml: train.epochs: 1.5 is not a whole number"),
             ("train: {epochs: 0}", "mine.yaml: train.epochs: 0 must be 1 or more"),
-            ("objectives: {mask_probability: 2}", "objectives.mask_probability: 2 must be 1 or less"),
+            ("objectives: {mlm_probability: 2}", "objectives.mlm_probability: 2 must be 1 or less"),
+            (
+                "objectives: {mask_probability: 1}",
+                "mine.yaml: objectives.mask" + "_probability: is now objectives.mlm_",
+            ),
             ("train: {compile: perhaps}", "mine.yaml: train.compile: 'perhaps' is not true or false"),
             ("compat: publshed", "compat: 'publshed' is none of tercet, published; did you mean published?"),
             ("model: {size: [1]}", "model.size: [1] is none of base, small, tiny"),

@@ -13,24 +13,22 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "tercet"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each part may import of Tercet; every part may import itself.
-CONFIG = {"config", "config_model", "config_section"}
-BASE = CONFIG | {"errors", "files", "ranks", "version"}
+CONFIG = {"config"}
+BASE = CONFIG | {"errors", "files", "distributed", "device", "version"}
 ALLOWED = {
     "errors": set(),
     "version": set(),
     "files": {"errors"},
-    "ranks": {"errors"},
-    "precision": set(),
-    "config_section": set(),
-    "config_model": {"config_section"},
-    "config": {"config_model", "config_section"},
+    "distributed": {"errors", "device"},
+    "device": {"errors"},
+    "config": set(),
     "config_io": CONFIG | {"errors"},
     "arguments": CONFIG | {"config_io", "errors"},
     "data": BASE,
     "model": BASE,
     "objectives": BASE | {"model"},
-    "tasks": BASE | {"model", "objectives", "data", "precision"},
-    "train": BASE | {"config_io", "model", "objectives", "tasks", "data", "precision"},
+    "tasks": BASE | {"model", "objectives", "data"},
+    "train": BASE | {"config_io", "model", "objectives", "tasks", "data"},
     "search": BASE | {"config_io", "model", "tasks", "data"},
     "serve": BASE | {"config_io", "model", "tasks", "data", "search"},
     "report": BASE | {"config_io", "model", "tasks", "data"},

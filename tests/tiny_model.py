@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tercet.config_model import ModelConfig
+from tercet.config import ModelConfig
 from tercet.data.scenes import SceneSource
 from tercet.data.tokenizer import Tokenizer
 from tercet.model.tercet import Tercet

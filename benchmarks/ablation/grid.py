@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from tercet.config_section import Section
+from tercet.config import Section
 from tercet.errors import TercetError
 
 

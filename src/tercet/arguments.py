@@ -19,9 +19,8 @@ import tyro
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from tercet.config import ClassifyConfig, Config, DataConfig, EvaluateConfig, VqaConfig
+from tercet.config import ClassifyConfig, Config, DataConfig, EvaluateConfig, Section, VqaConfig
 from tercet.config_io import config_fields, nearest
-from tercet.config_section import Section
 from tercet.errors import TercetError
 
 FLAT = tyro.conf.arg(name="")

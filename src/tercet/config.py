@@ -1,19 +1,194 @@
-"""The typed configuration tree of a run: YAML in, YAML out, and errors that name the key.
+"""The typed configuration tree of a run.
 
 Every field has a default and a one-line meaning, so that `--help` can show both.  A section validates when it is
-built; an unknown key is refused.
+built and rejects unknown keys.  `tercet.config_io` reads and writes it.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tercet.config_model import ModelConfig
-from tercet.config_section import Section
-
+HeadName = Literal["answer", "entailment", "nlvr", "assignment"]
 OBJECTIVE_NAMES = ("cma", "imc", "lmi", "itm", "mlm")
+
+
+class Section(BaseModel):
+    """A frozen part of the tree that rejects unknown keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, coerce_numbers_to_str=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_plain_forms(cls, data: Any) -> Any:
+        """Accept `none` for None or an empty list, one string for a list of one, and a section without keys."""
+        if not isinstance(data, dict):
+            return data
+        plain = {}
+        for key, value in data.items():
+            field = cls.model_fields.get(key)
+            annotation = field.annotation if field else None
+            if value is None and isinstance(annotation, type) and issubclass(annotation, Section):
+                continue
+            if isinstance(value, str) and NoneType in get_args(annotation) and value.lower() in ("none", "null"):
+                plain[key] = None
+            elif get_origin(annotation) is list and value in ("none", "null", ["none"], ["null"]):
+                plain[key] = []
+            elif isinstance(value, str) and get_origin(annotation) is list:
+                plain[key] = [value]
+            else:
+                plain[key] = value
+        return plain
+
+
+def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `base` updated with `override`, section by section; an empty section changes nothing."""
+    merged = dict(base)
+    for key, value in override.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merge(merged[key], value)
+        elif value is not None or not isinstance(merged.get(key), dict):
+            merged[key] = value
+    return merged
+
+
+class VisionConfig(Section):
+    """The vision transformer."""
+
+    image_size: int = Field(default=256, ge=8, le=16384, description="side of the square input in pixels")
+    patch_size: int = Field(default=16, ge=2, le=16384, description="side of a patch in pixels")
+    stem: Literal["patch", "convolution"] = Field(
+        default="patch",
+        description="patch: one linear map of each patch, as published; convolution: residual stages of 3x3 "
+        "convolutions down to one vector a patch, which learns shapes from few images",
+    )
+    pool: Literal["class", "maximum"] = Field(
+        default="class",
+        description="class: the class token alone, as published; maximum: plus the maximum over the patches of each "
+        "channel, which begins to learn sooner",
+    )
+    window: int | None = Field(
+        default=None,
+        ge=0,
+        description="how many rows and columns around itself a patch attends to; the class token attends to every "
+        "patch, no patch to it, and the fusion encoder reads the patches alone; none: full attention, as published",
+    )
+    width: int = Field(default=768, ge=8, le=65536, description="channels of a token")
+    depth: int = Field(default=12, ge=1, le=1024, description="number of blocks")
+    heads: int = Field(default=12, ge=1, le=1024, description="attention heads")
+    mlp_ratio: float = Field(default=4.0, gt=0, le=64, description="hidden width of the MLP over the token width")
+
+    @model_validator(mode="after")
+    def _divides(self) -> VisionConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.stem == "convolution" and self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"patch_size {self.patch_size} is not a power of 2, which stem convolution needs")
+        if self.stem == "convolution" and self.width % 4:
+            raise ValueError(f"width {self.width} is not a multiple of 4, which stem convolution needs")
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def first_fused(self) -> int:
+        """The first image token that the fusion encoder reads.
+
+        With windowed patches it skips the class token: words would read that one and learn no attention to patches.
+        """
+        return int(self.window is not None)
+
+    @property
+    def stem_channels(self) -> tuple[int, ...]:
+        """Channels of each stage of the convolution stem: doubling, up to half the width."""
+        stages = self.patch_size.bit_length() - 1
+        return tuple(max(16, self.width // 2 ** (stages - stage) // 8 * 8) for stage in range(stages))
+
+
+class TextConfig(Section):
+    """The BERT-layout stack: the lower layers encode the text, the upper ones fuse it with the image."""
+
+    vocabulary_size: int = Field(
+        default=30522, ge=8, le=10_000_000, description="word pieces; taken from the tokenizer when one is trained"
+    )
+    max_positions: int = Field(default=512, ge=4, le=1_000_000, description="rows of the position table")
+    width: int = Field(default=768, ge=8, le=65536, description="channels of a token")
+    mlp_width: int = Field(default=3072, ge=8, le=1_048_576, description="hidden width of the MLP")
+    depth: int = Field(default=12, ge=2, le=1024, description="layers of text encoder and fusion encoder together")
+    fusion_layer: int = Field(default=6, ge=1, description="index of the first layer with cross-attention to the image")
+    heads: int = Field(default=12, ge=1, le=1024, description="attention heads")
+    pool: Literal["class", "mean"] = Field(
+        default="class",
+        description="class: [CLS], as published; mean: the mean over all tokens replaces it at the end of the text "
+        "encoder, which begins to learn sooner",
+    )
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="dropout of hidden states and attention while training")
+    pad_id: int = Field(default=0, ge=0, description="token id of padding")
+    cls_id: int = Field(default=101, ge=0, description="token id of [CLS]")
+    sep_id: int = Field(default=102, ge=0, description="token id of [SEP]")
+    mask_id: int = Field(default=103, ge=0, description="token id of [MASK]")
+
+    @model_validator(mode="after")
+    def _divides(self) -> TextConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.fusion_layer >= self.depth:
+            raise ValueError(f"fusion_layer {self.fusion_layer} leaves no fusion layers below depth {self.depth}")
+        return self
+
+
+MODEL_SIZES: dict[str, dict[str, Any]] = {
+    "base": {},
+    "small": {
+        "vision": {"width": 384, "depth": 12, "heads": 6},
+        "text": {"width": 384, "mlp_width": 1536, "depth": 8, "fusion_layer": 4, "heads": 6},
+    },
+    "tiny": {
+        "vision": {"image_size": 64, "patch_size": 8, "width": 128, "depth": 4, "heads": 4},
+        "text": {"width": 128, "mlp_width": 512, "depth": 4, "fusion_layer": 2, "heads": 4, "max_positions": 64},
+        "embed_dim": 64,
+    },
+}
+# What a preset decides.  The other keys of the model (image and patch size, vocabulary, positions, dropout,
+# temperature) belong to the data and the training, and stay when another preset is chosen on top of a recipe.
+PRESET_KEYS: dict[str, tuple[str, ...]] = {
+    "vision": ("width", "depth", "heads", "mlp_ratio"),
+    "text": ("width", "mlp_width", "depth", "fusion_layer", "heads"),
+}
+
+
+class ModelConfig(Section):
+    """A model's sizes.  `size` names a preset; every other key given beside it overrides the preset."""
+
+    size: Literal["base", "small", "tiny"] = Field(
+        default="base", description="preset of sizes that the other keys refine"
+    )
+    vision: VisionConfig = Field(default_factory=VisionConfig, description="the vision transformer")
+    text: TextConfig = Field(default_factory=TextConfig, description="text encoder and fusion encoder")
+    embed_dim: int = Field(default=256, ge=2, le=65536, description="width of image_feats and text_feats")
+    temperature: float = Field(default=0.07, gt=0, description="start of the learned temperature")
+    heads: list[HeadName] = Field(
+        default_factory=list, description="heads for downstream tasks; a task adds those that it needs by itself"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        size = data.get("size", "base")
+        if not isinstance(size, str) or size not in MODEL_SIZES:
+            return data  # the Literal on `size` reports it
+        return merge(MODEL_SIZES[size], data)
 
 
 class ObjectivesConfig(Section):
@@ -31,22 +206,22 @@ class ObjectivesConfig(Section):
         description="cma: a positive against all candidates, as published, or each pair judged alone, as in SigLIP",
     )
     teacher: bool = Field(default=True, description="keep an EMA teacher; without one only cma, itm and mlm can be on")
-    momentum: float = Field(default=0.995, ge=0, le=1, description="share of the teacher kept at each step")
+    momentum: float = Field(default=0.995, ge=0, le=1, description="EMA momentum of the teacher")
     alpha: float = Field(default=0.4, ge=0, le=1, description="weight of the teacher's soft targets in cma and mlm")
-    alpha_ramp: float = Field(default=1.0, ge=0, description="epochs over which alpha rises from 0")
+    alpha_warmup: float = Field(default=1.0, ge=0, description="epochs over which alpha rises from 0")
     queue_size: int = Field(default=65536, ge=0, description="features kept from earlier batches as further negatives")
     gather_negatives: bool = Field(
         default=False, description="several ranks: itm and lmi find negatives among the pairs of all of them"
     )
-    mask_probability: float = Field(default=0.15, ge=0, le=1, description="share of word pieces that mlm hides")
+    mlm_probability: float = Field(default=0.15, ge=0, le=1, description="share of word pieces that mlm masks")
     second_text_mask: float = Field(
-        default=0.0, ge=0, lt=1, description="share of word pieces hidden from the teacher: a second view of the text"
+        default=0.0, ge=0, lt=1, description="share of word pieces masked for the teacher: a second view of the text"
     )
     local_grid: int | None = Field(
         default=None, ge=1, description="side of the pooled patch grid of lmi; default the root of the grid"
     )
     patch_drop: float = Field(
-        default=0.0, ge=0, lt=1, description="share of the student's image patches left out at random, as in FLIP"
+        default=0.0, ge=0, lt=1, description="share of the student's image patches dropped at random, as in FLIP"
     )
     temperature_min: float = Field(default=0.001, gt=0, description="lower clamp of the temperature")
     temperature_max: float = Field(default=0.5, gt=0, description="upper clamp of the temperature")
@@ -68,11 +243,9 @@ class ObjectivesConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the pairs lie and how they become batches."""
+    """Where the pairs are and how they become batches."""
 
-    train: list[str] = Field(
-        default_factory=list, description="training sources: files, folders, globs, URLs, or 'scenes'"
-    )
+    train: list[str] = Field(default_factory=list, description="training sources: files, folders, globs or URLs")
     validation: list[str] = Field(default_factory=list, description="sources to evaluate on while training")
     test: list[str] = Field(default_factory=list, description="sources to evaluate on at the end")
     image_root: str | None = Field(
@@ -100,7 +273,7 @@ class DataConfig(Section):
         default=None, description="folder for copies of remote shards; default: shards in TERCET_CACHE"
     )
     cache_gigabytes: float = Field(
-        default=100.0, gt=0, description="room for those copies; the least recently used give way"
+        default=100.0, gt=0, description="size of that cache; the least recently used copies are dropped first"
     )
     references: str | None = Field(
         default=None, description="grounding: the official refs (JSON, or refs(unc).p) that hold the boxes of ref_ids"
@@ -116,10 +289,10 @@ class DataConfig(Section):
         description="full: as published; light: crop and flip; whole: as full without the crop; none: resize only",
     )
     crop_scale: tuple[float, float] = Field(
-        default=(0.2, 1.0), description="share of the image's area that a random crop keeps"
+        default=(0.2, 1.0), description="share of the area that a random crop keeps"
     )
     flip: bool = Field(default=True, description="mirror half of the views; off where captions tell left from right")
-    pixel_limit: int = Field(default=89_478_485, ge=1, description="images with more pixels are refused")
+    pixel_limit: int = Field(default=89_478_485, ge=1, description="images with more pixels are rejected")
     share_images: bool = Field(
         default=False,
         description="tasks of samples: all samples of an image in one step, its image encoded once for them; "
@@ -138,15 +311,13 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "constant", "published"] = Field(
         default="cosine", description="cosine by step, constant after the warm-up, or the published step/epoch hybrid"
     )
-    warmup_epochs: int = Field(
-        default=20, ge=0, description="published schedule only: its warm-up, in hundreds of steps"
-    )
+    warmup_epochs: int = Field(default=20, ge=0, description="published schedule: its warm-up, in hundreds of steps")
     weight_decay: float = Field(default=0.02, ge=0, description="decoupled weight decay of matrices")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first moment decay")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's second moment decay")
     epsilon: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
     clip_norm: float | None = Field(default=1.0, gt=0, description="largest norm of the gradient; none: no clipping")
-    accumulate: int = Field(default=1, ge=1, description="batches whose gradients are summed before a step")
+    grad_accum_steps: int = Field(default=1, ge=1, description="batches whose gradients are summed before a step")
 
 
 class TrainConfig(Section):
@@ -164,8 +335,8 @@ class TrainConfig(Section):
         default="ddp", description="several ranks: each holds the whole model, or a part of every layer"
     )
     compile: bool = Field(default=False, description="torch.compile the encoders' layers, once for all text lengths")
-    recompute: bool = Field(
-        default=False, description="activation checkpointing: layers computed again in the backward pass, less memory"
+    grad_checkpointing: bool = Field(
+        default=False, description="recompute activations in the backward pass instead of keeping them: less memory"
     )
     log_every: int = Field(default=10, ge=1, description="steps between lines of metrics.jsonl")
     checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints")
@@ -179,9 +350,7 @@ class TrainConfig(Section):
 class EvaluateConfig(Section):
     """Retrieval evaluation."""
 
-    rerank: int = Field(
-        default=128, ge=0, description="candidates that the fusion encoder re-ranks; 0: dual encoder alone"
-    )
+    rerank: int = Field(default=128, ge=0, description="candidates that the fusion encoder re-ranks; 0: none")
     batch_size: int = Field(default=64, ge=1, description="images or texts a batch")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto",
@@ -226,17 +395,15 @@ class VqaConfig(Section):
     open_list: bool = Field(
         default=False, description="allow questions without a right answer in the file; they count as wrong"
     )
-    inference: Literal["auto", "rank", "write"] = Field(
-        default="auto", description="rank a list of answers, or write freely; auto ranks where there is a list"
+    inference: Literal["auto", "rank", "generate"] = Field(
+        default="auto", description="rank a list of answers, or generate freely; auto ranks where there is a list"
     )
-    candidates: int = Field(
-        default=128, ge=1, description="answers that are scored in full, chosen by their first word piece"
-    )
-    beams: int = Field(default=3, ge=1, description="beginnings that are followed in writing; 1 is greedy")
+    candidates: int = Field(default=128, ge=1, description="answers scored in full, selected by their first word piece")
+    beams: int = Field(default=3, ge=1, description="beam search width of generation; 1 is greedy")
     length_penalty: float = Field(
-        default=1.0, description="power of the length that divides an answer's log-probability in writing"
+        default=1.0, description="power of the length that a generated answer's log-probability is divided by"
     )
-    max_answer_tokens: int = Field(default=12, ge=1, description="word pieces of a written answer")
+    max_answer_tokens: int = Field(default=12, ge=1, description="word pieces of a generated answer")
     max_words: int = Field(default=50, ge=1, description="words of a question that are kept in evaluation")
 
 
@@ -252,9 +419,9 @@ class ClassifyConfig(Section):
     )
     shots: list[int] = Field(
         default_factory=lambda: [1, 2, 4, 8, 16],
-        description="images of each class that a probe learns from; more than a class has are passed over",
+        description="training images a class for a probe; numbers larger than a class are skipped",
     )
-    draws: int = Field(default=3, ge=1, description="choices of images that the accuracy of a probe is averaged over")
+    draws: int = Field(default=3, ge=1, description="random selections of images that a probe's accuracy averages over")
 
 
 class Config(Section):

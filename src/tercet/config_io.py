@@ -19,9 +19,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from tercet.config import Config
-from tercet.config_model import PRESET_KEYS
-from tercet.config_section import Section, merge
+from tercet.config import PRESET_KEYS, Config, Section, merge
 from tercet.errors import TercetError
 
 FLAGS = "the flags"
@@ -258,6 +256,13 @@ def _origin(path: list[str], layers: list[Layer]) -> str:
 
 _ABSENT = object()
 
+# Keys of earlier versions by section, which configs in old run folders and recipes still have.
+MOVED_KEYS = {
+    "objectives": {"mask_probability": "mlm_probability", "alpha_ramp": "alpha_warmup"},
+    "optim": {"accumulate": "grad_accum_steps"},
+    "train": {"recompute": "grad_checkpointing"},
+}
+
 _KINDS = {
     "float": "a number",
     "int": "a whole number",
@@ -281,6 +286,9 @@ def _word(detail: ErrorDetails, key: str) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         close = nearest(key, [name for name, _ in config_fields()])
+        section, _, name = key.partition(".")
+        if name in MOVED_KEYS.get(section, ()):
+            return f"is now {section}.{MOVED_KEYS[section][name]}"
         if close == key:
             return f"write the key under its section, as '{key.replace('.', ': {', 1)}: ...}}'"
         return "unknown key" + (f"; did you mean {close}?" if close else "; see tercet train --help")

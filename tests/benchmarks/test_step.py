@@ -13,7 +13,7 @@ TINY = {
         "text": {"width": 32, "mlp_width": 64, "depth": 2, "fusion_layer": 1, "heads": 2, "vocabulary_size": 200},
         "embed_dim": 16,
     },
-    "objectives": {"queue_size": 16, "alpha_ramp": 0},
+    "objectives": {"queue_size": 16, "alpha_warmup": 0},
     "train": {"device": "cpu", "precision": "fp32"},
 }
 

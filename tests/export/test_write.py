@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tercet.config_model import ModelConfig
-from tercet.config_section import merge
+from tercet.config import ModelConfig, merge
 from tercet.errors import TercetError
 from tercet.export.check import OnnxRunner, ProgramRunner, check_graphs
 from tercet.export.write import TOLERANCE, export_model

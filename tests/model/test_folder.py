@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tercet.config_model import ModelConfig
+from tercet.config import ModelConfig
 from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.folder import empty_model, load_model, push_model, require_tokenizer, save_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tercet.config_model import ModelConfig, TextConfig, VisionConfig
+from tercet.config import ModelConfig, TextConfig, VisionConfig
 from tercet.model.layers import weight_deviation
 from tercet.model.tercet import Tercet
 from tercet.model.text import TextEncoder

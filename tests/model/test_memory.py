@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tercet.config_model import ModelConfig
+from tercet.config import ModelConfig
 from tercet.model.attention import AttentionTap
 from tercet.model.memory import ImageMemory, LeanMemory, _TakeImages, take_images
 from tercet.model.projection import pays_to_project

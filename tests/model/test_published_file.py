@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tercet.cli import main
-from tercet.config_model import HeadName, ModelConfig
+from tercet.config import HeadName, ModelConfig
 from tercet.errors import TercetError
 from tercet.model.convert import convert
 from tercet.model.folder import empty_model, load_model

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import tercet
+from tercet.config import ModelConfig, TextConfig, VisionConfig
 from tercet.config_io import load_config
-from tercet.config_model import ModelConfig, TextConfig, VisionConfig
 from tercet.errors import TercetError
 from tercet.export.graphs import MemoryGraph
 from tercet.model.published_file import write_published

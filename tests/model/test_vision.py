@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tercet.config_model import VisionConfig
+from tercet.config import VisionConfig
 from tercet.model.vision import VisionTransformer, draw_patches, neighbours
 
 

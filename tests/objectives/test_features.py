@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tercet.config_model import ModelConfig
+from tercet.config import ModelConfig
 from tercet.model.tercet import Tercet
 from tercet.objectives.features import EMPTY_ID, FeatureQueue, Teacher
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tercet.config_model import TextConfig
+from tercet.config import TextConfig
 from tercet.objectives.masking import IGNORED, hide_words, locate, masked_language
 
 TEXT = TextConfig(vocabulary_size=1000, pad_id=0, cls_id=2, sep_id=3, mask_id=4)

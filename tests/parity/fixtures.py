@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tercet.config import ObjectivesConfig
-from tercet.config_model import HeadName, ModelConfig
+from tercet.config import HeadName, ModelConfig, ObjectivesConfig
 from tercet.model.published import published_queues, published_teacher, published_to_state
 from tercet.model.tercet import Tercet
 from tercet.objectives.masking import locate

@@ -30,7 +30,7 @@ def fixture(request: pytest.FixtureRequest, parity_dir: Path) -> Fixture:
 def objectives(fixture: Fixture) -> ObjectivesConfig:
     settings = fixture.about["model_config"]
     return ObjectivesConfig(
-        queue_size=settings["queue_size"], momentum=settings["momentum"], mask_probability=settings["mlm_probability"]
+        queue_size=settings["queue_size"], momentum=settings["momentum"], mlm_probability=settings["mlm_probability"]
     )
 
 

@@ -10,8 +10,7 @@ import torch
 from fixtures import Fixture, assert_close_to_norm, load_fixture, model_config
 from torch import Tensor
 
-from tercet.config import ObjectivesConfig
-from tercet.config_model import ModelConfig
+from tercet.config import ModelConfig, ObjectivesConfig
 from tercet.model.convert import convert
 from tercet.model.folder import empty_model, load_model
 from tercet.model.published import is_teacher, published_teacher, published_to_state, state_to_published

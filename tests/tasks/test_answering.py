@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tercet.config import VqaConfig
-from tercet.config_model import ModelConfig
+from tercet.config import ModelConfig, VqaConfig
 from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.answer import AnswerDecoder
@@ -210,7 +209,7 @@ def test_answerer_ranks_or_writes(model: Tercet) -> None:
     assert all(answer.score >= answer.others[0][1] >= answer.others[1][1] for answer in answers)
     alone = ranking.answer(images[1:], input_ids[2:, :2], mask[2:, :2])[0]
     assert alone.text == answers[2].text and alone.score == pytest.approx(answers[2].score, abs=1e-5)
-    writing = Answerer(reader, VqaConfig(inference="write", max_answer_tokens=3), options)
+    writing = Answerer(reader, VqaConfig(inference="generate", max_answer_tokens=3), options)
     assert writing.texts is None
     assert all(0 < answer.score <= 1 and not answer.others for answer in writing.answer(images, input_ids, mask, rows))
     with pytest.raises(TercetError, match=r"no list of answers to rank; name one with --vqa\.answers"):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tercet.config_model import ModelConfig
+from tercet.config import ModelConfig
 from tercet.errors import TercetError
 from tercet.model.attention import AttentionTap, attention_weights
 from tercet.model.tercet import Tercet

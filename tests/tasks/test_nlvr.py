@@ -14,8 +14,7 @@ from task_runs import TINY, assert_resumes_exactly, logged, run_task
 
 import tercet
 from tercet.cli import main
-from tercet.config import Config, DataConfig, ObjectivesConfig
-from tercet.config_model import ModelConfig
+from tercet.config import Config, DataConfig, ModelConfig, ObjectivesConfig
 from tercet.data.nlvr_files import draw_statements
 from tercet.model.nlvr import fuse_two
 from tercet.model.tercet import Tercet

@@ -7,8 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from tercet.config import OBJECTIVE_NAMES, ObjectivesConfig
-from tercet.config_model import ModelConfig
+from tercet.config import OBJECTIVE_NAMES, ModelConfig, ObjectivesConfig
 from tercet.data.batches import Batch
 from tercet.model.tercet import Tercet
 from tercet.objectives.masking import hide_words

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tercet.config import Config, DataConfig
-from tercet.config_model import ModelConfig
+from tercet.config import Config, DataConfig, ModelConfig
 from tercet.data.batches import TextBatch
 from tercet.data.scenes import SceneSource
 from tercet.data.sources import open_sources

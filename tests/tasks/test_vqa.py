@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 import tercet
-from tercet.config import Config, ObjectivesConfig
+from tercet.config import Config, ModelConfig, ObjectivesConfig
 from tercet.config_io import load_config
-from tercet.config_model import ModelConfig
 from tercet.data.sample_loader import SampleLoader
 from tercet.data.samples import SampleSource
 from tercet.data.tokenizer import Tokenizer, clean_question
@@ -180,7 +179,7 @@ def test_training_learns_its_questions_by_heart(model: Tercet) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 5
-    for inference, others in (("rank", {"list": {"covered": 100.0}}), ("write", {})):
+    for inference, others in (("rank", {"list": {"covered": 100.0}}), ("generate", {})):
         result = evaluate(model, few, config(vqa={"inference": inference}))
         assert model.training
         assert result.metrics() == {"accuracy": {"all": 100.0, "count": 100.0, "yes/no": 100.0}, **others}
@@ -317,7 +316,12 @@ def test_the_recipe_has_the_published_settings() -> None:
     assert (optim.lr, optim.min_lr, optim.warmup_lr, optim.weight_decay) == (2e-5, 1e-6, 1e-5, 0.02)
     assert optim.warmup_epochs == 4
     objectives = settings.objectives
-    assert (objectives.teacher, objectives.alpha, objectives.momentum, objectives.alpha_ramp) == (True, 0.4, 0.995, 1.0)
+    assert (objectives.teacher, objectives.alpha, objectives.momentum, objectives.alpha_warmup) == (
+        True,
+        0.4,
+        0.995,
+        1.0,
+    )
     assert settings.data.crop_scale == (0.5, 1.0)
     assert (settings.data.max_words, settings.data.max_tokens, settings.vqa.max_words) == (30, 25, 50)
     assert settings.vqa.candidates == 128

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tercet.config import ObjectivesConfig
-from tercet.config_model import ModelConfig
+from tercet.config import ModelConfig, ObjectivesConfig
 from tercet.data.loader import Batch
 from tercet.model.recompute import recompute_layers
 from tercet.model.tercet import Tercet

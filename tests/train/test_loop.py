@@ -184,7 +184,7 @@ def test_a_run_on_a_gpu_is_resumed_and_ends_near_one_on_a_cpu(unbroken: Path, tm
 
 
 def test_accumulated_batches_train(tmp_path: Path) -> None:
-    run = train(tiny(tmp_path / "run", optim__accumulate=2, train__epochs=2))
+    run = train(tiny(tmp_path / "run", optim__grad_accum_steps=2, train__epochs=2))
     assert [line["step"] for line in lines(run)] == [1, 2, 3, 4]
 
 

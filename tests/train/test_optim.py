@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tercet.config import ObjectivesConfig, OptimConfig
-from tercet.config_model import ModelConfig
+from tercet.config import ModelConfig, ObjectivesConfig, OptimConfig
 from tercet.model.tercet import Tercet
 from tercet.train.optim import alpha_of, build_optimizer, gradient_norm, learning_rate, step_clipped
 
@@ -37,9 +36,9 @@ def test_constant() -> None:
 
 
 def test_alpha_rises_over_its_ramp() -> None:
-    config = ObjectivesConfig(alpha=0.4, alpha_ramp=2)
+    config = ObjectivesConfig(alpha=0.4, alpha_warmup=2)
     assert [alpha_of(config, step, 10) for step in (0, 5, 20, 99)] == pytest.approx([0, 0.1, 0.4, 0.4])
-    assert alpha_of(ObjectivesConfig(alpha_ramp=0), 0, 10) == 0.4
+    assert alpha_of(ObjectivesConfig(alpha_warmup=0), 0, 10) == 0.4
 
 
 def test_what_decays() -> None:

@@ -117,7 +117,7 @@ def test_a_run_goes_on_with_other_ranks_and_in_other_pieces(alone: Path, tmp_pat
 
 
 def test_accumulated_batches_are_exchanged_once(tmp_path: Path) -> None:
-    overrides = {"optim__accumulate": 3, "train__epochs": 3, "objectives__queue_size": 0}
+    overrides = {"optim__grad_accum_steps": 3, "train__epochs": 3, "objectives__queue_size": 0}
     assert_same_losses(run(tmp_path / "one", 1, **overrides), run(tmp_path / "two", 2, **overrides))
 
 

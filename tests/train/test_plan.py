@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tercet.config import ObjectivesConfig
+from tercet.config import ModelConfig, ObjectivesConfig
 from tercet.config_io import load_config
-from tercet.config_model import ModelConfig
 from tercet.model.tercet import Tercet
 from tercet.objectives.masking import hide_words
 from tercet.objectives.total import total
@@ -156,28 +155,28 @@ def test_the_plan_tells_what_devices_hold_that_share_a_batch() -> None:
     assert f"8: {held} for 64 pairs" in text
     fp32 = describe(load_config("pretrain-4m", {"train.precision": "fp32"}))
     assert "so for one such card: " in fp32 and "so for one such card: " not in alone
-    assert "--train.batch_size 256 --optim.accumulate 2" in fp32
+    assert "--train.batch_size 256 --optim.grad_accum_steps 2" in fp32
     assert "several devices" not in describe(load_config("pretrain-4m", {"train.batch_size": 1}))
 
 
 @pytest.mark.parametrize(
     ("batch", "accumulate", "devices", "most", "told"),
     [
-        (512, 1, 1, 294, "--train.batch_size 256 --optim.accumulate 2"),
-        (512, 2, 1, 100, "--train.batch_size 64 --optim.accumulate 16"),
-        (512, 1, 2, 100, "--train.batch_size 128 --optim.accumulate 4"),
-        (500, 1, 1, 300, "--train.batch_size 250 --optim.accumulate 2"),
-        (7, 1, 1, 3, "--train.batch_size 1 --optim.accumulate 7"),
-        (64, 1, 1, 0, "--train.batch_size 32 --optim.accumulate 2"),
+        (512, 1, 1, 294, "--train.batch_size 256 --optim.grad_accum_steps 2"),
+        (512, 2, 1, 100, "--train.batch_size 64 --optim.grad_accum_steps 16"),
+        (512, 1, 2, 100, "--train.batch_size 128 --optim.grad_accum_steps 4"),
+        (500, 1, 1, 300, "--train.batch_size 250 --optim.grad_accum_steps 2"),
+        (7, 1, 1, 3, "--train.batch_size 1 --optim.grad_accum_steps 7"),
+        (64, 1, 1, 0, "--train.batch_size 32 --optim.grad_accum_steps 2"),
     ],
 )
 def test_the_same_pairs_in_less_memory(batch: int, accumulate: int, devices: int, most: int, told: str) -> None:
-    keys = {"train.batch_size": batch, "optim.accumulate": accumulate}
+    keys = {"train.batch_size": batch, "optim.grad_accum_steps": accumulate}
     assert told in with_less_memory(load_config("pretrain-4m", keys), devices, most)
 
 
 def test_nothing_is_left_to_divide() -> None:
-    config = load_config("pretrain-4m", {"train.batch_size": 1, "train.recompute": True})
+    config = load_config("pretrain-4m", {"train.batch_size": 1, "train.grad_checkpointing": True})
     assert with_less_memory(config, 1) == "share the batch among more devices with torchrun"
 
 

@@ -54,16 +54,16 @@ def evaluate(arguments: list[str]) -> None:
     folder, config = model_and_config(options.model, overrides)
 
     from tercet import load
+    from tercet.device import resolve_device
+    from tercet.distributed import Ranks, init_distributed
     from tercet.files import write_atomic
     from tercet.model.int8 import quantise_encoders
-    from tercet.ranks import Ranks
     from tercet.tasks.build import evaluate_task, open_data
-    from tercet.train.parallel import joined, place
 
     task = options.task or config.task
-    with joined(config.train.device):
+    with init_distributed(config.train.device):
         first = Ranks().first
-        model = load(folder).to(place(config.train).device)
+        model = load(folder).to(resolve_device(config.train.device).device)
         if config.evaluate.int8:
             quantise_encoders(model)
         result = evaluate_task(task, model, open_data(task, options.data, config.data, "test"), config)

@@ -24,10 +24,9 @@ def load_chosen(model: str | None, local_only: bool = False) -> Tercet:
         model = DEMO_MODEL
 
     from tercet import load
-    from tercet.config import TrainConfig
-    from tercet.train.parallel import place
+    from tercet.device import resolve_device
 
-    return load(model, local_only=local_only).to(place(TrainConfig()).device)
+    return load(model, local_only=local_only).to(resolve_device().device)
 
 
 def lasting_name(model: str) -> str:

@@ -130,8 +130,8 @@ def _launch(words: list[str], processes: int, config: Config) -> None:
     """
     import torch
 
-    from tercet.train.launch import launch
-    from tercet.train.parallel import wants_cuda
+    from tercet.device import wants_cuda
+    from tercet.distributed import launch
 
     if processes < 1:
         raise TercetError(f"--processes {processes} would train nothing; name 1 or more")
@@ -162,16 +162,15 @@ def _train_and_report(config: Config, resume: Path | None = None, found_with: di
         found_with: where the run in `config.output` is gone on with if it is there, the flags that lie over its config.
     """
     from tercet.config_io import load_config
-    from tercet.ranks import Ranks
+    from tercet.distributed import Ranks, init_distributed
     from tercet.train.loop import train as run_training
-    from tercet.train.parallel import joined
     from tercet.train.session import CONFIG
 
-    with joined(config.train.device):
+    with init_distributed(config.train.device):
         if found_with is not None and config.output is not None:
             folder = Path(config.output)
             # The first rank looks, before it could have begun the run itself.
-            if Ranks().from_first((folder / CONFIG).is_file()):
+            if Ranks().broadcast((folder / CONFIG).is_file()):
                 resume, config = folder, load_config(folder, found_with)
         run = run_training(config, resume)
     if os.environ.get("RANK", "0") == "0":

@@ -20,8 +20,8 @@ from tercet.data.order import PairOrder
 from tercet.data.sources import JoinedSource, Source, block_size, image_ids
 from tercet.data.tokenizer import Tokenizer, clean_caption, mentions_sides
 from tercet.data.workers import WorkerPool
+from tercet.distributed import Ranks
 from tercet.errors import TercetError
-from tercet.ranks import Ranks
 
 __all__ = ["Batch", "ImageBatch", "SkipReport", "TextBatch", "TrainLoader", "image_batches", "text_batches"]
 

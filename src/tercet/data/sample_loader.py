@@ -19,8 +19,8 @@ from tercet.data.order import PairOrder
 from tercet.data.samples import Sample, SampleSource
 from tercet.data.tokenizer import Tokenizer, clean_caption, mentions_sides
 from tercet.data.workers import WorkerPool
+from tercet.distributed import Ranks
 from tercet.errors import TercetError
-from tercet.ranks import Ranks
 
 Clean = Callable[[str, int], str]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tercet.config_model import TextConfig
+from tercet.config import TextConfig
 from tercet.errors import TercetError
 from tercet.model.heads import MlmHead
 from tercet.model.layers import TextLayer, TokenCache

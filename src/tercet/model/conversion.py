@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tercet.config_model import ModelConfig
+from tercet.config import ModelConfig
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 

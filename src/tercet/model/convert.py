@@ -19,8 +19,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from tercet.config_model import ModelConfig
-from tercet.config_section import merge
+from tercet.config import ModelConfig, merge
 from tercet.errors import TercetError
 from tercet.model.conversion import ConversionReport, part_of
 from tercet.model.folder import empty_model, load_model, model_card, save_model

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from tercet.config_model import ModelConfig
+from tercet.config import ModelConfig
 from tercet.errors import TercetError
 from tercet.files import atomic_folder
 from tercet.model.hub import download, hub_errors

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tercet.config_model import HeadName, ModelConfig
+from tercet.config import HeadName, ModelConfig
 from tercet.model.nlvr import ASSIGNMENT_CLASSES, STATEMENT_CLASSES, SecondFusion
 from tercet.model.text import initialise_bert
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from tercet.config_model import TextConfig
+from tercet.config import TextConfig
 from tercet.model.layers import TextLayer
 from tercet.model.memory import ImageMemory
 from tercet.model.text import class_rows, initialise_bert, key_mask

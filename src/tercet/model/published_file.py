@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tercet.config_model import ModelConfig
+from tercet.config import ModelConfig
 from tercet.errors import TercetError
 from tercet.files import write_atomic
 from tercet.model.published import state_to_published

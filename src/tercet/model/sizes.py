@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tercet.config_model import ModelConfig
+from tercet.config import ModelConfig
 from tercet.errors import TercetError
 from tercet.model.published import Stack, find_names, find_stack, layer_numbers
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tercet.config_model import HeadName, ModelConfig
+from tercet.config import HeadName, ModelConfig
 from tercet.errors import TercetError
 from tercet.model.heads import Classifier, ClassLogits, MlmHead, parts_of_head
 from tercet.model.memory import ImageMemory

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tercet.config_model import TextConfig, VisionConfig
+from tercet.config import TextConfig, VisionConfig
 from tercet.errors import TercetError
 from tercet.model.dropout import drop
 from tercet.model.layers import EMBEDDING_DEVIATION, TextLayer, weight_deviation

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tercet.config_model import VisionConfig
+from tercet.config import VisionConfig
 from tercet.errors import TercetError
 from tercet.model.layers import EMBEDDING_DEVIATION, VisionBlock, take_rows, weight_deviation
 from tercet.model.linear import Linear

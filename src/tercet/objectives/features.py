@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tercet.distributed import local_part
 from tercet.model.tercet import Tercet
-from tercet.ranks import local_part
 
 # Image id of a queue slot that nothing was written to yet; no image has it.
 EMPTY_ID = -100

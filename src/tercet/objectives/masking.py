@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tercet.config_model import TextConfig
+from tercet.config import TextConfig
 
 IGNORED = -100
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tercet.config import VqaConfig
-from tercet.config_model import TextConfig
+from tercet.config import TextConfig, VqaConfig
 from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.answer import AnswerDecoder
@@ -344,7 +343,7 @@ class Answerer:
         self.tokenizer = require_tokenizer(model)
         if config.inference == "rank" and answers is None:
             raise TercetError("there is no list of answers to rank; name one with --vqa.answers, or let it write them")
-        self.texts = None if config.inference == "write" or answers is None else list(answers)
+        self.texts = None if config.inference == "generate" or answers is None else list(answers)
         self.device = next(model.parameters()).device
         self._list = None if self.texts is None else encode_answers(self.tokenizer, self.texts).to(self.device)
 

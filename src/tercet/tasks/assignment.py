@@ -14,13 +14,13 @@ from tercet.data.batches import Batch
 from tercet.data.loader import encode_captions, image_batches
 from tercet.data.sources import Source, image_ids, open_sources
 from tercet.data.tokenizer import clean_caption
+from tercet.distributed import RankLayout, Ranks, rank_layout
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.nlvr import fused_class
 from tercet.model.tercet import Tercet
 from tercet.objectives.assignment import Assignment, assignment_loss, draw_assignment
 from tercet.objectives.contrast import same_image
-from tercet.ranks import Ranks, Spread, spread_rows
 from tercet.tasks.encoding import evaluating
 from tercet.tasks.labelling import freeze_others
 from tercet.tasks.task import Task, TaskKind, within_positions
@@ -46,7 +46,7 @@ class AssignmentBatch:
     input_ids: Tensor
     attention_mask: Tensor
     image_ids: Tensor
-    spread: Spread | None = None
+    spread: RankLayout | None = None
     counted: float | None = None
 
 
@@ -88,9 +88,9 @@ class TextAssignment(Task):
 
     def prepare(self, batch: Batch, device: torch.device, seed: int) -> AssignmentBatch:
         """Send a batch to `device`; what is drawn follows from features, so it is drawn there."""
-        spread = spread_rows(len(batch))
+        spread = rank_layout(len(batch))
         same = same_image(batch.image_ids if self.match_ids else None, len(batch), batch.image_ids.device)
-        counted = spread_rows(int((~same.all(dim=1)).sum())).mean or 1.0
+        counted = rank_layout(int((~same.all(dim=1)).sum())).mean or 1.0
         batch = batch.to(device)
         return AssignmentBatch(batch.images, batch.input_ids, batch.attention_mask, batch.image_ids, spread, counted)
 

@@ -13,10 +13,10 @@ from tercet.data.loader import TrainLoader, cleaned_captions
 from tercet.data.sample_loader import SampleLoader
 from tercet.data.sources import open_sources
 from tercet.data.tokenizer import Tokenizer
+from tercet.device import autocast, resolve_precision
+from tercet.distributed import Ranks
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
-from tercet.precision import autocast, precision_on
-from tercet.ranks import Ranks
 from tercet.tasks.assignment import ASSIGNMENT
 from tercet.tasks.embedded import evaluate_classes, evaluate_embedding
 from tercet.tasks.entailment import ENTAILMENT
@@ -164,5 +164,5 @@ def evaluate_task(task: str, model: Tercet, source: Any, config: Config) -> Task
     kind = kind_of(task)
     model.require_heads(kind.heads, task)
     device = next(model.parameters()).device
-    with autocast(device, precision_on(device, config.evaluate.precision)):
+    with autocast(device, resolve_precision(device, config.evaluate.precision)):
         return kind.evaluate(model, source, config)

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from tercet.config import ClassifyConfig, DataConfig
 from tercet.data.loader import dealt
+from tercet.device import cosines
+from tercet.distributed import Ranks, Value
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
-from tercet.precision import cosines
-from tercet.ranks import Ranks, Value
 from tercet.tasks.encoding import encode_sentences
 from tercet.tasks.retrieval import TEXT_WINDOW
 
@@ -191,4 +191,4 @@ def few_shot(
 
 def _together(own: list[Value], ranks: Ranks | None) -> list[Value]:
     """What `dealt` spread over the ranks, in its order again; without ranks it is all here."""
-    return own if ranks is None else ranks.gather_in_turn(own)
+    return own if ranks is None else ranks.gather_interleaved(own)

@@ -13,10 +13,10 @@ from tercet.config import Config
 from tercet.data.class_folders import labels_of, open_labelled
 from tercet.data.loader import caption_owners, image_batches
 from tercet.data.sources import Source
+from tercet.distributed import Ranks
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
-from tercet.ranks import Ranks
 from tercet.tasks.classify import accuracy, choose_penalty, class_feats, few_shot, fit_probe, zero_shot
 from tercet.tasks.embedding import embedding_quality
 from tercet.tasks.encoding import evaluating
@@ -138,7 +138,7 @@ def _labelled_feats(model: Tercet, source: Source, names: Sequence[str], config:
             feats, hidden = model.project_image(tokens).cpu(), tokens.float().cpu()
         numbers = [places[labels[index]] for _, index in known]
         own.append((feats, hidden, numbers, [batch.keys[row] for row in rows], batch.problems))
-    parts = ranks.gather_in_turn(own)
+    parts = ranks.gather_interleaved(own)
     problems += [problem for *_, told in parts for problem in told]
     filled = [part for part in parts if part[2]]
     if not filled:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tercet.precision import cosines
+from tercet.device import cosines
 
 NEIGHBOURS = 10
 _ROWS = 1024  # rows of a pairwise matrix that are in memory at a time

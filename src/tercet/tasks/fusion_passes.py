@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tercet.distributed import RankLayout
 from tercet.model.memory import ImageMemory, JoinedMemory
 from tercet.model.tercet import Tercet
 from tercet.model.text import FusionEncoder, class_rows
 from tercet.objectives.features import Features
 from tercet.objectives.masking import MaskedTexts
-from tercet.ranks import Spread
 from tercet.tasks.pair_batch import PairBatch
 
 
@@ -95,7 +95,7 @@ class FusionPasses:
         ]
 
 
-def gather_features(features: Features, spread: Spread) -> Features:
+def gather_features(features: Features, spread: RankLayout) -> Features:
     """What fusion reads of the pairs of all ranks; gradients go back to the rank that each pair is on."""
     return replace(
         features,

@@ -21,9 +21,9 @@ from tercet.data.inputs import to_batch
 from tercet.data.loader import dealt
 from tercet.data.samples import Sample, SampleSource
 from tercet.data.tokenizer import clean_question
+from tercet.distributed import Ranks
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
-from tercet.ranks import Ranks
 from tercet.tasks.answering import first_pieces
 from tercet.tasks.boxes import HIT, Box, choose_box, inside, overlap, peak
 from tercet.tasks.encoding import evaluating, tokenise
@@ -155,7 +155,7 @@ def evaluate_grounding(model: Tercet, source: SampleSource, config: Config) -> G
             maps = [] if images is None else expression_maps(model, images, samples, config)
             read = zip(maps, samples, pixels, strict=True)
             done.append(([read_map(heatmap, sample, own.shape[:2]) for heatmap, sample, own in read], problems))
-    for found, problems in ranks.gather_in_turn(done):
+    for found, problems in ranks.gather_interleaved(done):
         result.found += found
         result.problems += problems
     if not result.found:

@@ -15,12 +15,12 @@ from tercet.config import Config, ObjectivesConfig
 from tercet.data.batches import SampleBatch
 from tercet.data.sample_loader import sample_batches
 from tercet.data.samples import SampleSource
+from tercet.distributed import RankLayout, Ranks, rank_layout
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.objectives.features import Teacher
 from tercet.objectives.labels import label_loss
-from tercet.ranks import Ranks, Spread, spread_rows
 from tercet.tasks.encoding import evaluating
 from tercet.tasks.task import Task, within_positions
 
@@ -43,7 +43,7 @@ class LabelledBatch:
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
-    spread: Spread | None = None
+    spread: RankLayout | None = None
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Labelling(Task):
 
     def prepare(self, batch: SampleBatch, device: torch.device, seed: int) -> LabelledBatch:
         """Send a batch to `device`; nothing is drawn."""
-        return dataclasses.replace(labelled(batch, device), spread=spread_rows(len(batch)))
+        return dataclasses.replace(labelled(batch, device), spread=rank_layout(len(batch)))
 
     def begin_step(self) -> None:
         """Move the teacher towards the student, once before the batches of a step."""
@@ -198,7 +198,7 @@ def guess_labels(
             if len(batch):
                 chances = logits(model, labelled(batch, device)).softmax(dim=1).cpu()
             own.append((chances, batch.targets, batch.keys, batch.problems))
-    found = ranks.gather_in_turn(own)
+    found = ranks.gather_interleaved(own)
     for _, targets, keys, problems in found:
         guesses.targets += targets
         guesses.keys += keys

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tercet.config_model import TextConfig
+from tercet.config import TextConfig
 from tercet.data.batches import Batch
 from tercet.data.order import mix
+from tercet.distributed import RankLayout, Ranks
 from tercet.objectives.contrast import same_image
 from tercet.objectives.masking import MaskedTexts, hide_words
-from tercet.ranks import Ranks, Spread
 
 SECOND_STREAM = 1  # what the teacher's texts are hidden by, apart from what masked language modelling draws
 
@@ -74,7 +74,7 @@ class PairBatch:
     image_ids: Tensor
     masked: MaskedTexts | None = None
     second_ids: Tensor = None  # type: ignore[assignment] - set below
-    spread: Spread = None  # type: ignore[assignment] - set below
+    spread: RankLayout = None  # type: ignore[assignment] - set below
     all_image_ids: Tensor = None  # type: ignore[assignment] - set below
     counts: Counts | None = None
     seed: int = 0
@@ -83,7 +83,7 @@ class PairBatch:
         if self.second_ids is None:
             self.second_ids = self.input_ids
         if self.spread is None:
-            self.spread = Spread((len(self.images),))
+            self.spread = RankLayout((len(self.images),))
         if self.all_image_ids is None:
             self.all_image_ids = self.image_ids
 
@@ -117,8 +117,8 @@ def lay_out(
     ranks = Ranks()
     tokens = batch.input_ids.shape[1]
     worded = int(batch.attention_mask[:, 1:].any(dim=1).sum())
-    told = ranks.gather_numbers(torch.tensor([len(batch), tokens, worded]))
-    spread = Spread(tuple(told[:, 0].tolist()), ranks.rank)
+    told = ranks.gather_tensor(torch.tensor([len(batch), tokens, worded]))
+    spread = RankLayout(tuple(told[:, 0].tolist()), ranks.rank)
     longest = int(told[:, 1].max())
     texts, whole = (batch.input_ids, batch.attention_mask), (spread.total, longest)
     masked, second_ids = None, None
@@ -130,7 +130,7 @@ def lay_out(
         second_ids = hide_words(*texts, hiding.second, text, generator, whole, spread.start).input_ids
     hidden = 0 if masked is None else len(masked.labels)
     ids = F.pad(batch.image_ids, (0, max(spread.sizes) - len(batch)))
-    told_later = ranks.gather_numbers(torch.cat([torch.tensor([hidden]), ids]))
+    told_later = ranks.gather_tensor(torch.cat([torch.tensor([hidden]), ids]))
     own_ids = [row[1 : 1 + size] for row, size in zip(told_later, spread.sizes, strict=True)]
     all_ids = torch.cat(own_ids)
     judged = sum(_count_judged(ids if by_id else None, len(ids)) for ids in ([all_ids] if gather else own_ids))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tercet.config import ObjectivesConfig
 from tercet.data.loader import Batch
 from tercet.data.order import mix
+from tercet.distributed import RankLayout
 from tercet.model.memory import ImageMemory
 from tercet.model.tercet import Tercet
 from tercet.objectives.contrast import (
@@ -23,7 +24,6 @@ from tercet.objectives.features import FeatureQueue, Features, Teacher, extract_
 from tercet.objectives.local import local_global, pool_patches
 from tercet.objectives.masking import masked_language
 from tercet.objectives.matching import Negatives, draw_negatives, gumbel_noise, matching
-from tercet.ranks import Spread
 from tercet.tasks.fusion_passes import (
     FusionPasses,
     count_readers,
@@ -122,7 +122,7 @@ class Pretraining(Task):
 
     def prepare(self, batch: Batch, device: torch.device, seed: int) -> PairBatch:
         """The host's part of a step: hide words as `seed` says, and send the batch to `device`; see `lay_out`."""
-        probability = self.config.mask_probability if "mlm" in self.enabled else None
+        probability = self.config.mlm_probability if "mlm" in self.enabled else None
         second = self.config.second_text_mask if self.teacher is not None and self.contrasts else 0.0
         hiding = Hiding(probability, second)
         gather = self.config.gather_negatives
@@ -176,9 +176,9 @@ class Pretraining(Task):
         """Whether negatives are found among the pairs of several ranks."""
         return self.config.gather_negatives and len(batch.spread.sizes) > 1
 
-    def _pool(self, batch: PairBatch) -> Spread:
+    def _pool(self, batch: PairBatch) -> RankLayout:
         """What negatives are drawn among: the pairs of all ranks, or those of this one."""
-        return batch.spread if self._gathers(batch) else Spread((len(batch.images),))
+        return batch.spread if self._gathers(batch) else RankLayout((len(batch.images),))
 
     def _same_in_pool(self, batch: PairBatch, by_id: bool) -> Tensor:
         """Bool `[batch, pool]`: which pairs of the pool show a pair's own image."""

@@ -18,10 +18,10 @@ from tercet.data.loader import dealt
 from tercet.data.probe_files import Benchmark, Probe, read_probes
 from tercet.data.sources import find_files
 from tercet.data.storage import is_url, missing, read_image
+from tercet.device import cosines
+from tercet.distributed import Ranks
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
-from tercet.precision import cosines
-from tercet.ranks import Ranks
 from tercet.tasks.encoding import encode_sentences, evaluating
 from tercet.tasks.rerank import score_image
 
@@ -212,7 +212,7 @@ def evaluate_probes(model: Tercet, probes: ProbeSet, config: Config) -> ProbeRes
                     _score(model, probes, chunk, images, config)
         except BoxOutsideError as error:
             done.append(error)
-    for found in ranks.gather_in_turn(done):
+    for found in ranks.gather_interleaved(done):
         if isinstance(found, BoxOutsideError):
             raise found
         result.probes += [probes.probes[row] for row in found.rows]

@@ -13,11 +13,11 @@ from tercet.config import Config
 from tercet.data.loader import ImageBatch, TextBatch, caption_owners, image_batches, text_batches
 from tercet.data.sources import Source
 from tercet.data.tokenizer import Tokenizer
+from tercet.device import cosines
+from tercet.distributed import Ranks
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
-from tercet.precision import cosines
-from tercet.ranks import Ranks
 from tercet.tasks.embedding import shared_space
 from tercet.tasks.rerank import EncodedTexts, candidate_pairs, chunks_by_length, pad_texts, score_images
 
@@ -184,7 +184,7 @@ def encode_source_images(model: Tercet, source: Source, config: Config, keep_tok
     size, limit = config.evaluate.batch_size, config.evaluate.limit
     batches = image_batches(source, config.data, model.config.vision.image_size, size, limit, ranks=ranks)
     own = [encode_images(model, [batch], device, keep_tokens) for batch in batches]
-    parts = ranks.gather_in_turn([replace(part, image_embeds=[None] * len(part.keys)) for part in own])
+    parts = ranks.gather_interleaved([replace(part, image_embeds=[None] * len(part.keys)) for part in own])
     if keep_tokens:
         parts[ranks.rank :: ranks.world] = own
     return EncodedImages(
@@ -202,7 +202,7 @@ def encode_source_texts(
     """Features and tokens of all captions of a source, windows of them by each rank, and the captions themselves."""
     ranks, device = Ranks(), next(model.parameters()).device
     batches = text_batches(source, tokenizer, config.data, TEXT_WINDOW, config.evaluate.limit, ranks)
-    parts = ranks.gather_in_turn([encode_texts(model, [batch], device) for batch in batches])
+    parts = ranks.gather_interleaved([encode_texts(model, [batch], device) for batch in batches])
     return EncodedTexts(
         torch.cat([texts.text_feats for texts, _ in parts]),
         [embeds for texts, _ in parts for embeds in texts.text_embeds],

@@ -10,8 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tercet.config import Config, DataConfig
-from tercet.config_model import HeadName
+from tercet.config import Config, DataConfig, HeadName
 from tercet.data.batches import SkipReport
 from tercet.data.samples import SampleSource
 from tercet.data.sources import Source
@@ -50,7 +49,7 @@ class Task(nn.Module, ABC):
     def prepare(self, batch: Any, device: torch.device, seed: int) -> Any:
         """The host's part of a step: `batch` of the task's loader, on `device`; random choices follow from `seed`.
 
-        What it gives has a `spread` (`tercet.ranks.Spread`) that tells how the batch is spread over the ranks.
+        What it gives has a `spread`: the `tercet.distributed.RankLayout` of the batch.
         """
 
     def begin_step(self) -> None:

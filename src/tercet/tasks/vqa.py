@@ -22,12 +22,12 @@ from tercet.data.vqa_files import (
     read_answer_list,
     weighted_answers,
 )
+from tercet.distributed import RankLayout, Ranks, rank_layout
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.objectives.answers import answer_loss
 from tercet.objectives.features import Teacher
-from tercet.ranks import Ranks, Spread, spread_rows
 from tercet.tasks.answering import Answer, Answerer, decoder_of, encode_answers, question_states
 from tercet.tasks.encoding import evaluating
 from tercet.tasks.task import Task, TaskKind
@@ -63,7 +63,7 @@ class AnswerBatch:
     labels: Tensor
     weights: Tensor
     image_rows: Tensor | None = None
-    spread: Spread | None = None
+    spread: RankLayout | None = None
 
     def to(self, device: torch.device) -> AnswerBatch:
         """The same on another device."""
@@ -150,7 +150,7 @@ class QuestionAnswering(Task):
         words = require_tokenizer(self.student)
         rows = None if batch.image_rows is None else batch.image_rows[:, 0]
         laid_out = lay_out(batch.images, batch.input_ids, batch.attention_mask, answers, words, rows)
-        return replace(laid_out, spread=spread_rows(len(batch))).to(device)
+        return replace(laid_out, spread=rank_layout(len(batch))).to(device)
 
     def begin_step(self) -> None:
         """Move the teacher towards the student."""
@@ -298,7 +298,7 @@ def evaluate(model: Tercet, source: SampleSource, config: Config) -> VqaResult:
             if len(batch):
                 said = answerer.answer(batch.images, batch.input_ids, batch.attention_mask, batch.image_rows)
             own.append((said, batch.targets, batch.problems))
-    for said, asked, problems in ranks.gather_in_turn(own):
+    for said, asked, problems in ranks.gather_interleaved(own):
         result.answers += said
         targets += asked
         result.problems += problems

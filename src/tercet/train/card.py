@@ -84,7 +84,7 @@ def _training(config: Config, facts: Line, steps: int) -> str:
     objectives, optim, train = config.objectives, config.optim, config.train
     rows = {
         "recipe": f"`{config.name}` (task {config.task})",
-        "steps": f"{steps:,}, {train.batch_size * optim.accumulate} pairs each on a device",
+        "steps": f"{steps:,}, {train.batch_size * optim.grad_accum_steps} pairs each on a device",
         "learning rate": f"{optim.lr:g} to {optim.min_lr:g} ({optim.schedule}), weight decay {optim.weight_decay:g}",
         "augmentation": f"{config.data.augment}, flip {'on' if config.data.flip else 'off'}",
         "seed": str(train.seed),

@@ -39,9 +39,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from tercet.data.json_text import parse_json
+from tercet.distributed import Ranks, lost_rank
 from tercet.errors import TercetError
 from tercet.files import settle_folder, write_atomic
-from tercet.ranks import Ranks, lost_rank
 from tercet.train.checkpoint_reader import METADATA, CheckedPlanner, CheckedReader
 
 RECORD = "checkpoint.json"
@@ -99,7 +99,7 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
         self._ranks = Ranks()
-        self._writing_ranks = self._ranks.apart()
+        self._writing_ranks = self._ranks.new_group()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._write: Future[None] | None = None
         self._newest: Position | None = None
@@ -152,7 +152,7 @@ class Checkpoints:
             for partial in self.folder.glob(".step-*"):
                 shutil.rmtree(partial, ignore_errors=True)
         complaints: list[str] = []
-        for path in self._ranks.from_first(list_checkpoints(self.folder)):
+        for path in self._ranks.broadcast(list_checkpoints(self.folder)):
             try:
                 return self._load(path, task, optimizer), complaints
             except TercetError as error:
@@ -170,7 +170,7 @@ class Checkpoints:
             _agree(ranks, lambda: _clear(partial) if ranks.first else None)
             with _one_process():
                 save(state, checkpoint_id=partial, process_group=ranks.group, no_dist=ranks.world == 1)
-            names = ranks.from_first(sorted(file.name for file in partial.iterdir()))
+            names = ranks.broadcast(sorted(file.name for file in partial.iterdir()))
             own = {name: _digest(partial / name) for name in names[ranks.rank :: ranks.world]}
             digests = {name: digest for part in ranks.gather(own) for name, digest in part.items()}
             _agree(ranks, lambda: self._settle(partial, path, position, digests) if ranks.first else None)

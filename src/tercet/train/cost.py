@@ -11,8 +11,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from tercet.config import ObjectivesConfig
-from tercet.config_model import ModelConfig, TextConfig, VisionConfig
+from tercet.config import ModelConfig, ObjectivesConfig, TextConfig, VisionConfig
 from tercet.model.projection import kept_patches, pays_to_project
 
 
@@ -83,11 +82,11 @@ class Tally:
         self.backward += forward * gradients
 
 
-def expected_shape(batch: int, tokens: int, mask_probability: float) -> Shape:
+def expected_shape(batch: int, tokens: int, mlm_probability: float) -> Shape:
     """The batch to expect when every caption has `tokens` word pieces."""
     words = tokens - 1
-    mean = words * mask_probability
-    spread = math.sqrt(mean * (1 - mask_probability))
+    mean = words * mlm_probability
+    spread = math.sqrt(mean * (1 - mlm_probability))
     slots = min(words, math.ceil(mean + spread * math.sqrt(2 * math.log(max(batch, 2)))))
     return Shape(batch, tokens, masked=round(batch * mean), slots=max(1, slots))
 

@@ -6,9 +6,12 @@ import json
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
+
 from tercet.data.sources import Source
+from tercet.distributed import is_sharded
 from tercet.files import write_atomic
-from tercet.model.folder import CARD, save_model
+from tercet.model.folder import CARD, empty_model, save_model
 from tercet.model.tercet import Tercet
 from tercet.tasks.build import evaluate_task, kind_of
 from tercet.tasks.retrieval import RetrievalResult
@@ -17,7 +20,6 @@ from tercet.train.card import run_card
 from tercet.train.checkpoint import Best
 from tercet.train.pictures import GALLERY, HEATMAPS, SIMILARITY, gallery_entries, heatmaps, similarity_matrix
 from tercet.train.session import Session
-from tercet.train.shards import whole_model
 from tercet.train.track import Tracker
 
 MODEL = "model"
@@ -119,3 +121,17 @@ def _draw(session: Session, student: Tercet, result: RetrievalResult, source: So
     }
     for name, content in pictures.items():
         write_atomic(session.folder / name, json.dumps(content))
+
+
+@torch.no_grad()
+def whole_model(model: Tercet) -> Tercet:
+    """`model` itself, or where it is sharded a whole copy on every rank, to evaluate or to save."""
+    if not any(map(is_sharded, model.parameters())):
+        return model
+    copy = empty_model(model.config)
+    weights = {name: value.full_tensor() if is_sharded(value) else value for name, value in model.state_dict().items()}
+    copy.load_state_dict(weights, assign=True)
+    copy.to(next(model.parameters()).device)
+    copy.tokenizer, copy.answers, copy.objectives = model.tokenizer, model.answers, model.objectives
+    copy.train(model.training)
+    return copy

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from tercet.config import Config
 from tercet.data.order import mix
+from tercet.device import machine_name, tune_malloc
+from tercet.distributed import Ranks, gradient_sync, init_distributed
 from tercet.errors import TercetError
 from tercet.files import write_atomic
 from tercet.objectives.total import total
-from tercet.ranks import Ranks
 from tercet.tasks.task import StepBatch, TaskOutput
 from tercet.train.finish import finish_run, save, validate
 from tercet.train.optim import alpha_of, gradient_norm, learning_rate, step_clipped
-from tercet.train.parallel import joined, keep_memory, machine_name, summing
 from tercet.train.room import memory_told, tight
 from tercet.train.session import Session, due_steps, open_session, text_count
 from tercet.train.stop import StopRequest
@@ -73,10 +73,10 @@ def train(config: Config, resume: Path | None = None) -> Path:
         TercetError: the input is wrong, memory is lacking, or the loss was not finite too many times in a row.
         Stopped: Ctrl-C or SIGTERM came; a checkpoint is written first.
     """
-    with joined(config.train.device), memory_told(config):
+    with init_distributed(config.train.device), memory_told(config):
         session = open_session(config, resume)
         if session.placement.device.type == "cpu":
-            keep_memory()
+            tune_malloc()
         with open_tracker(session) as tracker, session.stop as stop:
             announce(session, tracker)
             run_steps(session, tracker, stop)
@@ -173,7 +173,7 @@ def take_step(session: Session, batches: Sequence[StepBatch]) -> StepResult:
     losses: dict[str, Tensor] = {}
     for prepared, seed in parts:
         torch.manual_seed(seed if session.ranks.first else mix(seed, session.ranks.rank))  # dropout
-        with summing(session.trained, last=len(done) == len(parts) - 1):
+        with gradient_sync(session.trained, last=len(done) == len(parts) - 1):
             with session.placement.autocast():
                 output = session.trained(prepared, alpha)
             (total(output.losses, config.objectives) / len(parts)).backward()

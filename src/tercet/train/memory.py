@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tercet.config import ObjectivesConfig
-from tercet.config_model import ModelConfig, TextConfig, VisionConfig
+from tercet.config import ModelConfig, ObjectivesConfig, TextConfig, VisionConfig
 from tercet.model.projection import kept_patches
 from tercet.train.cost import Needs, Shape, count_parameters, expected_shape, teacher_parameters, trained_parameters
 
@@ -86,7 +85,7 @@ def largest_batch(
     """The most pairs a step on a card of `card` bytes; 0 when not even one fits."""
 
     def fits(batch: int) -> bool:
-        shape = expected_shape(batch, tokens, objectives.mask_probability)
+        shape = expected_shape(batch, tokens, objectives.mlm_probability)
         held = count_memory(model, objectives, shape, half, cuda=True, recompute=recompute)
         return sum(held.values()) <= card * (1 - UNUSABLE)
 

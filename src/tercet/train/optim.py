@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tercet.config import ObjectivesConfig, OptimConfig
-from tercet.ranks import Ranks, local_part
+from tercet.distributed import Ranks, local_part
 
 # The published warm-up moves once every so many steps, within the first epoch only.
 PUBLISHED_WARMUP_STRIDE = 100
@@ -136,6 +136,6 @@ def _cosine(config: OptimConfig, progress: float) -> float:
 
 
 def alpha_of(config: ObjectivesConfig, step: int, steps_per_epoch: int) -> float:
-    """Weight of the teacher's soft targets at a step: it rises linearly over the first `alpha_ramp` epochs."""
-    ramp = config.alpha_ramp * steps_per_epoch
+    """Weight of the teacher's soft targets at a step: it rises linearly over the first `alpha_warmup` epochs."""
+    ramp = config.alpha_warmup * steps_per_epoch
     return config.alpha if step >= ramp else config.alpha * step / ramp

@@ -43,8 +43,8 @@ def share_of(config: Config, devices: int) -> int:
 
 def foretold(config: Config, devices: int, half: bool, cuda: bool) -> dict[str, int]:
     """Bytes that each of several devices holds, with the whole model and its share of a batch; see `count_memory`."""
-    shape = expected_shape(share_of(config, devices), config.data.max_tokens, config.objectives.mask_probability)
-    return count_memory(config.model, config.objectives, shape, half, cuda, config.train.recompute)
+    shape = expected_shape(share_of(config, devices), config.data.max_tokens, config.objectives.mlm_probability)
+    return count_memory(config.model, config.objectives, shape, half, cuda, config.train.grad_checkpointing)
 
 
 def with_less_memory(config: Config, devices: int, most: int = 0) -> str:
@@ -62,18 +62,18 @@ def with_less_memory(config: Config, devices: int, most: int = 0) -> str:
     )
     ways = ["share the batch among more devices with torchrun"]
     if parts > 1:
-        accumulate = config.optim.accumulate * parts
-        ways.append(f"give --train.batch_size {batch // parts} --optim.accumulate {accumulate}")
-    if not config.train.recompute:
-        ways.append("give --train.recompute true")
+        accumulate = config.optim.grad_accum_steps * parts
+        ways.append(f"give --train.batch_size {batch // parts} --optim.grad_accum_steps {accumulate}")
+    if not config.train.grad_checkpointing:
+        ways.append("give --train.grad_checkpointing true")
     return ", or ".join(ways)
 
 
 def _step_notes(config: Config) -> list[str]:
     model, objectives, train = config.model, config.objectives, config.train
-    shape = expected_shape(train.batch_size, config.data.max_tokens, objectives.mask_probability)
+    shape = expected_shape(train.batch_size, config.data.max_tokens, objectives.mlm_probability)
     flops = count_flops(model, objectives, shape)
-    batches = config.optim.accumulate
+    batches = config.optim.grad_accum_steps
     notes = [
         f"FLOPs a pair: {_giga(flops.total / shape.batch)} (student forward "
         f"{_giga(flops.student_forward / shape.batch)}, backward {_giga(flops.student_backward / shape.batch)}; "
@@ -92,7 +92,7 @@ def _memory_notes(config: Config, shape: Shape, precision: str) -> list[str]:
     half, cuda = precision == "bf16", train.device == "cuda"
     memory = foretold(config, 1, half, cuda)
     held = ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items() if size)
-    kept = count_activations(model, objectives, shape, half, train.recompute)
+    kept = count_activations(model, objectives, shape, half, train.grad_checkpointing)
     notes = [
         f"memory of one device alone, {precision}: "
         f"about {_bytes(sum(memory.values()))} for {shape.batch} pairs ({held}; "
@@ -106,7 +106,7 @@ def _memory_notes(config: Config, shape: Shape, precision: str) -> list[str]:
     )
     if told:
         notes.append(f"memory of each of several devices that share the batch, {precision}: about {told}")
-    most = largest_batch(model, objectives, shape.tokens, half, train.recompute)
+    most = largest_batch(model, objectives, shape.tokens, half, train.grad_checkpointing)
     notes.append(f"largest batch on a card of 80 GB, {precision}: about {most:,} pairs")
     if most < train.batch_size:
         notes.append(f"  so for one such card: {with_less_memory(config, 1, most)}")

@@ -9,17 +9,17 @@ from collections.abc import Iterator
 import torch
 
 from tercet.config import Config
+from tercet.device import DeviceSpec
+from tercet.distributed import Ranks
 from tercet.errors import TercetError
-from tercet.ranks import Ranks
 from tercet.train.memory import UNUSABLE, largest_batch
-from tercet.train.parallel import Placement
 from tercet.train.plan import COUNTED_TASKS, foretold, share_of, with_less_memory
 
 # How PyTorch says on a CPU that there is no memory; on CUDA it has an error of its own.
 _NO_MEMORY = ("DefaultCPUAllocator", "not enough memory")
 
 
-def tight(config: Config, placement: Placement) -> str | None:
+def tight(config: Config, placement: DeviceSpec) -> str | None:
     """What to tell before the first step of a run that may not fit; None where it does, or where nobody counted it.
 
     Every caption is taken to be as long as `data.max_tokens` allows, so that a run may fit all the same.
@@ -36,7 +36,7 @@ def tight(config: Config, placement: Placement) -> str | None:
         config.objectives,
         config.data.max_tokens,
         half,
-        config.train.recompute,
+        config.train.grad_checkpointing,
         card=memory / (1 - UNUSABLE),
     )
     return (

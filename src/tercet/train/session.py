@@ -12,25 +12,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from tercet.config import Config
+from tercet.config import Config, ModelConfig
 from tercet.config_io import dump_config
-from tercet.config_model import ModelConfig
 from tercet.data.sources import Source
 from tercet.data.tokenizer import Tokenizer
+from tercet.device import DeviceSpec, resolve_device
+from tercet.distributed import Ranks, wrap_parallel
 from tercet.errors import TercetError
 from tercet.files import write_atomic
 from tercet.model.folder import load_model, require_tokenizer
 from tercet.model.recompute import recompute_layers
 from tercet.model.tercet import Tercet
 from tercet.model.vision import resize_position_embed
-from tercet.ranks import Ranks
 from tercet.tasks.build import build_loader, build_task, further_texts, kind_of, open_data, words_of
 from tercet.tasks.task import Loader, StepBatch, Task, TaskData, within_positions
 from tercet.train.checkpoint import Checkpoints, Position, list_checkpoints
 from tercet.train.compilation import compile_encoders, compiled_models
 from tercet.train.lock import FolderLock
 from tercet.train.optim import build_optimizer
-from tercet.train.parallel import Placement, place, train_together
 from tercet.train.stop import StopRequest
 
 CONFIG = "config.yaml"
@@ -70,7 +69,7 @@ class Session:
     task: Task
     trained: nn.Module
     optimizer: torch.optim.Optimizer
-    placement: Placement
+    placement: DeviceSpec
     ranks: Ranks
     checkpoints: Checkpoints
     lock: FolderLock
@@ -81,7 +80,7 @@ class Session:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch; batches that do not fill an accumulated step wait for the next epoch."""
-        return max(1, self.loader.steps_per_epoch // self.config.optim.accumulate)
+        return max(1, self.loader.steps_per_epoch // self.config.optim.grad_accum_steps)
 
     @property
     def total_steps(self) -> int:
@@ -93,7 +92,7 @@ class Session:
     def position(self) -> Position:
         """What a checkpoint says of where the run stands."""
         train, optim = self.config.train, self.config.optim
-        return Position(self.step, fingerprint(self.source), train.batch_size * optim.accumulate)
+        return Position(self.step, fingerprint(self.source), train.batch_size * optim.grad_accum_steps)
 
 
 def open_session(config: Config, resume: Path | None = None) -> Session:
@@ -105,9 +104,9 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
     ranks = Ranks()
     if not config.data.train:
         raise TercetError("data.train names no source; give --data.train FILE, FOLDER or 'scenes'")
-    folder = resume if resume is not None else ranks.by_first(lambda: _new_folder(config))
+    folder = resume if resume is not None else ranks.on_rank0(lambda: _new_folder(config))
     lock = FolderLock()
-    ranks.by_first(lambda: lock.hold(folder))
+    ranks.on_rank0(lambda: lock.hold(folder))
     messages: list[str] = []
     source = open_data(config.task, config.data.train, config.data, "train")
     # Before the first step: a mistake in these should not come to light when the training is over.
@@ -117,7 +116,7 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
         messages.append(
             f"{len(source.problems)} rows of the training data are left out; the first: {source.problems[0]}"
         )
-    placement = place(config.train)
+    placement = resolve_device(config.train.device, config.train.precision)
     torch.manual_seed(config.train.seed)
     student, tokenizer, made = _build_student(config, source, folder, ranks)
     messages += made
@@ -150,27 +149,27 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
         messages,
     )
     if resume is None:
-        ranks.by_first(lambda: _write_start(session))
-    elif ranks.from_first(bool(list_checkpoints(folder / CHECKPOINTS))):
+        ranks.on_rank0(lambda: _write_start(session))
+    elif ranks.broadcast(bool(list_checkpoints(folder / CHECKPOINTS))):
         _restore(session)
     else:
         session.messages.append("the run was cut off before its first checkpoint; it starts again")
     return session
 
 
-def _assemble(config: Config, student: Tercet, placement: Placement) -> tuple[Task, nn.Module]:
+def _assemble(config: Config, student: Tercet, placement: DeviceSpec) -> tuple[Task, nn.Module]:
     """The task on its device with what the config asks of the layers, and the same as the ranks train it together."""
     task = build_task(config, student).to(placement.device)
     task.train()
-    recompute_layers(student, config.train.recompute)
+    recompute_layers(student, config.train.grad_checkpointing)
     if config.train.compile:
         compile_encoders(compiled_models(task))
-    return task, train_together(task, config.train.parallel)
+    return task, wrap_parallel(task, config.train.parallel)
 
 
 def due_steps(session: Session) -> Iterator[list[StepBatch]]:
     """The batches of each step still due, up to `total_steps`; the caller counts `session.step` on."""
-    per_step = session.config.optim.accumulate
+    per_step = session.config.optim.grad_accum_steps
     while session.step < session.total_steps:
         epoch, first = divmod(session.step, session.steps_per_epoch)
         batches = iter(session.loader.batches(epoch, first * per_step))
@@ -239,7 +238,7 @@ def _build_student(config: Config, source: TaskData, folder: Path, ranks: Ranks)
         made = student.add_heads([*config.model.heads, *kind_of(config.task).heads])
         new = f"; new in it: {', '.join(made)}" if made else ""
         return student, tokenizer, [f"starts from {config.init}{new}"]
-    tokenizer, messages = ranks.by_first(lambda: find_tokenizer(config, source, folder / TOKENIZER))
+    tokenizer, messages = ranks.on_rank0(lambda: find_tokenizer(config, source, folder / TOKENIZER))
     student = Tercet(_fitted(config.model, tokenizer, config.data.max_tokens))
     # Added and not built in, so that they start alike in a new run, a resumed one and a fine-tuning.
     student.add_heads([*config.model.heads, *kind_of(config.task).heads])
@@ -302,4 +301,4 @@ def _restore(session: Session) -> None:
         )
     session.step = position.step
     session.messages.append(f"resumed at step {position.step}")
-    session.ranks.wait()  # before anyone writes what another may still be reading
+    session.ranks.barrier()  # before anyone writes what another may still be reading

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TypeVar
 
-from tercet.ranks import Ranks
+from tercet.distributed import Ranks
 
 Result = TypeVar("Result")
 
