@@ -26,9 +26,8 @@ import numpy as np
 import pyarrow as pa
 
 from machine import processor_name
+from tercet.search.approximate import build_approximate
 from tercet.search.index import Index
-from tercet.search.nearest import build_if_large
-from tercet.search.table import image_schema
 
 BATCH = 50_000
 K = 10
@@ -91,7 +90,7 @@ def photographs(vectors: np.ndarray, first: int, schema: pa.Schema) -> pa.Table:
 def fill(path: str, vectors: np.ndarray) -> tuple[Index, float]:
     """An index of `vectors` and the seconds that writing took."""
     index = Index.create(path, "synthetic", "", vectors.shape[1])
-    schema = image_schema(vectors.shape[1], index.made)
+    schema = index.table.schema
     seconds = 0.0
     for start in range(0, len(vectors), BATCH):
         rows = photographs(vectors[start : start + BATCH], start, schema)
@@ -179,14 +178,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         plain = folder_size(folder / "index")
         exact = timed(lambda query: _numbers(index, query, exact=True), kinds["same"][:WARM], truths["same"][:WARM])
         cpu, started = time.process_time(), time.monotonic()
-        build = build_if_large(index, lambda: clusters.draw(128, 4, shift=1.0))
-        assert build is not None
+        build = build_approximate(index.database, index.table, clusters.draw(128, 4, shift=1.0))
+        index = Index.open(str(folder / "index"))
         result = {
             "name": "search",
             "vectors": arguments.count,
             "dim": arguments.dim,
             "k": K,
-            "index": build.kind,
+            "index": "IVF_SQ",
             "cells": build.cells,
             "probes": build.probes,
             "build_s": round(build.seconds, 1),
@@ -208,7 +207,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _numbers(index: Index, query: np.ndarray, exact: bool = False) -> list[int]:
-    return [int(found.entry.id, 16) for found in index.nearest(query, K, exact=exact)]
+    return [int(hit.id, 16) for hit in index.nearest(query[None], K, exact=exact)[0]]
 
 
 def main() -> None:

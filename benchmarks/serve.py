@@ -206,8 +206,8 @@ def measure_engine(size: str, images: int, loads: list[str], jobs: int = 32, rou
     """The model's part alone, without HTTP: processor time of jobs together over that of each by itself."""
     from tercet import load
     from tercet.data.images import resize
-    from tercet.search.building import build_index
-    from tercet.search.searcher import Query, Searcher
+    from tercet.search.build import build_index
+    from tercet.search.search import Query, Searcher
     from tercet.serve.engine import AskJob, ClassifyJob, EmbedJob, Engine, ExplainJob, MatchJob
 
     torch.set_num_threads(1)

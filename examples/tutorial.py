@@ -76,8 +76,8 @@ def search_index(model: tercet.Tercet, run: Path, pictures: Path, index: Path, q
     if importlib.util.find_spec("lancedb") is None:
         print("Skipped the index: it needs LanceDB; pip install 'tercet[search]'")
         return
-    from tercet.search.building import build_index
-    from tercet.search.searcher import Query, Searcher
+    from tercet.search.build import build_index
+    from tercet.search.search import Query, Searcher
 
     made, _ = build_index([str(pictures)], model, str(run.absolute()), str(index))
     print(f"{index}: {made.count} pictures")

@@ -1,4 +1,4 @@
-"""A model of random weights, and folders of pictures to index."""
+"""A model with random weights, and folders of pictures to index."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def model_folder(model: Tercet, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return model.save(tmp_path_factory.mktemp("models") / "model")
 
 
-def draw_pictures(folder: Path) -> Path:
-    """Four scenes of several shapes, one in a folder within; two with a caption."""
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Four scenes of several shapes, one in a subfolder; two with a caption."""
+    folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
     for number, name in enumerate(["a.png", "b.jpg", "more/c.png", "d.webp"]):
         picture = Image.fromarray(SCENES.array(number)).resize((64 + 20 * number, 64))
@@ -30,8 +32,3 @@ def draw_pictures(folder: Path) -> Path:
     (folder / "a.txt").write_text(f"{TEXTS[0]}\nanother line\n")
     (folder / "more/c.txt").write_text('it\'s a "c"\n')
     return folder
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    return draw_pictures(tmp_path / "pictures")

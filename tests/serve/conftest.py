@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tercet.data.scenes import SceneSource
-from tercet.search.building import build_index
+from tercet.search.build import build_index
 from tercet.search.index import Index
 from tercet.serve.settings import ServeSettings
 from tiny_model import make_model

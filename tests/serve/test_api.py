@@ -19,7 +19,7 @@ from torch import Tensor
 import tercet
 from tercet.predict import Grounding
 from tercet.search.index import Index
-from tercet.search.searcher import Query, Searcher
+from tercet.search.search import Query, Searcher
 from tercet.serve.settings import ServeSettings
 from tercet.tasks.answering import Answer
 from tiny_model import SCENES, TEXTS, make_model

@@ -13,7 +13,7 @@ from take_screenshots import BROWSER, FLAGS, compare, drop, heatmap, question, s
 
 import tercet
 from tercet.search.index import Index, model_digest
-from tercet.search.searcher import Query, Searcher
+from tercet.search.search import Query, Searcher
 from tercet.serve.settings import ServeSettings
 
 pytestmark = pytest.mark.skipif(not Path(BROWSER).exists(), reason=f"no browser at {BROWSER}; set TERCET_CHROMIUM")

@@ -24,9 +24,8 @@ from tercet.errors import TercetError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from tercet.search.building import IndexReport
-    from tercet.search.index import Index
-    from tercet.search.searcher import Hit
+    from tercet.search.build import IndexReport
+    from tercet.search.index import Hit, Index
 
 SHOWN_PROBLEMS = 20
 PICTURE_COLUMNS = 20  # of the terminal, twice as high as they are wide
@@ -83,7 +82,7 @@ def index(arguments: list[str]) -> None:
     options = parse(IndexArguments, "index", arguments)
     if not options.images:
         raise TercetError("name what to index: tercet index FOLDER --model MODEL --to INDEX")
-    from tercet.search.building import build_index
+    from tercet.search.build import build_index
     from tercet.search.index import Index
 
     name = options.model
@@ -98,7 +97,7 @@ def index(arguments: list[str]) -> None:
             embed = functools.partial(embed_on_cluster, model)
         made, report = build_index(options.images, model, lasting_name(name), options.to, progress, embed)
     if options.json:
-        counts = dataclasses.asdict(report) | {"broken": list(report.broken), "images": made.count}
+        counts = dataclasses.asdict(report) | {"skipped": list(report.skipped), "images": made.count}
         print(json.dumps(counts))
     else:
         _print_report(report, made.count, options.to)
@@ -108,11 +107,10 @@ def search(arguments: list[str]) -> None:
     """Find images of an index by words, by an image, or both."""
     options = parse(SearchArguments, "search", arguments)
     from tercet.search.index import Index
-    from tercet.search.searcher import Query, Searcher, check_query
+    from tercet.search.search import Query, Searcher
 
     text = " ".join(options.text) or None
     query = Query(text, options.image, options.like, options.without, options.where, options.k, options.rerank)
-    check_query(query)
     opened = Index.open(options.index)
     model = load_chosen(options.model or opened.model)
     if text and options.rerank != 0:
@@ -162,7 +160,7 @@ def _print_hits(hits: list[Hit], pictures: Sequence[RenderableType]) -> None:
 def _write_page(options: SearchArguments, index: Index, hits: list[Hit]) -> Path:
     from tercet.data.inputs import to_pixels
     from tercet.report.search_page import FoundImage, write_search_page
-    from tercet.search.preparing import make_thumbnail
+    from tercet.search.build import make_thumbnail
 
     thumbnails = index.thumbnails([hit.id for hit in hits] + ([options.like] if options.like else []))
     asked = {
@@ -183,20 +181,20 @@ def _write_page(options: SearchArguments, index: Index, hits: list[Hit]) -> Path
 
 
 def _print_report(report: IndexReport, count: int, path: str) -> None:
-    for line in report.broken.lines(SHOWN_PROBLEMS):
-        print(f"left out: {line}", file=sys.stderr)
+    for line in report.skipped.lines(SHOWN_PROBLEMS):
+        print(f"skipped: {line}", file=sys.stderr)
     words = [
         f"{report.added:,} new",
         f"{report.changed:,} changed",
         f"{report.unchanged:,} unchanged",
         f"{report.removed:,} removed",
-        f"{len(report.broken):,} left out",
+        f"{len(report.skipped):,} skipped",
     ]
-    if report.build is not None:
-        build = report.build
+    if report.approximate is not None:
+        build = report.approximate
         captions = "" if build.caption_recall is None else f", {build.caption_recall:.3f} by captions"
         print(
-            f"approximate index {build.kind}: {build.probes} of {build.cells} cells a search, "
+            f"approximate index: {build.probes} of {build.cells} cells a search, "
             f"recall@10 {build.recall:.3f} by images{captions}, built in {build.seconds:.0f} s"
         )
     print(f"{path}: {count:,} images ({', '.join(words)}) in {report.seconds:.1f} s")

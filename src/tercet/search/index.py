@@ -1,32 +1,41 @@
-"""An index: a LanceDB table with a row for each image, and what made it."""
+"""An index: a LanceDB table with a row for each image and its embedding.
+
+```
+INDEX/                 a folder, or a URI of object storage
+  images.lance/        a row an image; the schema's metadata names the model that embedded them
+  approximate.lance/   one row: how the approximate index was built, and its measured recall
+```
+"""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import json
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from tercet.data.images import BrokenImage
 from tercet.data.listing import read_image
 from tercet.data.storage import is_url
 from tercet.errors import TercetError
-from tercet.search.filters import checked_filter
-from tercet.search.nearest import (
+from tercet.search.approximate import (
     EXACT_BELOW,
-    Build,
+    ApproximateIndex,
     approximate_query,
     exact_query,
-    last_build,
-    probes_for,
-    rows_by_vector,
+    read_approximate,
+    split_by_query,
 )
-from tercet.search.table import ENTRY_COLUMNS, IMAGES, Made, connect, image_schema, lance_errors, read_made
 
 if TYPE_CHECKING:
     from lancedb.db import DBConnection
@@ -35,9 +44,27 @@ if TYPE_CHECKING:
 
     from tercet.model.tercet import Tercet
 
-HEX = frozenset("0123456789abcdef")
+FORMAT_VERSION = 1
+IMAGES = "images"
+ENTRY_COLUMNS = ("id", "uri", "caption", "width", "height", "sha256")
 ID_LENGTH = 16
-BUILD_SECONDS = 60.0
+# A search sees what another process adds, and a new approximate index, within so long.
+REFRESH = timedelta(seconds=5)
+APPROXIMATE_REFRESH = 60.0
+
+FILTER_COLUMNS = ("id", "uri", "caption", "width", "height", "size", "modified", "sha256")
+KEYWORDS = ("and", "or", "not", "in", "like", "ilike", "between", "is", "null", "true", "false", "timestamp", "date")
+FILTER_LENGTH, FILTER_DEPTH = 2000, 16
+FILTER_EXAMPLE = "as in: width >= 800 and caption like '%dog%'"
+TOKEN = re.compile(
+    r"""\s*(?:
+    (?P<text>'(?:[^']|'')*'|"(?:[^"]|"")*")
+    | (?P<number>-?\d+(?:\.\d+)?)(?![\w.])
+    | (?P<word>[A-Za-z_]\w*)
+    | (?P<mark><=|>=|<>|!=|==|=|<|>|\(|\)|,)
+    )""",
+    re.VERBOSE,
+)
 
 
 @dataclass(frozen=True)
@@ -45,11 +72,12 @@ class Entry:
     """An image of an index.
 
     Attributes:
-        id: 16 hexadecimal digits that follow from `uri`.
-        uri: where it lies.
+        id: 16 hexadecimal digits, derived from `uri`.
+        uri: where the image is: a path, a URL, `SHARD.tar#KEY` or `TABLE.parquet#ROW`.
         caption: the first that came with it.
         width: pixels.
         height: pixels.
+        sha256: of the bytes that were embedded.
     """
 
     id: str
@@ -57,52 +85,58 @@ class Entry:
     caption: str | None
     width: int
     height: int
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """An image near to a query; `cosine` says how near, `sha256` which bytes were embedded."""
-
-    entry: Entry
-    cosine: float
     sha256: str
 
 
+@dataclass(frozen=True)
+class Hit(Entry):
+    """An image that a search found.
+
+    Attributes:
+        cosine: similarity to the query by the dual encoder, -1 to 1.
+        dual_rank: its rank by the dual encoder alone, from 1.
+        match: probability that it shows the text, by the fusion encoder; None where it was not re-ranked.
+    """
+
+    cosine: float
+    dual_rank: int
+    match: float | None = None
+
+
 class Index:
-    """Images with their embeddings.  What another process adds is seen within seconds.
+    """Images with their embeddings.  Changes by another process are seen within seconds.
 
     Attributes:
         path: folder or URI.
         model: folder or hub id of the model that embedded the images.
-        model_digest: tells whether another model is the same; see `model_digest`.
-        created: ISO 8601, UTC.
+        model_digest: identifies that model's image encoder; see `model_digest`.
+        embed_dim: length of an embedding.
     """
 
     def __init__(self, path: str, database: DBConnection, table: Table) -> None:
-        self.path = path
-        self.database = database
-        self.table = table
-        self.made = read_made(table.schema, path)
-        self.model, self.model_digest, self.created = self.made.model, self.made.model_digest, self.made.created
-        self._build: Build | None = None
-        self._build_read = float("-inf")
+        try:
+            made: dict[str, Any] = json.loads((table.schema.metadata or {})[b"tercet"])
+            self.model, self.model_digest, version = made["model"], made["model_digest"], made["format_version"]
+        except (KeyError, ValueError, TypeError) as error:
+            raise TercetError(f"{path}: its table was not made by `tercet index`; name another folder") from error
+        if version > FORMAT_VERSION:
+            raise TercetError(f"{path}: made by a newer version of tercet; upgrade, or index the images again")
+        self.path, self.database, self.table = path, database, table
         self.embed_dim: int = table.schema.field("embedding").type.list_size
+        self._approximate: ApproximateIndex | None = None
+        self._approximate_read = float("-inf")
 
     @classmethod
     def open(cls, path: str) -> Index:
         """Open an index.
 
         Raises:
-            TercetError: the extra is not installed, or there is no index at `path`, or it is damaged.
+            TercetError: the extra is not installed, there is no index at `path`, or it is damaged.
         """
         path = str(path)
-        if not is_url(path) and not Path(path).is_dir():
-            raise TercetError(f"no index at {path}; make one: tercet index IMAGES --model MODEL --to {path}")
+        if not cls.exists(path):
+            raise TercetError(f"no index at {path}; make one: tercet index IMAGES --model MODEL --output {path}")
         database = connect(path)
-        with lance_errors(f"{path} is damaged, or no index"):
-            names = database.list_tables().tables
-        if IMAGES not in names:
-            raise TercetError(f"{path} holds no index; make one: tercet index IMAGES --model MODEL --to {path}")
         with lance_errors(f"{path} is damaged; index the images again"):
             index = cls(path, database, database.open_table(IMAGES))
             index.table.count_rows()
@@ -115,10 +149,16 @@ class Index:
         Raises:
             TercetError: there is one already, or the folder cannot be written.
         """
+        made = {
+            "model": model,
+            "model_digest": digest,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "format_version": FORMAT_VERSION,
+        }
+        schema = image_schema(embed_dim).with_metadata({"tercet": json.dumps(made)})
         database = connect(path)
-        made = Made(model, digest, datetime.now(UTC).isoformat(timespec="seconds"))
         with lance_errors(f"cannot make an index at {path}"):
-            return cls(path, database, database.create_table(IMAGES, schema=image_schema(embed_dim, made)))
+            return cls(path, database, database.create_table(IMAGES, schema=schema))
 
     @staticmethod
     def exists(path: str) -> bool:
@@ -135,11 +175,11 @@ class Index:
             return self.table.count_rows()
 
     @property
-    def updated(self) -> str:
-        """When the table was last changed: ISO 8601, UTC."""
-        with lance_errors(f"cannot read {self.path}"):
-            newest: datetime = self.table.list_versions()[-1]["timestamp"]
-        return newest.astimezone(UTC).isoformat(timespec="seconds")
+    def approximate(self) -> ApproximateIndex | None:
+        """The approximate index; None while every vector is compared."""
+        if time.monotonic() - self._approximate_read > APPROXIMATE_REFRESH:
+            self._approximate, self._approximate_read = read_approximate(self.database), time.monotonic()
+        return self._approximate
 
     def entry(self, image_id: str) -> Entry:
         """What is known of an image.
@@ -147,17 +187,17 @@ class Index:
         Raises:
             TercetError: the index has no such image.
         """
-        return _entry(self._row(image_id, ENTRY_COLUMNS))
+        return Entry(**self._row(image_id, ENTRY_COLUMNS))
 
     def newest(self, count: int) -> list[Entry]:
-        """The images that were indexed last, `count` at most, the last first."""
+        """The images that were indexed last, at most `count`, the last first."""
         with lance_errors(f"cannot read {self.path}"):
             query = self.table.search().select(list(ENTRY_COLUMNS)).limit(count)
             rows = query.offset(max(0, self.table.count_rows() - count)).to_arrow().to_pylist()
-        return [_entry(row) for row in reversed(rows)]
+        return [Entry(**row) for row in reversed(rows)]
 
     def thumbnail(self, image_id: str) -> bytes:
-        """A small JPEG of an image, of `THUMBNAIL_SIDE` pixels at most; there even when the image itself is gone.
+        """A small JPEG of an image, kept in the index itself.
 
         Raises:
             TercetError: the index has no such image.
@@ -165,14 +205,14 @@ class Index:
         return self._row(image_id, ["thumbnail"])["thumbnail"]
 
     def thumbnails(self, image_ids: Sequence[str]) -> dict[str, bytes]:
-        """`thumbnail` of several images; ids that the index does not have are left out."""
+        """`thumbnail` of several images; unknown ids are skipped."""
         return {row["id"]: row["thumbnail"] for row in self.rows(image_ids, ["id", "thumbnail"])}
 
     def image(self, image_id: str) -> bytes:
-        """The image's file as it was indexed, from where it lies.
+        """The image's file as it was indexed.
 
         Raises:
-            TercetError: the index has no such image, or its file is gone or is not the same any more.
+            TercetError: the index has no such image, or its file is gone or has changed.
         """
         row = self._row(image_id, ["uri", "size", "offset", "sha256"])
         data = read_image(row["uri"], row["size"], row["offset"])
@@ -187,72 +227,55 @@ class Index:
             TercetError: the index lacks one.
         """
         rows = {row["id"]: row["embedding"] for row in self.rows(image_ids, ["id", "embedding"])}
-        lost = next((image_id for image_id in image_ids if image_id not in rows), None)
-        if lost is not None:
-            raise TercetError(f"no image {lost!r} in {self.path}")
+        for image_id in image_ids:
+            if image_id not in rows:
+                raise TercetError(f"no image {image_id!r} in {self.path}")
         return np.array([rows[image_id] for image_id in image_ids], np.float32)
 
     def rows(self, image_ids: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:
-        """Columns of the images of these ids, in no order; ids that the index does not have are left out."""
-        known = [image_id for image_id in image_ids if _is_id(image_id)]
+        """Columns of the images of these ids, in no order; unknown ids are skipped."""
+        known = [image_id for image_id in image_ids if re.fullmatch(f"[0-9a-f]{{{ID_LENGTH}}}", image_id)]
         if not known:
             return []
-        listed = ", ".join(f"'{image_id}'" for image_id in known)
         with lance_errors(f"cannot read {self.path}"):
-            query = self.table.search().where(f"id IN ({listed})").select(list(columns)).limit(len(known))
+            query = self.table.search().where(sql_in(known)).select(list(columns)).limit(len(known))
             return query.to_arrow().to_pylist()
 
     def nearest(
         self, feats: Tensor | np.ndarray, count: int, where: str | None = None, exact: bool = False
-    ) -> list[Neighbour]:
-        """The images whose embeddings are nearest to `feats` `[embed_dim]`, the nearest first.
+    ) -> list[list[Hit]]:
+        """The images nearest to each of `feats` `[queries, embed_dim]`, the nearest first, in one query to the table.
 
-        Every vector is compared where there are few, or few that the filter leaves; else the approximate index answers.
+        Every vector is compared where there are few, or few pass the filter; else the approximate index answers.
 
         Args:
-            feats: of any length; only its direction counts.
-            count: how many at most.
-            where: a filter; see `tercet.search.filters`.
+            feats: of any length; only the direction counts.
+            count: how many images a query, at most.
+            where: a filter; see `checked_filter`.
             exact: compare every vector, however many there are.
 
         Raises:
-            TercetError: the filter cannot be read, or the table cannot.
-        """
-        return self.nearest_many(np.asarray(feats, np.float32)[None], count, where, exact)[0]
-
-    def nearest_many(
-        self, feats: Tensor | np.ndarray, count: int, where: str | None = None, exact: bool = False
-    ) -> list[list[Neighbour]]:
-        """What `nearest` gives of each of `feats` `[queries, embed_dim]`, in one query to the table.
-
-        Raises:
-            TercetError: as `nearest`.
+            TercetError: the filter or the table cannot be read.
         """
         vectors = np.asarray(feats, np.float32)
         sql = None if where is None else checked_filter(where)
         with lance_errors(f"cannot search {self.path}" if where is None else f"cannot search by the filter {where!r}"):
-            build = None if exact else self.build
-            if build is None or (sql is not None and self.table.count_rows(sql) < EXACT_BELOW):
+            approximate = None if exact else self.approximate
+            if approximate is None or (sql is not None and self.table.count_rows(sql) < EXACT_BELOW):
                 query = exact_query(self.table, vectors)
             else:
-                query = approximate_query(self.table, vectors, probes_for(build, count), build.refine)
-            query = query.limit(count).select([*ENTRY_COLUMNS, "sha256", "_distance"])
+                query = approximate_query(self.table, vectors, approximate.probes_for(count))
+            query = query.limit(count).select([*ENTRY_COLUMNS, "_distance"])
             if sql is not None:
                 query = query.where(sql, prefilter=True)
-            found = rows_by_vector(query, len(vectors))
-        return [[Neighbour(_entry(row), 1.0 - row["_distance"], row["sha256"]) for row in rows] for rows in found]
-
-    @property
-    def build(self) -> Build | None:
-        """The approximate index as it is, None while every vector is compared; looked up once a minute."""
-        if time.monotonic() - self._build_read > BUILD_SECONDS:
-            self.refresh_build()
-        return self._build
-
-    def refresh_build(self) -> None:
-        """Look up the approximate index again."""
-        self._build = last_build(self.database)
-        self._build_read = time.monotonic()
+            found = split_by_query(query.to_arrow(), len(vectors))
+        return [
+            [
+                Hit(*(row[name] for name in ENTRY_COLUMNS), cosine=1.0 - row["_distance"], dual_rank=rank)
+                for rank, row in enumerate(table.to_pylist(), 1)
+            ]
+            for table in found
+        ]
 
     def _row(self, image_id: str, columns: Sequence[str]) -> dict[str, Any]:
         rows = self.rows([image_id], columns)
@@ -261,13 +284,32 @@ class Index:
         return rows[0]
 
 
+def image_schema(embed_dim: int) -> pa.Schema:
+    """Columns of the table of images."""
+    return pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("uri", pa.string(), nullable=False),
+            pa.field("caption", pa.string()),
+            pa.field("width", pa.int32(), nullable=False),
+            pa.field("height", pa.int32(), nullable=False),
+            pa.field("size", pa.int64(), nullable=False),
+            pa.field("modified", pa.timestamp("us", "UTC"), nullable=False),
+            pa.field("offset", pa.int64()),
+            pa.field("sha256", pa.string(), nullable=False),
+            pa.field("thumbnail", pa.binary(), nullable=False),
+            pa.field("embedding", pa.list_(pa.float32(), embed_dim), nullable=False),
+        ]
+    )
+
+
 def image_id(uri: str) -> str:
-    """The id of the image at `uri`; among 100 million images two share one with a chance of 0.03 %."""
+    """The id of the image at `uri`.  Among 100 million images, two share one with a probability of 0.03 %."""
     return hashlib.blake2b(uri.encode("utf-8", "surrogateescape"), digest_size=ID_LENGTH // 2).hexdigest()
 
 
 def model_digest(model: Tercet) -> str:
-    """SHA-256 of what an embedding depends on: the image encoder, its projection and the size that it reads."""
+    """SHA-256 of what an embedding depends on: the image encoder, its projection and its input size."""
     digest = hashlib.sha256(f"{model.config.vision.image_size} {model.config.vision.patch_size}".encode())
     for part in (model.vision, model.vision_projection):
         for name, value in sorted(part.state_dict().items()):
@@ -276,9 +318,78 @@ def model_digest(model: Tercet) -> str:
     return digest.hexdigest()
 
 
-def _is_id(image_id: str) -> bool:
-    return len(image_id) == ID_LENGTH and set(image_id) <= HEX
+def connect(path: str) -> DBConnection:
+    """The database in the folder or at the URI `path`.
+
+    Raises:
+        TercetError: the extra is not installed, or `path` cannot be reached.
+    """
+    try:
+        import lancedb
+    except ImportError as error:
+        raise TercetError("an index needs LanceDB; pip install 'tercet[search]'") from error
+    with lance_errors(f"cannot open {path}"):
+        return lancedb.connect(path, read_consistency_interval=REFRESH)
 
 
-def _entry(row: dict[str, Any]) -> Entry:
-    return Entry(row["id"], row["uri"], row["caption"], row["width"], row["height"])
+@contextmanager
+def lance_errors(what: str) -> Iterator[None]:
+    """Turn LanceDB's errors into one line that begins with `what`."""
+    try:
+        yield
+    except TercetError:
+        raise
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+        raise TercetError(f"{what}: {' '.join(str(error).split())[:300]}") from error
+
+
+def sql_in(image_ids: Sequence[str]) -> str:
+    """A filter for rows of these ids, which must be hexadecimal."""
+    return f"id IN ({', '.join(repr(image_id) for image_id in image_ids)})"
+
+
+def checked_filter(where: str) -> str:
+    """A filter such as `width > 800 and caption like '%dog%'`, as SQL that only compares columns with values.
+
+    The filter may come from a stranger.  Only columns, comparisons and values pass: no function, subquery or second
+    statement reaches LanceDB.
+
+    Raises:
+        TercetError: it holds something else; the message says what.
+    """
+    if len(where) > FILTER_LENGTH:
+        raise TercetError(f"the filter has {len(where)} characters; {FILTER_LENGTH} are allowed")
+    parts: list[str] = []
+    position = depth = 0
+    end = len(where.rstrip())
+    while position < end:
+        token = TOKEN.match(where, position, end)
+        if token is None:
+            raise TercetError(f"cannot read the filter at {where[position:end].strip()[:20]!r}; {FILTER_EXAMPLE}")
+        position = token.end()
+        parts.append(_checked_token(token))
+        depth += {"(": 1, ")": -1}.get(parts[-1], 0)
+        if not 0 <= depth <= FILTER_DEPTH:
+            raise TercetError(f"the filter's brackets do not match, or nest deeper than {FILTER_DEPTH}")
+    if not parts or depth:
+        raise TercetError(f"the filter is {'cut short' if parts else 'empty'}; {FILTER_EXAMPLE}")
+    return " ".join(parts)
+
+
+def _checked_token(token: re.Match[str]) -> str:
+    if token["text"]:
+        quote = token["text"][0]
+        inside = token["text"][1:-1].replace(quote * 2, quote)
+        if "\0" in inside:
+            raise TercetError("the filter holds a null character")
+        return "'" + inside.replace("'", "''") + "'"
+    if token["word"]:
+        word = token["word"].lower()
+        if word in KEYWORDS or word in FILTER_COLUMNS:
+            return word
+        near = difflib.get_close_matches(word, FILTER_COLUMNS, 1)
+        columns = f"the columns are {', '.join(FILTER_COLUMNS)}; text goes in quotes"
+        raise TercetError(
+            f"unknown word {token['word']!r} in the filter; {f'did you mean {near[0]}?' if near else columns}"
+        )
+    return "=" if token["mark"] == "==" else token["number"] or token["mark"]

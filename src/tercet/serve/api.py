@@ -20,7 +20,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from tercet.data.augment import Pixels
 from tercet.errors import TercetError
-from tercet.search.searcher import Query, Searcher
+from tercet.search.index import Hit
+from tercet.search.search import Query, Searcher
 from tercet.serve import schema
 from tercet.serve.batching import Batcher, BatcherClosedError
 from tercet.serve.engine import AskJob, ClassifyJob, EmbedJob, Engine, ExplainJob, MatchJob
@@ -34,7 +35,6 @@ from tercet.version import __version__
 
 if TYPE_CHECKING:
     from tercet.model.tercet import Tercet
-    from tercet.search import searcher
     from tercet.search.index import Entry, Index
 
 log = logging.getLogger("tercet.serve")
@@ -359,11 +359,11 @@ def _add_page(app: FastAPI, page: dict[str, PageFile]) -> None:
         return answer(name, request)
 
 
-def _hit(hit: searcher.Hit, show_uris: bool) -> schema.Hit:
+def _hit(hit: Hit, show_uris: bool) -> schema.Hit:
     return schema.Hit(**_known(hit, show_uris), cosine=hit.cosine, match=hit.match, dual_rank=hit.dual_rank)
 
 
-def _known(image: searcher.Hit | Entry, show_uris: bool) -> dict[str, Any]:
+def _known(image: Hit | Entry, show_uris: bool) -> dict[str, Any]:
     """What clients may know of an image of the index."""
     return {
         "id": image.id,

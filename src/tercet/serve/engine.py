@@ -22,7 +22,8 @@ from tercet.tasks.explaining import Explanation
 from tercet.tasks.rerank import pad_texts
 
 if TYPE_CHECKING:
-    from tercet.search.searcher import Hit, Query, Searcher
+    from tercet.search.index import Hit
+    from tercet.search.search import Query, Searcher
 
 _DATA = DataConfig()
 _KEPT = 32  # sets of classes whose features are kept

@@ -1,0 +1,194 @@
+"""Search: the order is that of the encoders, whatever the query is made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from tercet.data.scenes import SceneSource
+from tercet.errors import TercetError
+from tercet.model.tercet import Tercet
+from tercet.search.build import build_index
+from tercet.search.index import Hit, Index
+from tercet.search.search import Query, Searcher, TokenCache
+from tiny_model import TEXTS, make_model
+
+
+@pytest.fixture(scope="module")
+def index(model: Tercet, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    folder = tmp_path_factory.mktemp("scenes")
+    scenes = SceneSource(120, "validation")
+    for number in range(scenes.image_count):
+        (folder / f"{number}.png").write_bytes(scenes.image(number))
+        (folder / f"{number}.txt").write_text(scenes.captions(number)[0])
+    return build_index([str(folder)], model, "m", str(tmp_path_factory.mktemp("index")))[0]
+
+
+@pytest.fixture(scope="module")
+def searcher(model: Tercet, index: Index) -> Searcher:
+    return Searcher(index, model)
+
+
+@pytest.fixture(scope="module")
+def feats(index: Index) -> tuple[list[str], torch.Tensor]:
+    table = index.table.to_arrow()
+    return table["id"].to_pylist(), torch.tensor(table["embedding"].to_pylist())
+
+
+def ids(hits: list[Hit]) -> list[str]:
+    return [hit.id for hit in hits]
+
+
+def test_text_by_the_dual_encoder(model: Tercet, searcher: Searcher, feats: tuple[list[str], torch.Tensor]) -> None:
+    names, vectors = feats
+    best = (vectors @ model.embed_texts(TEXTS[0])).topk(5)
+    hits = searcher.search(Query(text=TEXTS[0], k=5, rerank=0))
+    assert ids(hits) == [names[row] for row in best.indices]
+    assert [hit.cosine for hit in hits] == pytest.approx(best.values.tolist(), abs=1e-5)
+    assert [hit.dual_rank for hit in hits] == [1, 2, 3, 4, 5] and all(hit.match is None for hit in hits)
+
+
+def test_the_fusion_encoder_re_ranks(model: Tercet, searcher: Searcher, index: Index) -> None:
+    dual = searcher.search(Query(text=TEXTS[1], k=30, rerank=0))
+    chances = model.match([index.image(hit.id) for hit in dual[:20]], TEXTS[1])
+    assert isinstance(chances, torch.Tensor)
+    for _ in range(2):  # the second time from cached tokens
+        hits = searcher.search(Query(text=TEXTS[1], k=30, rerank=20))
+        for hit in hits[:20]:
+            assert hit.match == pytest.approx(chances[hit.dual_rank - 1].item(), abs=1e-5)
+        shown = [hit.match for hit in hits[:20] if hit.match is not None]
+        assert shown == sorted(shown, reverse=True) and len(shown) == 20
+        assert sorted(ids(hits[:20])) == sorted(ids(dual[:20]))
+        assert ids(hits[20:]) == ids(dual[20:]) and hits[25].match is None
+
+
+def test_image_like_and_mixed(
+    model: Tercet, searcher: Searcher, index: Index, feats: tuple[list[str], torch.Tensor], tmp_path: Path
+) -> None:
+    names, vectors = feats
+    own = index.image(names[7])
+    (tmp_path / "q.png").write_bytes(own)
+    hits: list[Hit] = []
+    for image in (own, tmp_path / "q.png", Image.open(tmp_path / "q.png")):
+        hits = searcher.search(Query(image=image, k=3))
+        assert hits[0].id == names[7] and hits[0].cosine == pytest.approx(1, abs=1e-5) and hits[0].match is None
+    like = searcher.search(Query(like=names[7], k=3))
+    assert names[7] not in ids(like) and ids(like)[:2] == ids(hits)[1:]
+    assert [hit.dual_rank for hit in like] == [1, 2, 3]
+
+    mixed = F.normalize(model.embed_texts(TEXTS[2]) + vectors[7], dim=0)
+    hits = searcher.search(Query(text=TEXTS[2], image=own, k=4, rerank=0))
+    assert ids(hits) == [names[row] for row in (vectors @ mixed).topk(4).indices]
+
+
+def test_without(model: Tercet, searcher: Searcher, index: Index, feats: tuple[list[str], torch.Tensor]) -> None:
+    """Images that show what must not be there sink, by both encoders."""
+    names, vectors = feats
+    wanted, unwanted = model.embed_texts([TEXTS[0], TEXTS[3]])
+    cosines = vectors @ F.normalize(wanted - 0.5 * unwanted, dim=0)
+    hits = searcher.search(Query(text=TEXTS[0], without=TEXTS[3], k=9, rerank=0))
+    assert ids(hits) == [names[row] for row in cosines.topk(9).indices]
+
+    hits = searcher.search(Query(text=TEXTS[0], without=TEXTS[3], k=20, rerank=20))
+    chances = model.match([index.image(hit.id) for hit in hits], [TEXTS[0], TEXTS[3]])
+    assert isinstance(chances, torch.Tensor)
+    score = chances[:, 0] * (1 - chances[:, 1])
+    assert (score[:-1] >= score[1:] - 1e-6).all()
+    assert [hit.match for hit in hits] == pytest.approx(chances[:, 0].tolist(), abs=1e-5)
+
+
+def test_many_queries_equal_each_alone(
+    model: Tercet, index: Index, feats: tuple[list[str], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries of every kind together give what each gives alone, and every image is encoded and projected once."""
+    names, _ = feats
+    queries = [
+        *(Query(text=text, k=12, rerank=40) for text in TEXTS),
+        Query(text="heart", k=5, rerank=30),
+        Query(text=TEXTS[1], k=12, rerank=40),
+        Query(text=TEXTS[0], without=TEXTS[3], k=7, rerank=20),
+        Query(text=TEXTS[2], k=9, rerank=0),
+        Query(image=index.image(names[3]), k=6),
+        Query(image=index.image(names[5]), text=TEXTS[3], k=6, rerank=3),
+        Query(like=names[8], k=4),
+        Query(like=names[8], text=TEXTS[1], without="red", where="caption like '%red%'", k=8),
+        Query(text=TEXTS[0], where="width > 64"),
+    ]
+    alone = [Searcher(index, model).search(query) for query in queries]
+    assert len(alone[-2]) > 0 and all("red" in (hit.caption or "") for hit in alone[-2])
+    candidates: set[str] = set()
+    for query in queries:
+        count = 64 if query.rerank is None else query.rerank
+        if query.text is not None and count:
+            candidates |= {hit.id for hit in Searcher(index, model).search(replace(query, rerank=0, k=count))}
+    encoded: list[int] = []
+    projected: list[int] = []
+    encode, remember = model.encode_image, model.remember
+    monkeypatch.setattr(model, "encode_image", lambda images: encoded.append(len(images)) or encode(images))
+    monkeypatch.setattr(model, "remember", lambda embeds: projected.append(len(embeds)) or remember(embeds))
+    together = Searcher(index, model).search_many(queries)
+    assert sum(projected) == len(candidates) and sum(encoded) == len(candidates) + 2
+    for hits, right in zip(together, alone, strict=True):
+        assert [hit.match is None for hit in hits] == [hit.match is None for hit in right]
+        for hit, other in zip(hits, right, strict=True):  # images that tie to rounding may change ranks
+            assert hit.match == (None if other.match is None else pytest.approx(other.match, abs=1e-5))
+        cosines = {hit.id: hit.cosine for hit in right}
+        assert sum(hit.id not in cosines for hit in hits) <= 1
+        assert all(hit.cosine == pytest.approx(cosines.get(hit.id, hit.cosine), abs=1e-5) for hit in hits)
+    assert together[-1] == [] and Searcher(index, model).search_many([]) == []
+
+
+def test_an_image_that_is_gone_keeps_its_dual_rank(model: Tercet, pictures: Path, tmp_path: Path) -> None:
+    index, _ = build_index([str(pictures)], model, "m", str(tmp_path / "index"))
+    (pictures / "a.png").unlink()
+    hits = Searcher(index, model).search(Query(text=TEXTS[0]))
+    assert len(hits) == 4
+    assert [Path(hit.uri).name for hit in hits if hit.match is None] == ["a.png"]
+
+
+def test_a_model_without_matching_head_does_not_re_rank(index: Index) -> None:
+    dual = make_model()
+    dual.objectives = ["cma"]
+    hits = Searcher(index, dual).search(Query(text=TEXTS[0], k=5, rerank=20))
+    assert [hit.match for hit in hits] == [None] * 5 and [hit.dual_rank for hit in hits] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("query", "named"),
+    [
+        ({}, "nothing to look for"),
+        ({"without": "a"}, "nothing to look for"),
+        ({"text": "a heart", "k": 0}, "k is 0"),
+        ({"text": "a heart", "rerank": -1}, "rerank is -1"),
+        ({"text": "?!"}, "'?!'"),
+        ({"like": "0" * 16}, "0" * 16),
+        ({"image": b"<svg>"}, "SVG"),
+        ({"text": "a heart", "where": "colour = 'red'"}, "'colour'"),
+    ],
+)
+def test_wrong_queries(searcher: Searcher, query: dict, named: str) -> None:
+    with pytest.raises(TercetError) as refused:
+        searcher.search_many([Query(text=TEXTS[0]), Query(**query)])
+    assert named in str(refused.value)
+
+
+def test_an_index_of_another_model(index: Index) -> None:
+    other = make_model()
+    other.vision.position_embed.data.add_(1)
+    with pytest.raises(TercetError, match="another model, m"):
+        Searcher(index, other)
+
+
+def test_the_cache_keeps_within_its_limit() -> None:
+    cache = TokenCache(3000)
+    for number in range(5):
+        cache.put(str(number), torch.full((250,), float(number)))
+        cache.get("0")
+    cache.put("4", torch.full((250,), 4.0))  # as two copies of an image in one batch do
+    assert cache.size == 3000
+    assert [number for number in range(5) if cache.get(str(number)) is not None] == [0, 3, 4]
