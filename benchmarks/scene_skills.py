@@ -29,9 +29,8 @@ from tercet.data.scene_expressions import expressions
 from tercet.data.scene_layout import BACKGROUNDS, COLOURS, SHAPES, SIZES, pick, place, random_kind
 from tercet.data.scenes import Scene, SceneSource, scene_generator
 from tercet.data.vqa_files import draw_questions
-from tercet.model.stem import ConvolutionStem
 from tercet.model.tercet import Tercet
-from tercet.model.vision import VisionTransformer, to_patches
+from tercet.model.vision import ConvolutionStem, VisionTransformer, to_patches
 from tercet.tasks.boxes import inside
 from tercet.tasks.entailment import evaluate_entailment
 

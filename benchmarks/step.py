@@ -29,7 +29,7 @@ from tercet.config import Config, ModelConfig, ObjectivesConfig, TrainConfig
 from tercet.data.loader import Batch
 from tercet.device import resolve_device
 from tercet.distributed import Ranks
-from tercet.model.recompute import recompute_layers
+from tercet.model.layers import set_grad_checkpointing
 from tercet.model.tercet import Tercet
 from tercet.tasks.pretrain import Pretraining
 from tercet.train.compilation import compile_encoders, compiled_models
@@ -59,7 +59,7 @@ class OurStep:
         placement = resolve_device(config.train.device, config.train.precision)
         self.last: StepResult | None = None
         self.task = Pretraining(student, config.objectives).to(placement.device).train()
-        recompute_layers(student, config.train.grad_checkpointing)
+        set_grad_checkpointing(student, config.train.grad_checkpointing)
         if config.train.compile:
             compile_encoders(compiled_models(self.task))
         assert self.task.queue is not None

@@ -338,7 +338,7 @@ def _match_pairs(model: Tercet, images: list[ImageInput], text_embeds: list[Tens
     for image_embeds in _encoded(model, images):
         start = sum(len(part) for part in logits)
         padded, mask = pad_texts(text_embeds[start : start + len(image_embeds)])
-        logits.append(model.match_logits(padded, mask, model.remember(image_embeds)).cpu())
+        logits.append(model.match_logits(padded, mask, model.project_kv(image_embeds)).cpu())
     return _chance(torch.cat(logits))
 
 

@@ -12,7 +12,7 @@ from plain import PlainModel, from_plain, plain_scores, to_plain
 from plain_step import PlainBatch, PlainPretraining, sum_of_losses
 from tercet.config import ObjectivesConfig
 from tercet.model.published import published_queues, published_teacher, published_to_state
-from tercet.objectives.total import total
+from tercet.objectives.loss import total
 from tercet.tasks.pretrain import Pretraining
 from tercet.tasks.rerank import score_image
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from tercet.errors import TercetError
 from tercet.model.convert import _build_config, _leave, _published_source, convert
 from tercet.model.folder import empty_model, load_model
-from tercet.model.memory import ImageMemory
 from tercet.model.published import find_stack, gather, published_to_state
 from tercet.model.tercet import Tercet
+from tercet.model.text import CrossAttentionKV
 from tercet.model.vision import resize_position_embed
 from tercet.model.weights_file import read_weights
 
@@ -69,7 +69,7 @@ def test_pretraining_checkpoint_gives_the_published_outputs(
     assert_equal_outputs(model, inputs, outputs)
     images = model.encode_image(inputs["image"])
     texts = model.encode_text(inputs["input_ids"], inputs["attention_mask"])
-    memory = model.remember(images)
+    memory = model.project_kv(images)
     assert near(model.fuse(texts, inputs["attention_mask"], memory), outputs["output_pos_last"])
     assert near(model.match_logits(texts, inputs["attention_mask"], memory), outputs["itm_logits"][:4])
     masked = model.encode_text(inputs["mlm_input_ids"], inputs["attention_mask"])
@@ -108,7 +108,7 @@ def test_retrieval_checkpoint_gives_the_published_scores(parity_dir: Path, tmp_p
     assert near(images, outputs["image_feats"]) and near(texts, outputs["text_feats"])
     similarity = model.project_image(images[:, 0]) @ model.project_text(texts[:, 0]).T
     assert near(similarity, outputs["sims_matrix"])
-    memory: ImageMemory = model.remember(images)
+    memory: CrossAttentionKV = model.project_kv(images)
     row = outputs["score_i2t"][0]
     best = (row > -100).nonzero()[:, 0]
     first = memory.select(torch.zeros(1, dtype=torch.long))

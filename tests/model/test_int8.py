@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from tercet.model.int8 import Int8Linear, quantise_encoders
-from tercet.model.linear import Linear
+from tercet.model.layers import Linear
 from tiny_model import TEXTS, make_model
 
 

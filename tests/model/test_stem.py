@@ -13,10 +13,9 @@ from tercet.config_io import load_config
 from tercet.errors import TercetError
 from tercet.export.graphs import MemoryGraph
 from tercet.model.published_file import write_published
-from tercet.model.stem import sine_positions
 from tercet.model.tercet import Tercet
 from tercet.model.text import TextEncoder
-from tercet.model.vision import VisionTransformer
+from tercet.model.vision import VisionTransformer, sine_positions
 
 SIZES = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 1, "heads": 2}
 
@@ -73,10 +72,10 @@ def test_fusion_reads_patches_alone_where_they_see_their_neighbours_alone(window
     other = image_embeds.clone()
     other[:, 0] = 3.0
     with torch.no_grad():
-        one, two = (model.match_logits(text, mask, model.remember(embeds)) for embeds in (image_embeds, other))
+        one, two = (model.match_logits(text, mask, model.project_kv(embeds)) for embeds in (image_embeds, other))
         stacked = MemoryGraph(model)(image_embeds)
     assert torch.equal(one, two) == (window is not None)
-    for layer, (key, value) in enumerate(model.remember(image_embeds).keys_values):
+    for layer, (key, value) in enumerate(model.project_kv(image_embeds).keys_values):
         assert torch.equal(stacked[:, layer, 0], key) and torch.equal(stacked[:, layer, 1], value)
 
 

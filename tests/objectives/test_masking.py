@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from tercet.config import TextConfig
-from tercet.objectives.masking import IGNORED, hide_words, locate, masked_language
+from tercet.objectives.loss import distilled_cross_entropy
+from tercet.objectives.masking import IGNORED, mask_tokens, masked_positions
 
 TEXT = TextConfig(vocabulary_size=1000, pad_id=0, cls_id=2, sep_id=3, mask_id=4)
 
@@ -23,7 +23,7 @@ def texts(batch: int = 400, tokens: int = 30) -> tuple[torch.Tensor, torch.Tenso
 
 def test_shares_of_hidden_masked_random_and_kept_words() -> None:
     ids, mask = texts()
-    masked = hide_words(ids, mask, 0.15, TEXT, torch.Generator().manual_seed(0))
+    masked = mask_tokens(ids, mask, 0.15, TEXT, torch.Generator().manual_seed(0))
     words = int(mask[:, 1:].sum())
     rows = torch.arange(len(ids)).repeat_interleave(masked.rows.shape[1])[masked.chosen]
     columns = masked.rows.flatten()[masked.chosen]
@@ -42,7 +42,7 @@ def test_shares_of_hidden_masked_random_and_kept_words() -> None:
 
 def test_the_same_generator_state_hides_the_same_words() -> None:
     ids, mask = texts(8)
-    first, second = (hide_words(ids, mask, 0.3, TEXT, torch.Generator().manual_seed(5)) for _ in range(2))
+    first, second = (mask_tokens(ids, mask, 0.3, TEXT, torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(first.input_ids, second.input_ids) and torch.equal(first.labels, second.labels)
 
 
@@ -50,10 +50,10 @@ def test_the_same_generator_state_hides_the_same_words() -> None:
 def test_captions_of_cls_alone_and_batches_with_nothing_hidden(probability: float) -> None:
     ids = torch.tensor([[2, 0], [2, 11]])
     mask = torch.tensor([[True, False], [True, True]])
-    masked = hide_words(ids, mask, probability, TEXT, torch.Generator().manual_seed(0))
+    masked = mask_tokens(ids, mask, probability, TEXT, torch.Generator().manual_seed(0))
     assert len(masked.labels) == probability
     logits = torch.randn(len(masked.labels), 1000, requires_grad=True)
-    loss = masked_language(logits, masked.labels, torch.randn(len(masked.labels), 1000), 0.4)
+    loss = distilled_cross_entropy(logits, masked.labels, torch.randn(len(masked.labels), 1000), 0.4)
     assert loss.isfinite()
     loss.backward()
     if probability == 0:
@@ -63,16 +63,7 @@ def test_captions_of_cls_alone_and_batches_with_nothing_hidden(probability: floa
 def test_locate_finds_each_label_in_its_row() -> None:
     labels = torch.full((3, 5), IGNORED)
     labels[0, 2], labels[0, 4], labels[2, 1] = 7, 8, 9
-    masked = locate(torch.zeros(3, 5, dtype=torch.long), labels)
+    masked = masked_positions(torch.zeros(3, 5, dtype=torch.long), labels)
     assert masked.rows.tolist() == [[2, 4], [0, 0], [1, 0]]
     assert masked.labels.tolist() == [7, 8, 9]
     assert masked.chosen.tolist() == [0, 1, 4]
-
-
-def test_loss_is_the_mixture_of_hard_and_soft_targets() -> None:
-    logits, teacher = torch.randn(6, 20), torch.randn(6, 20)
-    labels = torch.randint(20, (6,))
-    hard = F.cross_entropy(logits, labels)
-    soft = F.cross_entropy(logits, teacher.softmax(1))
-    torch.testing.assert_close(masked_language(logits, labels), hard)
-    torch.testing.assert_close(masked_language(logits, labels, teacher, 0.4), 0.6 * hard + 0.4 * soft)

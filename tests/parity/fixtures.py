@@ -15,7 +15,7 @@ from torch import Tensor
 from tercet.config import HeadName, ModelConfig, ObjectivesConfig
 from tercet.model.published import published_queues, published_teacher, published_to_state
 from tercet.model.tercet import Tercet
-from tercet.objectives.masking import locate
+from tercet.objectives.masking import masked_positions
 from tercet.objectives.matching import Negatives
 from tercet.tasks.labelling import Labelling
 from tercet.tasks.pretrain import PairBatch, Pretraining
@@ -115,7 +115,7 @@ def load_task(fixture: Fixture, config: ObjectivesConfig, match_ids: bool = Fals
 def teacher_state(task: Pretraining, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The published teacher's tensors that ours keeps; without `mlm` nothing reads its fusion layers."""
     teacher = published_teacher(state)
-    if task.teaches_words:
+    if task.distills_mlm:
         return teacher
     return {name: value for name, value in teacher.items() if not name.startswith("fusion.")}
 
@@ -132,7 +132,7 @@ def read_batch(fixture: Fixture, prefix: str) -> tuple[PairBatch, Negatives, flo
     """Inputs and recorded random choices of a step."""
     part = fixture.part(prefix)
     batch = part["input_ids"].shape[0]
-    masked = locate(part["mlm_input_ids"], part["mlm_labels"]) if "mlm_labels" in part else None
+    masked = masked_positions(part["mlm_input_ids"], part["mlm_labels"]) if "mlm_labels" in part else None
     everywhere = torch.ones(batch, dtype=torch.bool)
     pairs = PairBatch(
         images=read_image(part, "image"),
@@ -142,7 +142,7 @@ def read_batch(fixture: Fixture, prefix: str) -> tuple[PairBatch, Negatives, flo
         image_ids=part.get("idx", torch.arange(batch)),
         masked=masked,
     )
-    negatives = Negatives(part["neg_image_idx_for_text"], part["neg_text_idx_for_image"], everywhere, everywhere)
+    negatives = Negatives(part["neg_image_idx_for_text"], part["neg_text_idx_for_image"], everywhere)
     return pairs, negatives, part["alpha"].item()
 
 

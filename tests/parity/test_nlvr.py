@@ -9,9 +9,8 @@ import torch
 from fixtures import Fixture, assert_close_to_norm, load_fixture, load_labels, load_student
 
 from tercet.config import ObjectivesConfig
-from tercet.model.nlvr import fuse_two
 from tercet.model.published import published_teacher, published_to_state
-from tercet.objectives.assignment import Assignment, image_weights
+from tercet.objectives.matching import Assignment, assignment_similarity
 from tercet.tasks.assignment import AssignmentBatch, TextAssignment
 from tercet.tasks.labelling import LabelledBatch
 from tercet.tasks.nlvr import PairStatements
@@ -84,10 +83,10 @@ def test_fused_tokens_everywhere(fixture: Fixture) -> None:
     model = load(fixture).student.eval()
     batch, _ = read(fixture)
     with torch.no_grad():
-        memory = model.remember(model.encode_image(batch.images))
+        memory = model.project_kv(model.encode_image(batch.images))
         first, second = (memory_of(memory, None, place, 2) for place in (0, 1))
         text_embeds = model.encode_text(batch.input_ids, batch.attention_mask)
-        fused = fuse_two(model, text_embeds, batch.attention_mask, first, second)
+        fused = model.second_fusion(model.fusion, text_embeds, batch.attention_mask, first, second)
     mask = batch.attention_mask
     torch.testing.assert_close(fused[mask], fixture.tensors["out.last_hidden_state"][mask], rtol=1e-5, atol=1e-5)
 
@@ -119,6 +118,8 @@ def test_chances_of_the_negatives(pretrain: Fixture) -> None:
     with torch.no_grad():
         feats = task.student.project_image(task.student.encode_image(batch.images)[:, 0])
     torch.testing.assert_close(feats, out["image_feat"], rtol=1e-5, atol=1e-5)
-    weights = image_weights(feats, torch.eye(len(feats), dtype=torch.bool))
+    weights = (
+        assignment_similarity(feats).masked_fill(torch.eye(len(feats), dtype=torch.bool), float("-inf")).softmax(dim=1)
+    )
     recorded = out["weights"] / out["weights"].sum(1, keepdim=True)
     torch.testing.assert_close(weights, recorded, rtol=1e-4, atol=1e-6)

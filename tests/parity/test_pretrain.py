@@ -10,11 +10,11 @@ from fixtures import Fixture, assert_close_to_norm, load_fixture, load_student, 
 from torch import Tensor
 
 from tercet.config import ObjectivesConfig, OptimConfig
-from tercet.model import linear
+from tercet.model import layers
 from tercet.model.published import published_teacher, published_to_state
-from tercet.objectives.contrast import cross_modal, gather_candidates, intra_modal, same_image, similarity
-from tercet.objectives.matching import negative_weights
-from tercet.objectives.total import total
+from tercet.objectives.contrast import contrast, gather_candidates, same_image, similarity
+from tercet.objectives.local import local_global
+from tercet.objectives.loss import total
 from tercet.tasks.pretrain import Pretraining
 from tercet.train.optim import build_optimizer
 
@@ -75,18 +75,28 @@ def test_losses_and_gradients_equal_the_published_step(fixture: Fixture) -> None
         assert_close_to_norm(gradient, gradients[name], 1e-4, 1e-6, name)
 
 
-def test_the_products_of_large_models_equal_the_published_ones_too(
-    fixture: Fixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Matrices of the fixtures are small; here they are multiplied by the library that large ones go to."""
-    monkeypatch.setattr(linear, "LEAST_WORK", 1)
+def test_onednn_products_equal_the_published_ones_too(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrices of the fixtures are small, and this processor may be Intel's; here oneDNN multiplies all of them."""
+    product, multiplied = layers._onednn_product, []
+
+    def counted(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        multiplied.append(weight.shape)
+        return product(hidden, weight, bias)
+
+    monkeypatch.setattr(layers, "MIN_ONEDNN_WORK", 1)
+    monkeypatch.setattr(layers, "is_intel", lambda: False)
+    monkeypatch.setattr(layers, "_onednn_product", counted)
     test_losses_and_gradients_equal_the_published_step(fixture)
+    vision = fixture.about["vit_config"]
+    up = torch.Size((vision["mlp_ratio"] * vision["embed_dim"], vision["embed_dim"]))
+    assert multiplied.count(up) >= 2 * vision["depth"]  # by student and teacher
+    assert multiplied.count(up[::-1]) >= 3 * vision["depth"]  # and the gradient by the input of the up-projection
 
 
 def test_teacher_and_queue_after_the_forward_pass(fixture: Fixture) -> None:
     task = load_task(fixture, objectives(fixture))
     batch, output = run_step(task, fixture)
-    task.remember(batch, output)
+    task.enqueue(batch, output)
     after = fixture.part("after_fwd.")
 
     assert task.teacher is not None and task.queue is not None
@@ -113,7 +123,7 @@ def test_parameters_after_three_steps_of_adamw(fixture: Fixture) -> None:
             assert output.losses[name].item() == pytest.approx(expected[name], rel=2e-5), (prefix, name)
         total(output.losses, task.config).backward()
         optimizer.step()
-        task.remember(batch, output)
+        task.enqueue(batch, output)
 
     after = fixture.part("after3.")
     lr = settings["lr"]
@@ -173,54 +183,51 @@ def test_features_similarities_and_targets(fixture: Fixture) -> None:
     batch, _, alpha = read_batch(fixture, "in.")
     out = fixture.part("out.")
     task.begin_step()
-    features, _ = task._student_features(batch)
-    view = task._teacher_view(batch, alpha)
-    assert view is not None and view.features is not None and view.mlm_logits is not None
-    teacher = view.features
-    for name, value in (
-        ("image_embeds", features.image_embeds),
-        ("text_embeds", features.text_embeds),
-        ("image_feat", features.image_feats),
-        ("text_feat", features.text_feats),
-        ("image_embeds_m", teacher.image_embeds),
-        ("text_embeds_m", teacher.text_embeds),
-        ("image_feat_m", teacher.image_feats),
-        ("text_feat_m", teacher.text_feats),
-    ):
-        torch.testing.assert_close(value, out[name], rtol=1e-5, atol=1e-5, msg=name)
+    assert task.teacher is not None and batch.second_views is not None
+    student, model = task.student, task.teacher.model
+    feats = {}
+    for suffix, encoder, images in (("", student, batch.images), ("_m", model, batch.second_views)):
+        image_embeds = encoder.encode_image(images)
+        text_embeds = encoder.encode_text(batch.input_ids, batch.attention_mask)
+        feats[f"image_feat{suffix}"] = encoder.project_image(image_embeds[:, 0])
+        feats[f"text_feat{suffix}"] = encoder.project_text(text_embeds[:, 0])
+        embeds = {f"image_embeds{suffix}": image_embeds, f"text_embeds{suffix}": text_embeds}
+        for name, value in (embeds | feats).items():
+            torch.testing.assert_close(value, out[name], rtol=1e-5, atol=1e-5, msg=name)
+    images, texts, own = feats["image_feat"], feats["text_feat"], (feats["image_feat_m"], feats["text_feat_m"])
+    teacher = task._ask_teacher(batch, alpha)
+    assert teacher.image_feats is not None and teacher.text_feats is not None and teacher.mlm_logits is not None
+    assert torch.equal(teacher.image_feats, own[0]) and torch.equal(teacher.text_feats, own[1])
 
-    temperature = task.student.temperature
-    candidates = gather_candidates(teacher.image_feats, teacher.text_feats, None, task.queue, exclude_empty=False)
-    for name, feats, others in (
-        ("sim_i2t", features.image_feats, candidates.text_feats),
-        ("sim_t2i", features.text_feats, candidates.image_feats),
-        ("sim_i2i", features.image_feats, candidates.image_feats),
-        ("sim_t2t", features.text_feats, candidates.text_feats),
+    temperature = student.temperature
+    candidates = gather_candidates(*own, None, task.queue, exclude_empty=False)
+    for name, left, right in (
+        ("sim_i2t", images, candidates.text_feats),
+        ("sim_t2i", texts, candidates.image_feats),
+        ("sim_i2i", images, candidates.image_feats),
+        ("sim_t2t", texts, candidates.text_feats),
     ):
-        torch.testing.assert_close(similarity(feats, others, temperature), out[name], rtol=0, atol=5e-5, msg=name)
-    pair = cross_modal(
-        features.image_feats,
-        features.text_feats,
-        teacher.image_feats,
-        teacher.text_feats,
-        candidates,
-        temperature,
-        alpha,
-    )
-    own = intra_modal(features.image_feats, features.text_feats, candidates, temperature)
-    local = task.local_losses(batch, features, teacher)
-    names = ("loss_i2t", "loss_t2i", "loss_i2i", "loss_t2t", "loss_i2i_inMod_l", "loss_t2t_inMod_l")
-    for name, value in zip(names, (*pair, *own, *local), strict=True):
-        assert value.item() == pytest.approx(out[name].item(), rel=1e-5), name
+        torch.testing.assert_close(similarity(left, right, temperature), out[name], rtol=0, atol=5e-5, msg=name)
+    for name, left, right, soft in (
+        ("loss_i2t", images, candidates.text_feats, own[0]),
+        ("loss_t2i", texts, candidates.image_feats, own[1]),
+        ("loss_i2i", images, candidates.image_feats, None),
+        ("loss_t2t", texts, candidates.text_feats, None),
+    ):
+        loss = contrast(left, right, candidates, temperature, None, soft, alpha)
+        assert loss.item() == pytest.approx(out[name].item(), rel=1e-5), name
+    assert teacher.region_feats is not None and teacher.token_feats is not None
+    same = same_image(None, len(images), images.device)
+    for name, left, right, mask in (
+        ("loss_i2i_inMod_l", images, teacher.region_feats, None),
+        ("loss_t2t_inMod_l", texts, teacher.token_feats, batch.attention_mask[:, 1:]),
+    ):
+        loss = local_global(left, right, temperature, same, mask)
+        assert loss.item() == pytest.approx(out[name].item(), rel=1e-5), name
 
-    size = len(batch.input_ids)
-    same = same_image(None, size, batch.images.device)
-    for name, feats, others in (
-        ("weights_i2t", features.image_feats, teacher.text_feats),
-        ("weights_t2i", features.text_feats, teacher.image_feats),
-    ):
+    for name, left, right in (("weights_i2t", images, own[1]), ("weights_t2i", texts, own[0])):
         recorded = out[name] / out[name].sum(1, keepdim=True)
-        drawn = negative_weights(similarity(feats, others, temperature), same)
+        drawn = similarity(left, (right,), temperature).masked_fill(same, float("-inf")).softmax(dim=1)
         torch.testing.assert_close(drawn, recorded, rtol=1e-4, atol=1e-6, msg=name)
 
 
@@ -232,23 +239,23 @@ def test_logits_of_the_fused_passes(fixture: Fixture) -> None:
     with torch.no_grad():
         image_embeds = model.encode_image(batch.images)
         text_embeds = model.encode_text(batch.input_ids, batch.attention_mask)
-        memory = model.remember(image_embeds)
+        kv = model.project_kv(image_embeds)
         mask = batch.attention_mask
-        fused = model.fuse(text_embeds, mask, memory)
+        fused = model.fuse(text_embeds, mask, kv)
         torch.testing.assert_close(fused[mask], out["output_pos_last"][mask], rtol=1e-4, atol=2e-5)
         logits = torch.cat(
             [
-                model.match_logits(text_embeds, mask, memory),
-                model.match_logits(text_embeds, mask, memory.select(negatives.images)),
-                model.match_logits(text_embeds[negatives.texts], mask[negatives.texts], memory),
+                model.match_logits(text_embeds, mask, kv),
+                model.match_logits(text_embeds, mask, kv.select(negatives.images)),
+                model.match_logits(text_embeds[negatives.texts], mask[negatives.texts], kv),
             ]
         )
         torch.testing.assert_close(logits, out["itm_logits"], rtol=1e-5, atol=1e-5)
         assert batch.masked is not None
         masked_embeds = model.encode_text(batch.masked.input_ids, mask)
-        words = model.mlm_logits(model.fuse(masked_embeds, mask, memory))
+        words = model.mlm_logits(model.fuse(masked_embeds, mask, kv))
         torch.testing.assert_close(words[mask], out["mlm_logits"][mask], rtol=1e-5, atol=2e-5)
-        rows = model.fuse(masked_embeds, mask, memory, batch.masked.rows)
+        rows = model.fuse(masked_embeds, mask, kv, batch.masked.rows)
         chosen = model.mlm_logits(rows.flatten(0, 1)[batch.masked.chosen])
         labels = fixture.tensors["in.mlm_labels"]
         torch.testing.assert_close(chosen, words[labels != -100], rtol=1e-5, atol=1e-5)

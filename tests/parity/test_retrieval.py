@@ -10,7 +10,7 @@ from fixtures import assert_close_to_norm, load_fixture, load_student, load_task
 
 from tercet.config import ObjectivesConfig
 from tercet.model.published import published_to_state
-from tercet.objectives.total import total
+from tercet.objectives.loss import total
 from tercet.tasks.rerank import EncodedTexts, candidate_pairs
 from tercet.tasks.retrieval import RANKS, Scores, recall, rerank
 
@@ -31,7 +31,7 @@ def test_fine_tuning_step(parity_dir: Path, distill: bool) -> None:
     fixture = load_fixture(parity_dir, "retrieval_train")
     settings = fixture.about["model_config"]
     config = ObjectivesConfig(
-        mlm=0, queue_size=settings["queue_size"], momentum=settings["momentum"], local_grid=4, temperature_max=10.0
+        mlm=0, queue_size=settings["queue_size"], momentum=settings["momentum"], temperature_max=10.0
     )
     task = load_task(fixture, config, match_ids=True)
     batch, negatives, alpha = read_batch(fixture, "in.")
@@ -68,7 +68,7 @@ def test_fine_tuning_step(parity_dir: Path, distill: bool) -> None:
         assert_close_to_norm(actual, gradient, 1e-4, 1e-6, name)
     if not distill:
         return
-    task.remember(batch, output)
+    task.enqueue(batch, output)
     after = fixture.part("after_fwd.")
     assert task.queue is not None and task.teacher is not None
     torch.testing.assert_close(task.queue.image_feats, after["image_queue"].T, rtol=0, atol=1e-5)

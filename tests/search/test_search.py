@@ -128,7 +128,7 @@ def test_many_queries_equal_each_alone(
             candidates |= {hit.id for hit in Searcher(index, model).search(replace(query, rerank=0, k=count))}
     encoded: list[int] = []
     projected: list[int] = []
-    encode, remember = model.encode_image, model.remember
+    encode, remember = model.encode_image, model.project_kv
     monkeypatch.setattr(model, "encode_image", lambda images: encoded.append(len(images)) or encode(images))
     monkeypatch.setattr(model, "remember", lambda embeds: projected.append(len(embeds)) or remember(embeds))
     together = Searcher(index, model).search_many(queries)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tercet.config import ModelConfig, VqaConfig
 from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
-from tercet.model.answer import AnswerDecoder
+from tercet.model.heads import AnswerDecoder
 from tercet.model.layers import TokenCache
 from tercet.model.tercet import Tercet
 from tercet.tasks.answering import Answerer, AnswerList, encode_answers, question_states, rank_answers, write_answers
@@ -68,7 +68,7 @@ def log_probability(case: Case, question: int, answer: list[int]) -> float:
     """Of what follows [CLS], without cache or batch, over the real question states alone."""
     length = int(case.mask[question].sum())
     states = case.states[question : question + 1, :length]
-    memory = case.decoder.remember(states, torch.ones(1, length, dtype=torch.bool))
+    memory = case.decoder.project_kv(states, torch.ones(1, length, dtype=torch.bool))
     ids = torch.tensor([[CLS, *answer]])
     logits = case.decoder.logits(case.decoder(ids[:, :-1], memory)).log_softmax(dim=-1)
     return logits[0].gather(1, ids[0, 1:, None]).sum().item()
@@ -89,7 +89,7 @@ def some_answers(count: int) -> list[list[int]]:
 
 def test_a_cache_changes_nothing(case: Case) -> None:
     ids = torch.randint(5, 20, (6, 7), generator=torch.Generator().manual_seed(2))
-    memory = case.decoder.remember(case.states, case.mask)
+    memory = case.decoder.project_kv(case.states, case.mask)
     whole = case.decoder(ids, memory)
     cache = TokenCache()
     pieces = [case.decoder(ids[:, :3], memory, cache), case.decoder(ids[:, 3:4], memory, cache)]
@@ -105,17 +105,17 @@ def test_a_cache_changes_nothing(case: Case) -> None:
 
 def test_no_position_sees_its_right_or_the_padding_of_the_question(case: Case) -> None:
     ids = torch.randint(5, 20, (3, 6), generator=torch.Generator().manual_seed(2))
-    memory = case.decoder.remember(case.states, case.mask)
+    memory = case.decoder.project_kv(case.states, case.mask)
     changed_states = torch.where(case.mask[..., None], case.states, case.states + 3)
     changed_ids = torch.cat([ids[:, :4], ids[:, 4:] - 1], dim=1)
     first = case.decoder(ids, memory)
-    second = case.decoder(changed_ids, case.decoder.remember(changed_states, case.mask))
+    second = case.decoder(changed_ids, case.decoder.project_kv(changed_states, case.mask))
     assert torch.equal(first[:, :4], second[:, :4])
     assert not torch.allclose(first[:, 4:], second[:, 4:])
 
 
 def test_an_answer_beyond_the_positions_is_refused(case: Case) -> None:
-    memory = case.decoder.remember(case.states, case.mask)
+    memory = case.decoder.project_kv(case.states, case.mask)
     with pytest.raises(TercetError, match="an answer of 10 tokens is longer than the model's 9 positions"):
         case.decoder(torch.full((3, 10), 7), memory)
 

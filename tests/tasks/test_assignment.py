@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tercet.objectives.assignment import (
+from tercet.objectives.matching import (
     FIRST,
     IGNORED,
     NEITHER,
     SECOND,
     Assignment,
     assignment_loss,
-    draw_assignment,
-    image_weights,
+    assignment_similarity,
+    sample_assignment,
 )
 
 
@@ -24,7 +24,7 @@ def feats(batch: int) -> torch.Tensor:
 
 def draws(image_feats: torch.Tensor, same: torch.Tensor, count: int) -> list[Assignment]:
     torch.manual_seed(0)
-    return [draw_assignment(image_feats, same) for _ in range(count)]
+    return [sample_assignment(image_feats, same) for _ in range(count)]
 
 
 def test_labels_tell_where_the_own_image_is() -> None:
@@ -49,7 +49,7 @@ def test_shares_and_weights_are_the_published_ones() -> None:
     labels = torch.stack([drawn.labels for drawn in found])
     for label in (FIRST, SECOND, NEITHER):
         assert (labels == label).double().mean().item() == pytest.approx(1 / 3, abs=0.03)
-    weights = image_weights(image_feats, same)
+    weights = assignment_similarity(image_feats).masked_fill(same, float("-inf")).softmax(dim=1).nan_to_num(0.0)
     torch.testing.assert_close(weights.sum(1), torch.ones(5))
     counts = torch.zeros(5, 5)
     for drawn in found:
@@ -64,7 +64,7 @@ def test_small_batches() -> None:
         assert ((drawn.labels == FIRST) | (drawn.labels == SECOND)).all()
         assert {tuple(pair) for pair in torch.stack([drawn.first, drawn.second], 1).tolist()} <= {(0, 1), (1, 0)}
     for size in (1, 3):
-        alone = draw_assignment(feats(size), torch.ones(size, size, dtype=torch.bool))
+        alone = sample_assignment(feats(size), torch.ones(size, size, dtype=torch.bool))
         assert (alone.labels == IGNORED).all()
         logits = torch.randn(size, 3, requires_grad=True)
         loss = assignment_loss(logits, alone.labels)

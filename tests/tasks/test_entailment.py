@@ -14,7 +14,6 @@ from tercet.cli import main
 from tercet.config import Config, ObjectivesConfig
 from tercet.data.entailment_files import LABELS, draw_entailments
 from tercet.errors import TercetError
-from tercet.objectives.features import Teacher
 from tercet.tasks.build import evaluate_task
 from tercet.tasks.entailment import PARTS, Entailment, EntailmentResult, evaluate_entailment
 from tercet.tasks.labelling import Guesses
@@ -92,12 +91,6 @@ def test_only_what_the_logits_need_learns(run: Path) -> None:
     assert task.teacher is not None
     assert {name.split(".")[0] for name, _ in task.teacher.model.named_parameters()} == set(PARTS)
     assert Entailment(student, ObjectivesConfig(alpha=0)).teacher is None
-    assert {name for name, _ in Teacher(student).model.named_children()} == {
-        "vision",
-        "text",
-        "vision_projection",
-        "text_projection",
-    }
 
 
 def test_metrics_of_known_guesses() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tercet.config import ModelConfig
 from tercet.errors import TercetError
-from tercet.model.attention import AttentionTap, attention_weights
+from tercet.model.layers import AttentionTap, attention_weights
 from tercet.model.tercet import Tercet
 from tercet.tasks.boxes import box_scores, choose_box, inside, overlap, peak
 from tercet.tasks.heatmaps import (
@@ -118,7 +118,7 @@ def test_an_answer_rests_on_what_the_words_of_its_question_saw(model: Tercet, ba
     assert (together[mask].amax(dim=1) > 0).all()
     last = matching_heatmaps(answering, image_embeds, text_embeds, mask, layer=4)
     assert not last[:, 1:].any()
-    expected = answering.match_logits(text_embeds, mask, answering.remember(image_embeds))
+    expected = answering.match_logits(text_embeds, mask, answering.project_kv(image_embeds))
     torch.testing.assert_close(logits, expected.detach())
     other, _ = answered_heatmaps(answering, image_embeds, text_embeds, mask, layer=2)
     assert not torch.allclose(other, together)
@@ -153,16 +153,16 @@ def test_heat_for_an_answer_is_attention_times_what_looking_there_would_do_for_i
     @torch.no_grad()
     def likelihood() -> float:
         attention.tap = AttentionTap()
-        fused = answering.fuse(text_embeds, own, answering.remember(image_embeds))
+        fused = answering.fuse(text_embeds, own, answering.project_kv(image_embeds))
         attention.tap = None
         decoder = answering.answer_decoder
         assert decoder is not None
         start = torch.full((1, 1), answering.config.text.cls_id)
-        logits = decoder.logits(decoder(start, decoder.remember(fused, own))[:, 0])
+        logits = decoder.logits(decoder(start, decoder.project_kv(fused, own))[:, 0])
         return logits.log_softmax(dim=-1).max().item()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tercet.model.attention.attention_weights", nudged)
+        patch.setattr("tercet.model.layers.attention_weights", nudged)
         likelihood()
         weights = kept[0]
         heads, tokens = weights.shape[1:3]

@@ -16,7 +16,6 @@ import tercet
 from tercet.cli import main
 from tercet.config import Config, DataConfig, ModelConfig, ObjectivesConfig
 from tercet.data.nlvr_files import draw_statements
-from tercet.model.nlvr import fuse_two
 from tercet.model.tercet import Tercet
 from tercet.tasks.labelling import Guesses
 from tercet.tasks.nlvr import PARTS, PairStatements, StatementResult, consistency, evaluate_statements, open_statements
@@ -124,12 +123,12 @@ def test_the_order_of_the_images_matters_and_padding_does_not() -> None:
     ids = torch.tensor([[2, 9, 17, 30, 0, 0]])
     mask = ids != 0
     with torch.no_grad():
-        memory = model.remember(model.encode_image(images))
+        memory = model.project_kv(model.encode_image(images))
         one, other = memory.select(torch.tensor([0])), memory.select(torch.tensor([1]))
 
         def fused(first, second, width: int) -> torch.Tensor:
             texts = model.encode_text(ids[:, :width], mask[:, :width])
-            return fuse_two(model, texts, mask[:, :width], first, second)[:, 0]
+            return model.second_fusion(model.fusion, texts, mask[:, :width], first, second)[:, 0]
 
         assert not torch.allclose(fused(one, other, 4), fused(other, one, 4), atol=1e-4)
         torch.testing.assert_close(fused(one, other, 4), fused(one, other, 6), rtol=1e-5, atol=1e-6)

@@ -8,13 +8,11 @@ import pytest
 import torch
 
 from tercet.config import OBJECTIVE_NAMES, ModelConfig, ObjectivesConfig
-from tercet.data.batches import Batch
 from tercet.model.tercet import Tercet
-from tercet.objectives.masking import hide_words
-from tercet.objectives.total import total
+from tercet.objectives.loss import total
+from tercet.objectives.masking import mask_tokens
 from tercet.tasks.pretrain import PairBatch, Pretraining
 
-CPU = torch.device("cpu")
 SUBSETS = [subset for size in range(1, 6) for subset in combinations(OBJECTIVE_NAMES, size)]
 CONFIG = ModelConfig.model_validate(
     {
@@ -49,7 +47,7 @@ def make_batch(lengths: list[int], ids: list[int] | None = None, probability: fl
     mask = torch.arange(tokens) < torch.tensor(lengths)[:, None]
     input_ids = input_ids.masked_fill(~mask, 0)
     views = torch.randint(0, 256, (2, batch, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    masked = hide_words(input_ids, mask, probability, CONFIG.text, generator)
+    masked = mask_tokens(input_ids, mask, probability, CONFIG.text, generator)
     image_ids = torch.tensor(ids if ids is not None else list(range(batch)))
     return PairBatch(views[0], views[1], input_ids, mask, image_ids, masked)
 
@@ -59,7 +57,7 @@ def step(task: Pretraining, batch: PairBatch) -> torch.Tensor:
     output = task(batch, 0.4)
     loss = total(output.losses, task.config)
     loss.backward()
-    task.remember(batch, output)
+    task.enqueue(batch, output)
     return loss
 
 
@@ -161,37 +159,6 @@ def test_dropout_makes_the_text_twin_differ_from_its_student() -> None:
     own = task.student.encode_text(batch.input_ids, batch.attention_mask)
     twin = task.teacher.model.encode_text(batch.input_ids, batch.attention_mask)
     assert (own - twin).abs().max() > 1e-3
-
-
-def test_words_hidden_from_the_teacher_change_its_view_of_the_text_alone() -> None:
-    config = CONFIG.model_copy(update={"text": CONFIG.text.model_copy(update={"dropout": 0.0})})
-    loaded = Batch(
-        images=torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
-        second_views=torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
-        input_ids=torch.arange(5, 45).view(2, 20),
-        attention_mask=torch.ones(2, 20, dtype=torch.bool),
-        image_ids=torch.arange(2),
-        captions=["a", "b"],
-        keys=["a", "b"],
-    )
-
-    def text_feats(second_text_mask: float) -> tuple[torch.Tensor, torch.Tensor, PairBatch]:
-        torch.manual_seed(0)
-        task = Pretraining(Tercet(config), weights(OBJECTIVE_NAMES, second_text_mask=second_text_mask)).train()
-        batch = task.prepare(loaded, CPU, seed=1)
-        output = task(batch, 0.0)
-        assert output.text_feats is not None
-        return task._student_features(batch)[0].text_feats, output.text_feats, batch
-
-    own, seen, whole = text_feats(0.0)
-    own_again, seen_hidden, hidden = text_feats(0.3)
-    assert torch.equal(whole.second_ids, whole.input_ids)
-    share = (hidden.second_ids != hidden.input_ids).float().mean().item()
-    assert 0.1 < share < 0.5
-    assert hidden.masked is not None and whole.masked is not None
-    assert torch.equal(hidden.masked.input_ids, whole.masked.input_ids)
-    assert torch.equal(own, own_again)
-    assert (seen - seen_hidden).abs().max() > 1e-3
 
 
 @pytest.mark.gpu

@@ -73,7 +73,7 @@ def test_scores_of_an_image_equal_its_pairs_one_by_one(model: Tercet) -> None:
         together = score_image(model, embeds, texts, batch_tokens=20)
         for text, score in zip(texts, together, strict=True):
             padded, mask = pad_texts([text])
-            alone = model.match_logits(padded, mask, model.remember(embeds[None]))[0, 1]
+            alone = model.match_logits(padded, mask, model.project_kv(embeds[None]))[0, 1]
             torch.testing.assert_close(score, alone, rtol=1e-5, atol=1e-5)
 
 

@@ -22,7 +22,7 @@ from tercet.data.tokenizer import Tokenizer, clean_question
 from tercet.data.vqa_files import draw_questions, open_questions
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
-from tercet.objectives.answers import answer_loss
+from tercet.objectives.loss import distilled_cross_entropy
 from tercet.tasks.build import build_task, open_data, words_of
 from tercet.tasks.vqa import QuestionAnswering, adopt, evaluate, guess, lay_out
 from tercet.tasks.vqa_score import score_files
@@ -86,15 +86,19 @@ def test_the_loss_sums_over_pieces_and_answers_and_averages_over_questions() -> 
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     labels, weights = torch.tensor([1, 3, 0, 6, 2]), torch.tensor([0.6, 0.6, 0.4, 1.0, 1.0])
     each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    assert answer_loss(logits, labels, weights, 2).item() == pytest.approx((each * weights).sum().item() / 2)
+    assert distilled_cross_entropy(logits, labels, count=2, weights=weights).item() == pytest.approx(
+        (each * weights).sum().item() / 2
+    )
     teacher = torch.randn(5, 7, generator=torch.Generator().manual_seed(1), dtype=torch.double)
     soft = torch.nn.functional.cross_entropy(logits, teacher.softmax(-1), reduction="none")
     mixed = 0.7 * each + 0.3 * soft
-    found = answer_loss(logits, labels, weights, 2, teacher, 0.3)
+    found = distilled_cross_entropy(logits, labels, teacher, 0.3, 2, weights)
     assert found.item() == pytest.approx((mixed * weights).sum().item() / 2, rel=1e-6)
     # A teacher that is sure of the labels changes nothing.
     sure = torch.nn.functional.one_hot(labels, 7) * 100.0
-    assert answer_loss(logits, labels, weights, 2, sure, 0.3).item() == pytest.approx((each * weights).sum().item() / 2)
+    assert distilled_cross_entropy(logits, labels, sure, 0.3, 2, weights).item() == pytest.approx(
+        (each * weights).sum().item() / 2
+    )
 
 
 def test_a_question_s_loss_does_not_depend_on_its_batch(model: Tercet, source: SampleSource) -> None:

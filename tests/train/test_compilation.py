@@ -9,9 +9,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tercet.config import ModelConfig, ObjectivesConfig
 from tercet.data.loader import Batch
-from tercet.model.recompute import recompute_layers
+from tercet.model.layers import set_grad_checkpointing
 from tercet.model.tercet import Tercet
-from tercet.objectives.total import total
+from tercet.objectives.loss import total
 from tercet.tasks.pretrain import Pretraining
 from tercet.train.compilation import compile_encoders, compiled_models
 
@@ -67,7 +67,7 @@ def run_step(task: Pretraining, tokens: int) -> tuple[dict[str, float], dict[str
     torch.manual_seed(5)
     output = task(prepared, 0.4)
     total(output.losses, task.config).backward()
-    task.remember(prepared, output)
+    task.enqueue(prepared, output)
     gradients = {name: value.grad for name, value in task.student.named_parameters() if value.grad is not None}
     return {name: loss.item() for name, loss in output.losses.items()}, gradients
 
@@ -121,7 +121,7 @@ def test_compiled_for_a_gpu_with_the_same_losses() -> None:
 
 def test_recomputed_layers_give_the_same_step_bit_for_bit() -> None:
     plain, recomputed = make_task(dropout=0.1), make_task(dropout=0.1)
-    recompute_layers(recomputed.student)
+    set_grad_checkpointing(recomputed.student)
     for tokens in (9, 14):
         assert_same_step(recomputed, plain, tokens, 0.0)
 
@@ -145,7 +145,7 @@ def kept_bytes(task: Pretraining) -> int:
 
 def test_recomputed_layers_keep_less() -> None:
     plain, recomputed = make_task(dropout=0.1), make_task(dropout=0.1)
-    recompute_layers(recomputed.student)
+    set_grad_checkpointing(recomputed.student)
     assert kept_bytes(recomputed) < 0.6 * kept_bytes(plain)
 
 

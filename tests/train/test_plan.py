@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tercet.config import ModelConfig, ObjectivesConfig
 from tercet.config_io import load_config
 from tercet.model.tercet import Tercet
-from tercet.objectives.masking import hide_words
-from tercet.objectives.total import total
+from tercet.objectives.loss import total
+from tercet.objectives.masking import mask_tokens
 from tercet.tasks.pretrain import PairBatch, Pretraining
 from tercet.train.cost import (
     Shape,
@@ -66,7 +66,7 @@ def build(objectives: ObjectivesConfig, model: ModelConfig) -> tuple[Pretraining
     mask = torch.ones(BATCH, TOKENS, dtype=torch.bool)
     masked = None
     if "mlm" in objectives.enabled:
-        masked = hide_words(input_ids, mask, 0.3, model.text, torch.Generator().manual_seed(1))
+        masked = mask_tokens(input_ids, mask, 0.3, model.text, torch.Generator().manual_seed(1))
     views = second if task.teacher is not None else None
     batch = PairBatch(first, views, input_ids, mask, torch.arange(BATCH), masked)
     labels, slots = (0, 0) if masked is None else (len(masked.labels), masked.rows.shape[1])

@@ -94,7 +94,7 @@ def _outputs(model: Tercet, runner: Runner, draw: torch.Generator) -> list[tuple
 
     image_embeds = model.encode_image(pixels)
     text_embeds = model.encode_text(input_ids, attention_mask.bool())
-    memory = model.remember(image_embeds)
+    memory = model.project_kv(image_embeds)
     fused = model.fuse(text_embeds, attention_mask.bool(), memory, class_rows(text_embeds))[:, 0]
 
     their_images, image_feats = runner.run("vision", {"images": pixels})

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tercet.model.attention import AttentionTap, attention
-from tercet.model.memory import ImageMemory
+from tercet.model.layers import AttentionTap, attention
 from tercet.model.tercet import Tercet
-from tercet.model.text import class_rows
+from tercet.model.text import CrossAttentionKV, class_rows
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class MemoryGraph(nn.Module):
     def forward(self, image_embeds: Tensor) -> Tensor:
         """`[images, 1 + patches, vision_width]` to `image_memory`
         `[images, layers, 2, heads, image_tokens, head_width]`, keys before values."""
-        layers = self.fusion.remember(image_embeds).keys_values
+        layers = self.fusion.project_kv(image_embeds).keys_values
         return torch.stack([torch.stack([key, value], dim=1) for key, value in layers], dim=1)
 
 
@@ -117,10 +116,10 @@ class FusionGraph(nn.Module):
         return tuple(head(fused) for head in heads)
 
 
-class _StackedMemory(ImageMemory):
+class _StackedMemory(CrossAttentionKV):
     """An image memory as one tensor, read by as many texts of every image.
 
-    `ImageMemory` asks whether there are as many pairs as images, which a graph for any number cannot.
+    `CrossAttentionKV` asks whether there are as many pairs as images, which a graph for any number cannot.
     """
 
     def __init__(self, stacked: Tensor, texts: int) -> None:
@@ -128,7 +127,7 @@ class _StackedMemory(ImageMemory):
         self.texts = texts
 
     def attend(self, layer: int, query: Tensor, dropout: float, tap: AttentionTap | None) -> Tensor:
-        """As `ImageMemory.attend`."""
+        """As `CrossAttentionKV.attend`."""
         key, value = self.keys_values[layer]
         queries = query.shape[2]
         folded = query.unflatten(0, (key.shape[0], self.texts)).transpose(1, 2).flatten(2, 3)

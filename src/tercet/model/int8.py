@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tercet.errors import TercetError
-from tercet.model.linear import Linear
+from tercet.model.layers import Linear
 from tercet.model.tercet import Tercet
 
 LARGEST = 127

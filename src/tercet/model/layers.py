@@ -1,37 +1,214 @@
-"""Self- and cross-attention with their matrices, the MLP, and the two kinds of transformer layer."""
+"""Attention, MLP and the layers of both transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
-from tercet.model.attention import AttentionTap, attention, merge_heads, split_heads
-from tercet.model.dropout import drop
-from tercet.model.linear import Linear, linear
-from tercet.model.memory import ImageMemory
-
-EMBEDDING_DEVIATION = 0.02  # of ViT's and BERT's tables at the start, whatever the width
+EMBEDDING_STD = 0.02  # of ViT's and BERT's embedding tables at the start, whatever the width
 BASE_WIDTH = 768
 
+# cuDNN's attention is the fastest on a GPU, but it takes a third of a second to plan each new shape.  Masked texts and
+# the few rows of a last layer come in many shapes.
+MIN_PLANNED_QUERIES = 16
+UNPLANNED_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-def weight_deviation(width: int) -> float:
+MIN_ONEDNN_WORK = 1 << 24  # multiplications below which starting a oneDNN kernel costs more than it saves
+
+
+def init_std(width: int) -> float:
     """Standard deviation of the matrices of a stack at the start: 0.02 at the published width of 768, as published.
 
-    A product's deviation grows with the square root of the width.  Narrow models get it back, so that their queries
-    find their keys as soon as those of the base model do.
+    The deviation of a product grows with the square root of the width.  Narrow models are scaled up, so that their
+    queries find their keys as soon as those of the base model do.
     """
-    return EMBEDDING_DEVIATION * (BASE_WIDTH / width) ** 0.5
+    return EMBEDDING_STD * (BASE_WIDTH / width) ** 0.5
 
 
 def take_rows(hidden: Tensor, rows: Tensor) -> Tensor:
-    """The tokens that `rows` `[batch, slots]` names, of `hidden` `[batch, tokens, width]`: `[batch, slots, width]`."""
+    """The tokens at `rows` `[batch, slots]` of `hidden` `[batch, tokens, width]`: `[batch, slots, width]`."""
     return hidden.gather(1, rows.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
+class Encoder(nn.Module):
+    """A stack of layers with optional activation checkpointing.
+
+    Attributes:
+        grad_checkpointing: keep only each layer's input for the backward pass and compute the layer again there.
+            Values, gradients and random draws stay the same.
+    """
+
+    grad_checkpointing: bool = False
+
+    def run(self, layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """`layer` of `inputs`."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+
+def set_grad_checkpointing(model: nn.Module, enabled: bool = True) -> None:
+    """Switch activation checkpointing of every encoder within `model`."""
+    for module in model.modules():
+        if isinstance(module, Encoder):
+            module.grad_checkpointing = enabled
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, whose large fp32 products go to oneDNN on CPUs that are not Intel's; see `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        return linear(input, self.weight, self.bias)
+
+
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, by oneDNN for large fp32 products on a CPU that is not Intel's.
+
+    PyTorch gives these to MKL.  On an AMD EPYC a whole training step is 1.11 times faster by oneDNN; on Intel's own
+    processors oneDNN took up to twice as long (`docs/performance.md`).
+
+    Args:
+        hidden: `[..., in_features]`.
+        weight: `[out_features, in_features]`.
+        bias: `[out_features]`.
+    """
+    if not _suits_onednn(hidden, weight):
+        return F.linear(hidden, weight, bias)
+    return _OneDnnLinear.apply(hidden, weight, bias)
+
+
+@functools.cache
+def is_intel() -> bool:
+    """Whether the processor is Intel's."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return "GenuineIntel" in (cpuinfo.read_text("utf-8") if cpuinfo.is_file() else platform.processor())
+
+
+def _suits_onednn(hidden: Tensor, weight: Tensor) -> bool:
+    return (
+        # First, so that a graph traced for any size learns nothing of a size.
+        not torch.compiler.is_compiling()
+        and hidden.dtype == weight.dtype == torch.float32
+        and hidden.device.type == "cpu"
+        and hidden.numel() * weight.shape[0] >= MIN_ONEDNN_WORK
+        and not torch.is_autocast_enabled("cpu")
+        and type(weight) in (Tensor, nn.Parameter)
+        and type(hidden) is Tensor
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+        and not is_intel()
+    )
+
+
+def _onednn_product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # What torch.compile emits for a linear map on a CPU; it has no name in torch.nn.functional.
+    return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return _onednn_product(hidden, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Any
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        flat = gradients[0].reshape(-1, weight.shape[0])
+        of_hidden = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_hidden = _onednn_product(flat, weight.t()).view_as(hidden)
+        if ctx.needs_input_grad[1]:
+            of_weight = _onednn_product(flat.t(), hidden.reshape(-1, weight.shape[1]).t())
+        if ctx.needs_input_grad[2]:
+            of_bias = flat.sum(dim=0)
+        return of_hidden, of_weight, of_bias
+
+
+@dataclass
+class AttentionTap:
+    """Keeps the attention weights of one layer, with their graph, for heatmaps.
+
+    Attributes:
+        weights: softmax probabilities `[batch, heads, queries, keys]` of the last pass; None before it.
+    """
+
+    weights: Tensor | None = None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    tap: AttentionTap | None = None,
+) -> Tensor:
+    """Scaled dot-product attention.
+
+    Args:
+        query: `[batch, heads, queries, head_width]`.
+        key: `[batch, heads, keys, head_width]`.
+        value: `[batch, heads, keys, head_width]`.
+        mask: bool, broadcastable to `[batch, heads, queries, keys]`; True where a query may attend.
+        dropout: probability of dropping an attention weight.
+        tap: where to keep the weights; computed step by step then, since the fused kernels do not return them.
+
+    Returns:
+        `[batch, heads, queries, head_width]`.
+    """
+    if tap is None:
+        # An exported program must not learn how many queries there were.
+        on_gpu = query.device.type == "cuda" and not torch.compiler.is_exporting()
+        unplanned = on_gpu and (mask is not None or query.shape[2] < MIN_PLANNED_QUERIES)
+        with sdpa_kernel(UNPLANNED_BACKENDS) if unplanned else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    tap.weights = attention_weights(query * query.shape[-1] ** -0.5, key, mask)
+    return F.dropout(tap.weights, dropout) @ value
+
+
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax over the keys, `[..., queries, keys]`.
+
+    Args:
+        query: `[..., queries, head_width]`, already scaled.
+        key: `[..., keys, head_width]`.
+        mask: bool, broadcastable to the result; True where a query may attend.
+    """
+    logits = query @ key.transpose(-2, -1)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    return logits.softmax(dim=-1)
+
+
+def split_heads(hidden: Tensor, heads: int) -> Tensor:
+    """`[batch, tokens, width]` to `[batch, heads, tokens, head_width]`."""
+    return hidden.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(hidden: Tensor) -> Tensor:
+    """`[batch, heads, tokens, head_width]` to `[batch, tokens, width]`."""
+    return hidden.transpose(1, 2).flatten(2)
+
+
 class TokenCache:
-    """Keys and values of the tokens that a causal decoder has read, so that only the new ones are computed.
+    """Keys and values of the tokens that a causal decoder has read, so that only new ones are computed.
 
     Attributes:
         keys_values: for each layer, keys and values `[batch, heads, read_tokens, head_width]`.
@@ -44,7 +221,7 @@ class TokenCache:
         return self.keys_values[0][0].shape[2] if self.keys_values else 0
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put keys and values of new tokens behind those of `layer`, and give all of them."""
+        """Append keys and values of new tokens to those of `layer`, and return all of them."""
         if layer == len(self.keys_values):
             self.keys_values.append((key, value))
         else:
@@ -53,7 +230,7 @@ class TokenCache:
         return self.keys_values[layer]
 
     def select(self, index: Tensor) -> TokenCache:
-        """The texts that `index` `[batch]` names, in that order; what is read further leaves this one as it is."""
+        """A cache of the texts at `index` `[batch]`, in that order; extending it leaves this one unchanged."""
         return TokenCache(
             [(key.index_select(0, index), value.index_select(0, index)) for key, value in self.keys_values]
         )
@@ -82,10 +259,10 @@ class SelfAttention(nn.Module):
 
         Args:
             hidden: `[batch, tokens, width]`.
-            mask: bool `[batch, 1, 1, tokens]`, True where a token may be looked at, or another for each query; with a
-                cache, its last dimension counts the cached tokens too.
+            mask: bool, broadcastable to `[batch, 1, slots or tokens, tokens]`, True where a token may be attended to;
+                with a cache, its last dimension counts the cached tokens too.
             queries: `[batch, slots, width]`, the rows to compute; None computes all of them.
-            cache: tokens in front of `hidden` that may be looked at as well; `hidden` is added to it.
+            cache: tokens before `hidden` that may be attended to as well; `hidden` is added to it.
             layer: index of this layer in the cache.
 
         Returns:
@@ -105,38 +282,6 @@ class SelfAttention(nn.Module):
         return self.output(merge_heads(attention(query, key, value, mask, dropout, self.tap)))
 
 
-class CrossAttention(nn.Module):
-    """Attention from text tokens to an image memory."""
-
-    def __init__(self, width: int, image_width: int, heads: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.heads = heads
-        self.dropout = dropout
-        self.query = Linear(width, width)
-        self.key_value = Linear(image_width, 2 * width)
-        self.output = Linear(width, width)
-        self.tap: AttentionTap | None = None
-
-    def remember(self, image_embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `[images, heads, image_tokens, head_width]` of `[images, image_tokens, image_width]`."""
-        key_value = self.key_value(image_embeds)
-        if key_value.device.type != "cpu":
-            # The kernels of a GPU read heads that lie beside one another as fast.
-            key, value = key_value.chunk(2, dim=-1)
-            return split_heads(key, self.heads), split_heads(value, self.heads)
-        # Laid out by heads once, instead of by every pass that reads it.
-        split = key_value.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        key, value = split.contiguous().unbind(0)
-        return key, value
-
-    def attend(self, hidden: Tensor, memory: ImageMemory, layer: int) -> Tensor:
-        """What `hidden` `[pairs, tokens, width]` finds in layer `layer` of `memory`, before `output` maps it.
-
-        The result is `[pairs, heads, tokens, head_width]`."""
-        query = split_heads(self.query(hidden), self.heads)
-        return memory.attend(layer, query, self.dropout if self.training else 0.0, self.tap)
-
-
 class Mlp(nn.Module):
     """Two linear maps around an exact (erf) GELU."""
 
@@ -147,7 +292,7 @@ class Mlp(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[batch, tokens, width]` to the same."""
-        return self.down(self.up.gelu(hidden))
+        return self.down(F.gelu(self.up(hidden)))
 
 
 class VisionBlock(nn.Module):
@@ -164,75 +309,3 @@ class VisionBlock(nn.Module):
         """`[batch, tokens, width]` to the same; `mask` as in `attention`."""
         hidden = hidden + self.attention(self.attention_norm(hidden), mask)
         return hidden + self.mlp(self.mlp_norm(hidden))
-
-
-class TextLayer(nn.Module):
-    """Post-norm BERT layer; with `image_width`, a fusion layer that also reads an image memory."""
-
-    def __init__(self, width: int, heads: int, mlp_width: int, dropout: float, image_width: int | None = None) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.attention = SelfAttention(width, heads, dropout)
-        self.attention_norm = nn.LayerNorm(width, eps=1e-12)
-        if image_width is not None:
-            self.cross_attention = CrossAttention(width, image_width, heads, dropout)
-            self.cross_norm = nn.LayerNorm(width, eps=1e-12)
-        self.mlp = Mlp(width, mlp_width)
-        self.mlp_norm = nn.LayerNorm(width, eps=1e-12)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        mask: Tensor | None,
-        memory: ImageMemory | None = None,
-        layer: int = 0,
-        rows: Tensor | None = None,
-        cache: TokenCache | None = None,
-    ) -> Tensor:
-        """One layer.
-
-        Args:
-            hidden: `[batch, tokens, width]`.
-            mask: bool `[batch, 1, 1, tokens]`, or `[batch, 1, tokens, tokens]` for a causal decoder.
-            memory: image memory that a fusion layer reads.
-            layer: index of this layer in memory and cache.
-            rows: `[batch, slots]` positions to compute; None computes all.
-            cache: tokens that this causal decoder layer has read before `hidden`, which is added to it.
-
-        Returns:
-            `[batch, slots or tokens, width]`.
-        """
-        return self.read_image(self.read_text(hidden, mask, rows, cache, layer), memory, layer)
-
-    def read_text(
-        self,
-        hidden: Tensor,
-        mask: Tensor | None,
-        rows: Tensor | None = None,
-        cache: TokenCache | None = None,
-        layer: int = 0,
-    ) -> Tensor:
-        """The first part of the layer, which no image enters: `[batch, tokens, width]` to
-        `[batch, slots or tokens, width]`; see `forward`."""
-        queries = None if rows is None else take_rows(hidden, rows)
-        residual = hidden if queries is None else queries
-        return self.attention_norm(residual + self._drop(self.attention(hidden, mask, queries, cache, layer)))
-
-    def read_image(self, hidden: Tensor, memory: ImageMemory | None, layer: int) -> Tensor:
-        """The rest of the layer: `[pairs, slots, width]` to the same; see `forward`."""
-        if memory is None:
-            return self.think(hidden)
-        return self.take_in(hidden, self.cross_attention.attend(hidden, memory, layer))
-
-    def take_in(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """What cross-attention found, `[pairs, heads, slots, head_width]`, and the MLP behind it.
-
-        `hidden` is `[pairs, slots, width]`, as the result is."""
-        return self.think(self.cross_norm(hidden + self._drop(self.cross_attention.output(merge_heads(attended)))))
-
-    def think(self, hidden: Tensor) -> Tensor:
-        """The MLP, the end of the layer: `[pairs, slots, width]` to the same."""
-        return self.mlp_norm(hidden + self._drop(self.mlp(hidden)))
-
-    def _drop(self, hidden: Tensor) -> Tensor:
-        return drop(hidden, self.dropout, self.training)

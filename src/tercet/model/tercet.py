@@ -12,16 +12,21 @@ from torch.nn import functional as F
 
 from tercet.config import HeadName, ModelConfig
 from tercet.errors import TercetError
-from tercet.model.heads import Classifier, ClassLogits, MlmHead, parts_of_head
-from tercet.model.memory import ImageMemory
-from tercet.model.text import FusionEncoder, TextEncoder, class_rows
+from tercet.model.heads import (
+    HEAD_PARTS,
+    AnswerDecoder,
+    Classifier,
+    ClassLogits,
+    MlmHead,
+    SecondFusion,
+    make_part,
+)
+from tercet.model.text import CrossAttentionKV, FusionEncoder, JoinedKV, TextEncoder, class_rows
 from tercet.model.vision import VisionTransformer
 
 if TYPE_CHECKING:
     from tercet.data.inputs import ImageInputs, TextInputs
     from tercet.data.tokenizer import Tokenizer
-    from tercet.model.answer import AnswerDecoder
-    from tercet.model.nlvr import SecondFusion
     from tercet.predict import Grounding
     from tercet.tasks.answering import Answer
     from tercet.tasks.explaining import Explanation
@@ -74,7 +79,7 @@ class Tercet(nn.Module):
 
     def encode_image(self, images: Tensor, drop: float = 0.0) -> Tensor:
         """`images` `[batch, 3, height, width]` (uint8, or normalised floats) to `image_embeds`
-        `[batch, 1 + patches, vision_width]`; `drop` is the share of patches left out at random while training."""
+        `[batch, 1 + patches, vision_width]`; `drop` is the share of patches dropped at random while training."""
         return self.vision(images, drop)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -89,46 +94,48 @@ class Tercet(nn.Module):
         """`text_feats` of any tokens: `[..., width]` to unit vectors `[..., embed_dim]`."""
         return F.normalize(self.text_projection(text_embeds).float(), dim=-1)
 
-    def remember(self, image_embeds: Tensor, readers: tuple[int, int] | None = None) -> ImageMemory:
-        """What the fusion layers read of `image_embeds` `[images, 1 + patches, vision_width]`; see
-        `FusionEncoder.remember`."""
-        return self.fusion.remember(image_embeds, readers)
+    def project_kv(self, image_embeds: Tensor) -> CrossAttentionKV:
+        """What the fusion layers read of `image_embeds` `[images, 1 + patches, vision_width]`."""
+        return self.fusion.project_kv(image_embeds)
 
     def fuse(
-        self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory, rows: Tensor | None = None
+        self,
+        text_embeds: Tensor,
+        attention_mask: Tensor,
+        kv: CrossAttentionKV | JoinedKV,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Fused texts `[pairs, slots or tokens, width]`; see `FusionEncoder.forward`."""
-        return self.fusion(text_embeds, attention_mask, memory, rows)
+        return self.fusion(text_embeds, attention_mask, kv, rows)
 
-    def match_logits(self, text_embeds: Tensor, attention_mask: Tensor, memory: ImageMemory) -> Tensor:
+    def match_logits(self, text_embeds: Tensor, attention_mask: Tensor, kv: CrossAttentionKV | JoinedKV) -> Tensor:
         """`itm_logits` `[pairs, 2]`, class 1 a match, of `text_embeds` `[pairs, tokens, width]` and their images."""
-        fused = self.fuse(text_embeds, attention_mask, memory, class_rows(text_embeds))
-        return self.itm_head(fused[:, 0])
+        return self.itm_head(self.fuse(text_embeds, attention_mask, kv, class_rows(text_embeds))[:, 0])
 
     def mlm_logits(self, fused: Tensor) -> Tensor:
         """Vocabulary logits `[..., vocabulary]` of fused tokens `[..., width]`."""
         return self.mlm_head(fused, self.text.word_embed.weight)
 
     def add_heads(self, heads: Iterable[HeadName]) -> list[str]:
-        """Give the model parts for downstream tasks that it does not have yet, started as published.
+        """Give the model the parts for downstream tasks that it does not have yet, initialised as published.
 
         Returns:
-            Names of the parts that are new.
+            Names of the new parts.
         """
-        made: list[str] = []
+        added: list[str] = []
         for head in heads:
             if head in self.config.heads:
                 continue
             self.config = self.config.model_copy(update={"heads": [*self.config.heads, head]})
             for name in self._make_parts(head):
-                start = parts_of_head(head)[name].start
-                if start is not None:
-                    start(getattr(self, name), self)
-                made.append(name)
-        return made
+                part = getattr(self, name)
+                if isinstance(part, (AnswerDecoder, SecondFusion)):
+                    part.start_from(self)
+                added.append(name)
+        return added
 
     def require_heads(self, heads: Iterable[HeadName], task: str) -> None:
-        """Refuse a model without the parts that a task needs.
+        """Raise an error unless the model has the parts that a task needs.
 
         Raises:
             TercetError: it lacks one.
@@ -146,14 +153,14 @@ class Tercet(nn.Module):
 
     def task_parts(self) -> list[nn.Module]:
         """The parts that belong to downstream tasks."""
-        names = [name for head in self.config.heads for name in parts_of_head(head)]
+        names = [name for head in self.config.heads for name in HEAD_PARTS[head]]
         return [getattr(self, name) for name in dict.fromkeys(names)]
 
     def _make_parts(self, head: HeadName) -> list[str]:
-        """Make the parts of `head` that are not there yet, and name them."""
-        missing = [name for name in parts_of_head(head) if getattr(self, name) is None]
+        """Make the parts of `head` that do not exist yet, and return their names."""
+        missing = [name for name in HEAD_PARTS[head] if getattr(self, name) is None]
         for name in missing:
-            setattr(self, name, parts_of_head(head)[name].make(self.config).to(self.temperature.device))
+            setattr(self, name, make_part(name, self.config).to(self.temperature.device))
         return missing
 
     def embed_images(self, images: ImageInputs) -> Tensor:

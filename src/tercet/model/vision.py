@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -10,18 +11,18 @@ from torch.nn import functional as F
 
 from tercet.config import VisionConfig
 from tercet.errors import TercetError
-from tercet.model.layers import EMBEDDING_DEVIATION, VisionBlock, take_rows, weight_deviation
-from tercet.model.linear import Linear
-from tercet.model.projection import kept_patches
-from tercet.model.recompute import LayerStack
-from tercet.model.stem import ConvolutionStem, sine_positions
+from tercet.model.layers import EMBEDDING_STD, Encoder, Linear, VisionBlock, init_std, take_rows
 
 # Statistics of CLIP's training images, which the published models are normalised with.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
+GROUPS = 8  # of a group norm, which unlike a batch norm treats an image alike in student, teacher and evaluation
+POSITION_STD = 0.2  # half of that of the convolution stem's own vectors at the start
+LONGEST_WAVE = 100.0  # in patches, over 2 pi
 
-class VisionTransformer(LayerStack):
+
+class VisionTransformer(Encoder):
     """Patches and a class token through pre-norm blocks, with a final norm over all tokens (ViT, arXiv 2010.11929).
 
     A convolution stem, pooling by the maximum and patches that see their neighbours alone (`model.vision.stem`, `pool`
@@ -55,11 +56,11 @@ class VisionTransformer(LayerStack):
 
     def _initialise(self) -> None:
         for parameter in (self.class_token, self.position_embed):
-            nn.init.trunc_normal_(parameter, std=EMBEDDING_DEVIATION)
-        deviation = weight_deviation(self.position_embed.shape[2])
+            nn.init.trunc_normal_(parameter, std=EMBEDDING_STD)
+        std = init_std(self.position_embed.shape[2])
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=deviation)
+                nn.init.trunc_normal_(module.weight, std=std)
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor, drop: float = 0.0) -> Tensor:
@@ -116,6 +117,11 @@ def to_patches(images: Tensor, patch_size: int) -> Tensor:
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
+def kept_patches(patches: int, drop: float) -> int:
+    """How many of an image's patches remain when a share `drop` of them is dropped; at least one."""
+    return max(1, round(patches * (1 - drop)))
+
+
 def draw_patches(patches: Tensor, count: int) -> Tensor:
     """`count` patches of each image, all equally likely, in ascending order: indices `[batch, count]`.
 
@@ -169,3 +175,61 @@ def resize_position_embed(position_embed: Tensor, rows: int, columns: int) -> Te
     grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid.float(), size=(rows, columns), mode="bicubic", align_corners=False)
     return torch.cat([class_row, grid.flatten(2).transpose(1, 2).to(class_row.dtype)], dim=1)
+
+
+class ConvolutionStem(nn.Module):
+    """Residual stages that halve the image each, down to one vector a patch (the hybrid ViT of arXiv 2010.11929)."""
+
+    def __init__(self, channels: tuple[int, ...], width: int) -> None:
+        """
+        Args:
+            channels: of each stage; as many stages as the patch size has factors of two.
+            width: channels of a token.
+        """
+        super().__init__()
+        pairs = itertools.pairwise((3, *channels))
+        self.halve = nn.ModuleList(nn.Conv2d(before, after, 3, 2, 1) for before, after in pairs)
+        self.residual = nn.ModuleList(Residual(after) for after in channels)
+        self.norm = nn.GroupNorm(GROUPS, channels[-1])
+        self.project = nn.Conv2d(channels[-1], width, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images `[batch, 3, height, width]` to `[batch, patches, width]`, row by row."""
+        hidden = images.contiguous(memory_format=torch.channels_last)
+        for halve, residual in zip(self.halve, self.residual, strict=True):
+            hidden = residual(halve(hidden))
+        return self.project(F.gelu(self.norm(hidden))).flatten(2).transpose(1, 2)
+
+
+class Residual(nn.Module):
+    """A 3x3 convolution beside the identity, behind a norm and a GELU.
+
+    One and not two: it learns shapes as soon, costs half, and leaves a token closer to its own patch.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.convolution = nn.Conv2d(channels, channels, 3, 1, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[batch, channels, height, width]` to the same."""
+        return hidden + self.convolution(F.gelu(self.norm(hidden)))
+
+
+def sine_positions(grid: int, width: int) -> Tensor:
+    """A table of two-dimensional sines: half of the channels tell the row, half the column.
+
+    Args:
+        grid: patches along one side.
+        width: channels, a multiple of 4.
+
+    Returns:
+        `[1, 1 + grid**2, width]`; row 0, that of the class token, is 0.
+    """
+    waves = LONGEST_WAVE ** -(torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(grid)[:, None] * waves
+    along = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = along[:, None].expand(-1, grid, -1), along[None].expand(grid, -1, -1)
+    table = torch.cat([rows, columns], dim=2).flatten(0, 1) * (POSITION_STD * 2**0.5)
+    return torch.cat([torch.zeros(1, width), table])[None]

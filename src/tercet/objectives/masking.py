@@ -1,4 +1,4 @@
-"""Masked language modelling (`mlm`): which words are hidden, and the loss of guessing them (section 3.5)."""
+"""Masked language modelling (`mlm`): which tokens are masked (section 3.5 of arXiv 2202.10401)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tercet.config import TextConfig
 
@@ -15,16 +14,16 @@ IGNORED = -100
 
 @dataclass
 class MaskedTexts:
-    """Texts with some words hidden, and where.
+    """Texts with some tokens masked, and where.
 
-    Drawn on the host before the batch goes to the device: the shapes then follow from the draw without the device
-    having to say how many words were hidden.
+    Drawn on the host before the batch goes to the device: the shapes then follow from the draw, and the device need
+    not say how many tokens were masked.
 
     Attributes:
-        input_ids: `[batch, tokens]` with the hidden words replaced.
-        rows: positions of the hidden words `[batch, slots]`; unused slots hold 0.
+        input_ids: `[batch, tokens]` with the masked tokens replaced.
+        rows: positions of the masked tokens `[batch, slots]`; unused slots hold 0.
         chosen: indices `[masked]` of the used slots in the flattened `[batch * slots]`.
-        labels: the hidden word pieces `[masked]`.
+        labels: the masked tokens themselves `[masked]`.
     """
 
     input_ids: Tensor
@@ -38,7 +37,7 @@ class MaskedTexts:
         return MaskedTexts(*(part.to(device, non_blocking=True) for part in parts))
 
 
-def hide_words(
+def mask_tokens(
     input_ids: Tensor,
     attention_mask: Tensor,
     probability: float,
@@ -47,77 +46,47 @@ def hide_words(
     whole: tuple[int, int] | None = None,
     start: int = 0,
 ) -> MaskedTexts:
-    """Hide words as BERT does: of those drawn, 80 % become [MASK], 10 % a random word piece, 10 % stay.
+    """Mask tokens as BERT does: of those drawn, 80 % become [MASK], 10 % a random token, 10 % stay.
 
     Args:
         input_ids: `[batch, tokens]` on the host.
         attention_mask: `[batch, tokens]`.
-        probability: chance of each word piece; [CLS] and padding are never drawn.
+        probability: chance of each token; [CLS] and padding are never drawn.
         text: names the special ids and the size of the vocabulary.
         generator: the source of the draw.
         whole: texts and tokens of the batch that these texts are a part of, so that any number of ranks draw the same
             for the same text; None: they are the whole.
-        start: which of the whole is the first of these texts.
+        start: which text of the whole is the first of these.
     """
     shape = whole or tuple(input_ids.shape)
     own = (slice(start, start + input_ids.shape[0]), slice(input_ids.shape[1]))
 
-    def draw(share: float) -> Tensor:
-        return torch.rand(shape, generator=generator)[own] < share
+    def draw(chance: float) -> Tensor:
+        return torch.rand(shape, generator=generator)[own] < chance
 
-    hidden = draw(probability) & attention_mask.bool() & (input_ids != text.cls_id)
-    masked = hidden & draw(0.8)
-    random = hidden & ~masked & draw(0.5)
-    words = torch.randint(text.vocabulary_size, shape, generator=generator)[own]
-    replaced = torch.where(random, words, input_ids.masked_fill(masked, text.mask_id))
-    return locate(replaced, input_ids.masked_fill(~hidden, IGNORED))
+    drawn = draw(probability) & attention_mask.bool() & (input_ids != text.cls_id)
+    masked = drawn & draw(0.8)
+    random = drawn & ~masked & draw(0.5)
+    tokens = torch.randint(text.vocabulary_size, shape, generator=generator)[own]
+    replaced = torch.where(random, tokens, input_ids.masked_fill(masked, text.mask_id))
+    return masked_positions(replaced, input_ids.masked_fill(~drawn, IGNORED))
 
 
-def locate(input_ids: Tensor, labels: Tensor) -> MaskedTexts:
-    """Positions of the hidden words.
+def masked_positions(input_ids: Tensor, labels: Tensor) -> MaskedTexts:
+    """Find the masked positions.
 
     Args:
-        input_ids: `[batch, tokens]` with the hidden words replaced.
-        labels: `[batch, tokens]`, the hidden word pieces, `IGNORED` elsewhere.
+        input_ids: `[batch, tokens]` with the masked tokens replaced.
+        labels: `[batch, tokens]`, the masked tokens, `IGNORED` elsewhere.
     """
-    hidden = labels != IGNORED
-    slots = max(1, int(hidden.sum(dim=1).max())) if labels.numel() else 1
-    # A stable sort brings the hidden positions of each text to the front, in their order.
-    order = hidden.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :slots]
-    used = hidden.gather(1, order)
-    rows = order.masked_fill(~used, 0)
+    masked = labels != IGNORED
+    slots = max(1, int(masked.sum(dim=1).max())) if labels.numel() else 1
+    # A stable sort moves the masked positions of each text to the front, in their order.
+    order = masked.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :slots]
+    used = masked.gather(1, order)
     return MaskedTexts(
         input_ids=input_ids,
-        rows=rows,
+        rows=order.masked_fill(~used, 0),
         chosen=used.flatten().nonzero().squeeze(1),
         labels=labels.gather(1, order)[used],
     )
-
-
-def masked_language(
-    mlm_logits: Tensor,
-    labels: Tensor,
-    teacher_logits: Tensor | None = None,
-    alpha: float = 0.0,
-    count: float | None = None,
-) -> Tensor:
-    """Cross-entropy at the hidden words, softened by the teacher's guesses.
-
-    Args:
-        mlm_logits: `[masked, vocabulary]`.
-        labels: `[masked]`.
-        teacher_logits: `[masked, vocabulary]`, without gradient; None without a teacher.
-        alpha: share of the teacher's guesses in the targets.
-        count: divides the sum over the hidden words; None: as many as there are.  With several ranks the mean number on
-            a rank.
-
-    Returns:
-        The mean over the hidden words, `[]`; 0 when none is hidden.
-    """
-    count = max(1, labels.shape[0]) if count is None else count
-    log_probabilities = mlm_logits.float().log_softmax(dim=-1)
-    hard = F.nll_loss(log_probabilities, labels, reduction="sum") / count
-    if teacher_logits is None or alpha == 0:
-        return hard
-    soft = -(log_probabilities * teacher_logits.float().softmax(dim=-1)).sum() / count
-    return (1 - alpha) * hard + alpha * soft

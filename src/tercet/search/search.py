@@ -181,7 +181,7 @@ class Searcher:
                     continue
                 pairs = [(hit.id, text) for hit, texts in readable for text in texts]
                 padded, mask = pad_texts([text_embeds[text].to(device) for _, text in pairs])
-                memory = self.model.remember(torch.stack([own for own in tokens if own is not None]))
+                memory = self.model.project_kv(torch.stack([own for own in tokens if own is not None]))
                 logits = self.model.match_logits(padded, mask, memory).cpu()
                 margins |= zip(pairs, (logits[:, 1] - logits[:, 0]).tolist(), strict=True)
         return margins

@@ -160,7 +160,7 @@ class Engine:
             rows = [index for index, job in enumerate(jobs) if len(job.texts) == count]
             texts = [starts[row] + number for row in rows for number in range(count)]
             padded, mask = pad_texts([encoded.text_embeds[index].to(image_embeds.device) for index in texts])
-            logits = self.model.match_logits(padded, mask, self.model.remember(image_embeds[rows]))
+            logits = self.model.match_logits(padded, mask, self.model.project_kv(image_embeds[rows]))
             chances = logits.softmax(dim=1)[:, 1].cpu().unflatten(0, (len(rows), count))
             for place, row in enumerate(rows):
                 cosines = encoded.text_feats[starts[row] : starts[row] + count] @ image_feats[row]

@@ -11,11 +11,11 @@ from torch import Tensor
 from tercet.config import TextConfig, VqaConfig
 from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
-from tercet.model.answer import AnswerDecoder
 from tercet.model.folder import require_tokenizer
+from tercet.model.heads import AnswerDecoder
 from tercet.model.layers import TokenCache
-from tercet.model.memory import ImageMemory
 from tercet.model.tercet import Tercet
+from tercet.model.text import CrossAttentionKV
 
 BLOCK = 32  # candidates of a question that are scored at once
 HEAD_ROWS = 2048  # rows of vocabulary logits that are held at once
@@ -36,7 +36,7 @@ def question_states(
     Returns:
         `question_states` `[questions, tokens, width]`.
     """
-    memory = model.remember(model.encode_image(images))
+    memory = model.project_kv(model.encode_image(images))
     if image_rows is not None:
         memory = memory.select(image_rows)
     return model.fuse(model.encode_text(input_ids, attention_mask), attention_mask, memory)
@@ -129,7 +129,7 @@ def rank_answers(
         k: answers that are scored in full; all of them where the list is shorter.
         published: count the first word piece twice, as the published code does.
     """
-    memory = decoder.remember(question_states, question_mask)
+    memory = decoder.project_kv(question_states, question_mask)
     cache = TokenCache()
     first_log = next_log_probabilities(decoder, answers.input_ids[:1, :1].expand(len(memory), 1), memory, cache)
     first = first_log[:, answers.input_ids[:, 1]]
@@ -141,14 +141,14 @@ def rank_answers(
 
 
 def next_log_probabilities(
-    decoder: AnswerDecoder, input_ids: Tensor, memory: ImageMemory, cache: TokenCache | None = None
+    decoder: AnswerDecoder, input_ids: Tensor, memory: CrossAttentionKV, cache: TokenCache | None = None
 ) -> Tensor:
     """`[answers, vocabulary]` behind one more token `[answers, 1]` of each answer; without a cache the first."""
     return decoder.logits(decoder(input_ids, memory, cache)[:, 0]).float().log_softmax(dim=-1)
 
 
 def _score_rest(
-    decoder: AnswerDecoder, memory: ImageMemory, cache: TokenCache, answers: AnswerList, candidates: Tensor
+    decoder: AnswerDecoder, memory: CrossAttentionKV, cache: TokenCache, answers: AnswerList, candidates: Tensor
 ) -> Tensor:
     """Log-probability `[questions, k]` of what follows the first word piece of `candidates` `[questions, k]`.
 
@@ -221,7 +221,7 @@ def write_answers(
     if beams < 1 or max_tokens < 1:
         raise TercetError(f"cannot write answers with {beams} beams of {max_tokens} tokens; give 1 of each at least")
     search = _BeamSearch(len(question_states), beams, max_tokens, length_penalty, text, question_states.device)
-    memory = decoder.remember(question_states, question_mask)
+    memory = decoder.project_kv(question_states, question_mask)
     cache = TokenCache()
     for _ in range(min(max_tokens, decoder.position_embed.num_embeddings)):
         log_probabilities = next_log_probabilities(decoder, search.last_tokens, memory, cache)

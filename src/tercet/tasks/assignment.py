@@ -17,10 +17,10 @@ from tercet.data.tokenizer import clean_caption
 from tercet.distributed import RankLayout, Ranks, rank_layout
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
-from tercet.model.nlvr import fused_class
+from tercet.model.heads import fused_class
 from tercet.model.tercet import Tercet
-from tercet.objectives.assignment import Assignment, assignment_loss, draw_assignment
 from tercet.objectives.contrast import same_image
+from tercet.objectives.matching import Assignment, assignment_loss, sample_assignment
 from tercet.tasks.encoding import evaluating
 from tercet.tasks.labelling import freeze_others
 from tercet.tasks.task import Task, TaskKind, within_positions
@@ -119,8 +119,8 @@ def assignment_logits(
     if assignment is None:
         with torch.no_grad():
             image_feats = model.project_image(image_embeds[:, 0])
-        assignment = draw_assignment(image_feats, same_image(ids, len(image_feats), image_feats.device))
-    memory = model.remember(image_embeds)
+        assignment = sample_assignment(image_feats, same_image(ids, len(image_feats), image_feats.device))
+    memory = model.project_kv(image_embeds)
     text_embeds = model.encode_text(batch.input_ids, batch.attention_mask)
     first, second = memory.select(assignment.first), memory.select(assignment.second)
     fused = fused_class(model, text_embeds, batch.attention_mask, first, second)

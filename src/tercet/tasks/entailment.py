@@ -34,7 +34,7 @@ class Entailment(Labelling):
 def entailment_logits(model: Tercet, batch: LabelledBatch) -> Tensor:
     """Logits `[batch, 3]` of each sentence and its image."""
     assert model.entailment_head is not None
-    memory = memory_of(model.remember(model.encode_image(batch.images)), batch.image_rows, 0, 1)
+    memory = memory_of(model.project_kv(model.encode_image(batch.images)), batch.image_rows, 0, 1)
     text_embeds = model.encode_text(batch.input_ids, batch.attention_mask)
     fused = model.fuse(text_embeds, batch.attention_mask, memory, class_rows(text_embeds))
     return model.entailment_head(fused[:, 0])

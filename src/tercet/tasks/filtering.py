@@ -136,7 +136,7 @@ def score_batch(
     text_embeds = model.encode_text(input_ids, mask)
     image_feats = model.project_image(image_embeds[:, 0])
     similarity = (image_feats[owners.to(device)] * model.project_text(text_embeds[:, 0])).sum(dim=1)
-    memory = model.remember(image_embeds).select(owners.to(device))
+    memory = model.project_kv(image_embeds).select(owners.to(device))
     chance = model.match_logits(text_embeds, mask, memory).softmax(dim=1)[:, 1]
     rows: list[dict[str, Any]] = []
     for place, text, match, cosine in zip(owners.tolist(), texts, chance.tolist(), similarity.tolist(), strict=True):

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tercet.errors import TercetError
-from tercet.model.attention import AttentionTap
-from tercet.model.layers import CrossAttention, SelfAttention, TextLayer
+from tercet.model.layers import AttentionTap, SelfAttention
 from tercet.model.tercet import Tercet
+from tercet.model.text import CrossAttention, TextLayer
 from tercet.model.vision import VisionTransformer
 from tercet.tasks.answering import next_log_probabilities
 
@@ -97,7 +97,7 @@ def answered_heatmaps(
 
     def likelihood(fused: Tensor) -> Tensor:
         start = torch.full((fused.shape[0], 1), model.config.text.cls_id, device=fused.device)
-        chances = next_log_probabilities(decoder, start, decoder.remember(fused, attention_mask))
+        chances = next_log_probabilities(decoder, start, decoder.project_kv(fused, attention_mask))
         return (chances if pieces is None else chances[:, pieces]).amax(dim=-1)
 
     layer = default_layer(model, "answer") if layer is None else layer
@@ -222,7 +222,7 @@ def _fusion_pass(
     """
     cross_attention = _fusion_attention(model, layer)
     with _differentiable(), _tapped(cross_attention) as tap:
-        memory = model.remember(_plain(image_embeds))
+        memory = model.project_kv(_plain(image_embeds))
         # Whatever parameters are frozen, the graph starts here.
         text = _plain(text_embeds).requires_grad_()
         fused = model.fuse(text, attention_mask, memory)

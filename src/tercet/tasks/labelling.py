@@ -19,8 +19,8 @@ from tercet.distributed import RankLayout, Ranks, rank_layout
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
-from tercet.objectives.features import Teacher
-from tercet.objectives.labels import label_loss
+from tercet.objectives.loss import distilled_cross_entropy
+from tercet.objectives.state import Teacher
 from tercet.tasks.encoding import evaluating
 from tercet.tasks.task import Task, within_positions
 
@@ -112,7 +112,7 @@ class Labelling(Task):
                 believed = self.logits(self.teacher.model, batch)
         with torch.autocast(logits.device.type, enabled=False):
             count = None if batch.spread is None else batch.spread.mean
-            loss = label_loss(logits, batch.labels, believed, alpha, count)
+            loss = distilled_cross_entropy(logits, batch.labels, believed, alpha, count)
         return LabelledOutput({self.name: loss}, logits, believed)
 
 

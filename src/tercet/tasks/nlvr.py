@@ -13,7 +13,7 @@ from torch import Tensor
 from tercet.config import Config, DataConfig, ObjectivesConfig
 from tercet.data.nlvr_files import HARD_STATEMENTS, draw_statements, read_statements
 from tercet.data.samples import SampleSource, open_samples
-from tercet.model.nlvr import fused_class
+from tercet.model.heads import fused_class
 from tercet.model.tercet import Tercet
 from tercet.tasks.labelling import Guesses, LabelledBatch, Labelling, guess_labels
 from tercet.tasks.task import TaskKind, memory_of
@@ -43,7 +43,7 @@ class PairStatements(Labelling):
 def statement_logits(model: Tercet, batch: LabelledBatch) -> Tensor:
     """Logits `[batch, 2]`, class 1 true, of each sentence and its two images."""
     assert model.nlvr_head is not None
-    memory = model.remember(model.encode_image(batch.images))
+    memory = model.project_kv(model.encode_image(batch.images))
     first, second = (memory_of(memory, batch.image_rows, place, 2) for place in (0, 1))
     text_embeds = model.encode_text(batch.input_ids, batch.attention_mask)
     return model.nlvr_head(fused_class(model, text_embeds, batch.attention_mask, first, second))

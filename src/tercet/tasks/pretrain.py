@@ -2,38 +2,83 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from tercet.config import ObjectivesConfig
+from tercet.config import ObjectivesConfig, TextConfig
 from tercet.data.loader import Batch
 from tercet.data.order import mix
-from tercet.distributed import RankLayout
-from tercet.model.memory import ImageMemory
+from tercet.distributed import RankLayout, Ranks
 from tercet.model.tercet import Tercet
-from tercet.objectives.contrast import (
-    cross_modal,
-    gather_candidates,
-    intra_modal,
-    same_image,
-    similarity,
-)
-from tercet.objectives.features import FeatureQueue, Features, Teacher, extract_features
+from tercet.model.text import CrossAttentionKV, JoinedKV, class_rows
+from tercet.objectives.contrast import cross_modal, gather_candidates, intra_modal, same_image, similarity
 from tercet.objectives.local import local_global, pool_patches
-from tercet.objectives.masking import masked_language
-from tercet.objectives.matching import Negatives, draw_negatives, gumbel_noise, matching
-from tercet.tasks.fusion_passes import (
-    FusionPasses,
-    count_readers,
-    encode_texts,
-    finish,
-    gather_features,
-    published_order,
-)
-from tercet.tasks.pair_batch import Hiding, PairBatch, lay_out
+from tercet.objectives.loss import distilled_cross_entropy
+from tercet.objectives.masking import MaskedTexts, mask_tokens
+from tercet.objectives.matching import Negatives, gumbel_noise, matching, sample_negatives
+from tercet.objectives.state import FeatureQueue, Teacher
 from tercet.tasks.task import Task
+
+ENCODERS = ("vision", "text", "vision_projection", "text_projection")
+PUBLISHED_RETRIEVAL_REGIONS = 4  # along a side, whatever the image's size
+
+
+@dataclass
+class PairBatch:
+    """A batch of pairs on the device, or the part of it that this rank has.
+
+    Attributes:
+        images: `[batch, 3, height, width]`, the student's view.
+        second_views: the teacher's view of the same images; None when nothing reads it.
+        input_ids: `[batch, tokens]`.
+        attention_mask: bool `[batch, tokens]`.
+        image_ids: `[batch]`, the same for all captions of one image.
+        masked: the texts with masked tokens; None without masked language modelling.
+        spread: how the whole batch is spread over the ranks; by default all of it is here.
+        all_image_ids: `image_ids` of the whole batch.
+        counts: what the losses divide by, see `collate`; without an entry by as many as there are here.
+        seed: what the step draws on the device follows from it.
+    """
+
+    images: Tensor
+    second_views: Tensor | None
+    input_ids: Tensor
+    attention_mask: Tensor
+    image_ids: Tensor
+    masked: MaskedTexts | None = None
+    spread: RankLayout = None  # type: ignore[assignment] - set below
+    all_image_ids: Tensor = None  # type: ignore[assignment] - set below
+    counts: dict[str, float] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.spread is None:
+            self.spread = RankLayout((len(self.images),))
+        if self.all_image_ids is None:
+            self.all_image_ids = self.image_ids
+
+
+@dataclass
+class TeacherOutput:
+    """What the teacher says of a batch, without gradient; None where no enabled loss reads it.
+
+    Attributes:
+        image_feats: unit vectors `[batch, embed_dim]` of the second view.
+        text_feats: unit vectors `[batch, embed_dim]`.
+        region_feats: `[batch, regions, embed_dim]`, pooled from the patches.
+        token_feats: unit vectors `[batch, tokens - 1, embed_dim]`.
+        mlm_logits: vocabulary logits of the masked tokens `[masked, vocabulary]`.
+    """
+
+    image_feats: Tensor | None = None
+    text_feats: Tensor | None = None
+    region_feats: Tensor | None = None
+    token_feats: Tensor | None = None
+    mlm_logits: Tensor | None = None
 
 
 @dataclass
@@ -43,7 +88,7 @@ class PairOutput:
     Attributes:
         losses: `{name: loss}` of the enabled objectives.
         sound: bool `[]`, whether the features of the pairs here are finite.
-        image_feats: what the queue takes of the images of all ranks, `[batch, embed_dim]`; None without a queue.
+        image_feats: the teacher's, of the images of all ranks, `[batch, embed_dim]`; None without a queue to fill.
         text_feats: the same for the texts.
     """
 
@@ -53,23 +98,10 @@ class PairOutput:
     text_feats: Tensor | None = None
 
 
-@dataclass
-class TeacherView:
-    """What the teacher says of a batch, all without gradient.
-
-    Attributes:
-        features: of the second view and the text; None when nothing contrasts.
-        mlm_logits: its guesses of the hidden words `[masked, vocabulary]`; None when nothing reads them.
-    """
-
-    features: Features | None
-    mlm_logits: Tensor | None
-
-
 class Pretraining(Task):
     """Student, teacher and queue, and the losses of a batch of pairs (arXiv 2202.10401).
 
-    A step is `begin_step`, `forward` and, with the gradients at hand, `remember`.
+    A step is `begin_step`, `forward` and, once the gradients are known, `enqueue`.
     """
 
     def __init__(
@@ -91,13 +123,13 @@ class Pretraining(Task):
         self.match_ids = match_ids
         self.enabled = frozenset(config.enabled)
         self.contrasts = bool(self.enabled & {"cma", "imc", "lmi"})
-        self.teaches_words = config.teacher and "mlm" in self.enabled and config.alpha > 0
-        needs_teacher = config.teacher and (self.contrasts or self.teaches_words)
-        self.teacher = Teacher(student, fused=self.teaches_words) if needs_teacher else None
-        # Only cma and imc compare with the queue.
-        reads_queue = self.teacher is not None and bool(self.enabled & {"cma", "imc"})
-        queue_size = config.queue_size if reads_queue else 0
-        self.queue = FeatureQueue(queue_size, student.config.embed_dim) if queue_size else None
+        self.distills_mlm = config.teacher and "mlm" in self.enabled and config.alpha > 0
+        self.teacher = None
+        if config.teacher and (self.contrasts or self.distills_mlm):
+            self.teacher = Teacher(student, (*ENCODERS, "fusion", "mlm_head") if self.distills_mlm else ENCODERS)
+        self.queue = None
+        if self.teacher is not None and self.enabled & {"cma", "imc"} and config.queue_size:
+            self.queue = FeatureQueue(config.queue_size, student.config.embed_dim)
         self._freeze_unread()
 
     @property
@@ -107,26 +139,24 @@ class Pretraining(Task):
 
     def _freeze_unread(self) -> None:
         """Parameters that no enabled loss reaches take no gradient, so that no optimizer or all-reduce waits for it."""
-        fuses = bool(self.enabled & {"itm", "mlm"})
-        unread: list[nn.Module | nn.Parameter] = list(self.student.task_parts())
-        if not fuses:
-            unread.append(self.student.fusion)
+        student = self.student
+        unread: list[nn.Module | nn.Parameter] = list(student.task_parts())
+        if not self.enabled & {"itm", "mlm"}:
+            unread.append(student.fusion)
         if "itm" not in self.enabled:
-            unread.append(self.student.itm_head)
+            unread.append(student.itm_head)
         if "mlm" not in self.enabled:
-            unread.append(self.student.mlm_head)
+            unread.append(student.mlm_head)
         if not self.contrasts:
-            unread += [self.student.vision_projection, self.student.text_projection, self.student.temperature]
+            unread += [student.vision_projection, student.text_projection, student.temperature]
         for part in unread:
             part.requires_grad_(False)
 
     def prepare(self, batch: Batch, device: torch.device, seed: int) -> PairBatch:
-        """The host's part of a step: hide words as `seed` says, and send the batch to `device`; see `lay_out`."""
+        """The host's part of a step: mask tokens as `seed` says, and send the batch to `device`; see `collate`."""
         probability = self.config.mlm_probability if "mlm" in self.enabled else None
-        second = self.config.second_text_mask if self.teacher is not None and self.contrasts else 0.0
-        hiding = Hiding(probability, second)
         gather = self.config.gather_negatives
-        return lay_out(batch, device, seed, self.student.config.text, hiding, gather, by_id=self.match_ids)
+        return collate(batch, device, seed, self.student.config.text, probability, gather, self.match_ids)
 
     @torch.no_grad()
     def begin_step(self) -> None:
@@ -136,41 +166,88 @@ class Pretraining(Task):
             self.teacher.update(self.student, self.config.momentum)
 
     def forward(self, batch: PairBatch, alpha: float, negatives: Negatives | None = None) -> PairOutput:
-        """Losses of a batch.
+        """The enabled losses of a batch (arXiv 2202.10401, sections 3.1 to 3.5).
 
         Args:
             batch: the pairs.
             alpha: weight of the teacher's soft targets now; it rises over the first epoch.
             negatives: hard negatives already drawn; None draws them.
         """
-        features, masked_embeds = self._student_features(batch)
-        teacher = self._teacher_view(batch, alpha)
+        student, enabled, counts = self.student, self.enabled, batch.counts
+        temperature = student.temperature
+
+        image_embeds = student.encode_image(batch.images, self.config.patch_drop)  # [batch, 1 + patches, vision_width]
+        text_embeds, masked_embeds = encode_texts(student, batch, masked=batch.masked is not None)
+        image_feats = student.project_image(image_embeds[:, 0])  # [batch, embed_dim], unit length
+        text_feats = student.project_text(text_embeds[:, 0])
+        teacher = self._ask_teacher(batch, alpha)
+        # What pairs are compared with: the teacher's features where there is one, of all ranks where a loss reads them.
+        own = image_feats, text_feats
+        if teacher.image_feats is not None and teacher.text_feats is not None:
+            own = teacher.image_feats, teacher.text_feats
+        sound = torch.stack([feats.detach().isfinite().all() for feats in (image_feats, text_feats, *own)]).all()
+        all_feats = own
+        if self.contrasts or self._gathers(batch):
+            all_feats = batch.spread.gather(own[0]), batch.spread.gather(own[1])
+
         losses: dict[str, Tensor] = {}
-        seen = teacher and teacher.features
-        others = self._others(batch, seen or features)
-        with torch.autocast(features.image_feats.device.type, enabled=False):
-            if self.contrasts:
-                losses |= self._contrastive_losses(batch, features, seen, others, alpha)
-            if "itm" in self.enabled and negatives is None:
-                negatives = self._draw_negatives(batch, features, others)
-        losses |= self._fused_losses(batch, features, masked_embeds, teacher, negatives, alpha)
-        sound = torch.stack([feats.isfinite().all() for feats in _own_feats(features, seen)]).all()
-        if self.queue is None or seen is None:
-            return PairOutput(losses, sound)
-        return PairOutput(losses, sound, *others)
+        with torch.autocast(image_feats.device.type, enabled=False):
+            if enabled & {"cma", "imc"}:
+                ids = batch.all_image_ids if self.match_ids else None
+                candidates = gather_candidates(*all_feats, ids, self.queue, not self.published, batch.spread.rows)
+                pairs = counts.get("pairs")
+                if "cma" in enabled:
+                    targets = None if self.teacher is None else own
+                    losses["cma"] = cross_modal(image_feats, text_feats, candidates, temperature, pairs, targets, alpha)
+                if "imc" in enabled:
+                    losses["imc"] = intra_modal(image_feats, text_feats, candidates, temperature, pairs)
+            if "lmi" in enabled:
+                losses["lmi"] = self._local_losses(batch, image_feats, text_feats, teacher)
+            if "itm" in enabled and negatives is None:
+                negatives = self._sample_negatives(batch, image_feats, text_feats, all_feats)
+
+        if enabled & {"itm", "mlm"}:
+            itm_logits, mlm_logits = self._fuse(batch, image_embeds, text_embeds, masked_embeds, negatives)
+            if itm_logits is not None and negatives is not None:
+                losses["itm"] = matching(itm_logits, negatives.valid, counts.get("judged"))
+            if mlm_logits is not None and batch.masked is not None:
+                labels = batch.masked.labels
+                losses["mlm"] = distilled_cross_entropy(
+                    mlm_logits, labels, teacher.mlm_logits, alpha, counts.get("masked")
+                )
+        return PairOutput(losses, sound, *(all_feats if self.queue is not None else ()))
 
     def is_sound(self, output: PairOutput) -> Tensor:
         """Bool `[]`, whether the features of this rank's pairs are finite."""
         return output.sound
 
     @torch.no_grad()
-    def remember(self, batch: PairBatch, output: PairOutput, taken: Tensor | None = None) -> None:
+    def enqueue(self, batch: PairBatch, output: PairOutput, taken: Tensor | None = None) -> None:
         """Put the teacher's features of a batch whose step was taken into the queue."""
         if self.queue is not None and output.image_feats is not None and output.text_feats is not None:
             self.queue.enqueue(output.image_feats, output.text_feats, batch.all_image_ids, taken)
 
-    def _positive_ids(self, batch: PairBatch) -> Tensor | None:
-        return batch.all_image_ids if self.match_ids else None
+    @torch.no_grad()
+    def _ask_teacher(self, batch: PairBatch, alpha: float) -> TeacherOutput:
+        """The second view and the same texts, through what an enabled loss reads of the teacher."""
+        output = TeacherOutput()
+        masked = batch.masked if self.distills_mlm and alpha > 0 else None
+        if self.teacher is None or batch.second_views is None or not (self.contrasts or masked):
+            return output
+        model = self.teacher.model
+        image_embeds = model.encode_image(batch.second_views)
+        text_embeds, masked_embeds = encode_texts(model, batch, self.contrasts, masked is not None)
+        if text_embeds is not None:
+            output.image_feats = model.project_image(image_embeds[:, 0])
+            output.text_feats = model.project_text(text_embeds[:, 0])
+            if "lmi" in self.enabled:
+                side = PUBLISHED_RETRIEVAL_REGIONS if self.published and self.match_ids else None
+                output.region_feats = pool_patches(model.project_image(image_embeds[:, 1:]), side, self.published)
+                output.token_feats = model.project_text(text_embeds[:, 1:])
+        if masked is not None and masked_embeds is not None:
+            fused = model.fuse(masked_embeds, batch.attention_mask, model.project_kv(image_embeds), masked.rows)
+            output.mlm_logits = model.mlm_logits(fused.flatten(0, 1)[masked.chosen])
+        return output
 
     def _gathers(self, batch: PairBatch) -> bool:
         """Whether negatives are found among the pairs of several ranks."""
@@ -186,167 +263,162 @@ class Pretraining(Task):
         ids = batch.all_image_ids if self._gathers(batch) else batch.image_ids
         return same_image(ids if by_id else None, pool.total, batch.images.device)[pool.rows]
 
-    def _student_features(self, batch: PairBatch) -> tuple[Features, Tensor | None]:
-        """Features of the clean texts, and `text_embeds` of the masked ones, `[batch, tokens, width]`."""
-        image_embeds = self.student.encode_image(batch.images, self.config.patch_drop)
-        masked_ids = None if batch.masked is None else batch.masked.input_ids
-        text_embeds, masked_embeds = encode_texts(self.student, batch.attention_mask, [batch.input_ids, masked_ids])
-        assert text_embeds is not None
-        return extract_features(self.student, image_embeds, text_embeds, batch.attention_mask), masked_embeds
-
-    @torch.no_grad()
-    def _teacher_view(self, batch: PairBatch, alpha: float) -> TeacherView | None:
-        if self.teacher is None or batch.second_views is None:
-            return None
-        model = self.teacher.model
-        masked = batch.masked if self.teaches_words and alpha > 0 else None
-        if not self.contrasts and masked is None:
-            return None
-        image_embeds = model.encode_image(batch.second_views)
-        texts = encode_texts(
-            model,
-            batch.attention_mask,
-            [
-                batch.second_ids if self.contrasts else None,
-                None if masked is None else masked.input_ids,
-            ],
-        )
-        features, mlm_logits = None, None
-        if texts[0] is not None:
-            features = extract_features(model, image_embeds, texts[0], batch.attention_mask)
-        if texts[1] is not None and masked is not None:
-            memory = model.remember(image_embeds, count_readers(batch, 0, masked))
-            fused = model.fuse(texts[1], batch.attention_mask, memory, masked.rows)
-            mlm_logits = model.mlm_logits(fused.flatten(0, 1)[masked.chosen])
-        return TeacherView(features, mlm_logits)
-
-    def _others(self, batch: PairBatch, features: Features) -> tuple[Tensor, Tensor]:
-        """What a batch is compared with and draws from: `image_feats` and `text_feats` of every rank, of the teacher's
-        features where there is one, or of this rank alone where nothing reads the others'."""
-        feats = (features.image_feats, features.text_feats)
-        if not (self.contrasts or self._gathers(batch)):
-            return feats
-        return batch.spread.gather(feats[0]), batch.spread.gather(feats[1])
-
-    def _contrastive_losses(
-        self,
-        batch: PairBatch,
-        features: Features,
-        teacher: Features | None,
-        others: tuple[Tensor, Tensor],
-        alpha: float,
-    ) -> dict[str, Tensor]:
-        temperature = self.student.temperature
-        losses: dict[str, Tensor] = {}
-        ids, rows = self._positive_ids(batch), batch.spread.rows
-        candidates = gather_candidates(*others, ids, self.queue, exclude_empty=not self.published, rows=rows)
-        if "cma" in self.enabled:
-            believed = (None, None) if teacher is None else (teacher.image_feats, teacher.text_feats)
-            feats = (features.image_feats, features.text_feats)
-            sigmoid = self.config.alignment == "sigmoid"
-            pair = cross_modal(*feats, *believed, candidates, temperature, alpha, batch.count("pairs"), sigmoid)
-            losses["cma"] = torch.stack(pair).mean()
-        if "imc" in self.enabled:
-            feats = (features.image_feats, features.text_feats)
-            pair = intra_modal(*feats, candidates, temperature, batch.count("pairs"))
-            losses["imc"] = torch.stack(pair).mean()
-        if "lmi" in self.enabled and teacher is not None:
-            losses["lmi"] = torch.stack(self.local_losses(batch, features, teacher)).mean()
-        return losses
-
-    def local_losses(self, batch: PairBatch, features: Features, teacher: Features) -> tuple[Tensor, Tensor]:
-        """`lmi` of the images and of the texts, `[]` each."""
-        assert self.teacher is not None
-        model, temperature = self.teacher.model, self.student.temperature
-        pool = self._pool(batch)
+    def _local_losses(
+        self, batch: PairBatch, image_feats: Tensor, text_feats: Tensor, teacher: TeacherOutput
+    ) -> Tensor:
+        """`lmi`: the mean of that of the images and that of the texts, `[]`."""
+        assert teacher.region_feats is not None and teacher.token_feats is not None
+        pool, temperature, counts = self._pool(batch), self.student.temperature, batch.counts
         same = self._same_in_pool(batch, by_id=self.match_ids and not self.published)
-        with torch.no_grad():
-            patches = model.project_image(teacher.image_embeds[:, 1:].float())
-            regions = pool.gather(pool_patches(patches, self.config.local_grid, self.published))
-            words = pool.gather(model.project_text(teacher.text_embeds[:, 1:].float()))
-            mask = pool.gather(batch.attention_mask[:, 1:].bool())
-        pairs, worded = batch.count("pairs"), batch.count("worded")
-        image_loss = local_global(features.image_feats, regions, temperature, same, None, pool.start, pairs)
-        text_loss = local_global(features.text_feats, words, temperature, same, mask, pool.start, worded)
-        return image_loss, text_loss
+        regions, tokens = pool.gather(teacher.region_feats), pool.gather(teacher.token_feats)
+        mask = pool.gather(batch.attention_mask[:, 1:])
+        images = local_global(image_feats, regions, temperature, same, None, pool.start, counts.get("pairs"))
+        texts = local_global(text_feats, tokens, temperature, same, mask, pool.start, counts.get("worded"))
+        return (images + texts) / 2
 
     @torch.no_grad()
-    def _draw_negatives(self, batch: PairBatch, features: Features, others: tuple[Tensor, Tensor]) -> Negatives:
-        pool = self._pool(batch)
-        # All of them, or of the gathered ones those of this rank.
+    def _sample_negatives(
+        self, batch: PairBatch, image_feats: Tensor, text_feats: Tensor, others: tuple[Tensor, Tensor]
+    ) -> Negatives:
+        """Hard negatives of the pairs here, among `others`: image and text features of this rank or of all of them."""
+        pool, temperature, device = self._pool(batch), self.student.temperature, image_feats.device
         images, texts = (feats if len(feats) == pool.total else feats[batch.spread.rows] for feats in others)
-        temperature = self.student.temperature
-        device = features.image_feats.device
         # Drawn for the whole pool on every rank that shares it, so that its rows get the same wherever they are.
         seed = mix(batch.seed, 0 if self._gathers(batch) else batch.spread.start)
-        generator = torch.Generator(device).manual_seed(seed)
-        noise = gumbel_noise((2, pool.total, pool.total), device, generator)
-        return draw_negatives(
-            image_logits=similarity(features.image_feats, texts, temperature),
-            text_logits=similarity(features.text_feats, images, temperature),
+        noise = gumbel_noise((2, pool.total, pool.total), device, torch.Generator(device).manual_seed(seed))
+        return sample_negatives(
+            image_logits=similarity(image_feats, (texts,), temperature),
+            text_logits=similarity(text_feats, (images,), temperature),
             same=self._same_in_pool(batch, by_id=self.match_ids),
             noise=noise[:, pool.rows],
         )
 
-    def _fused_losses(
+    def _fuse(
         self,
         batch: PairBatch,
-        features: Features,
+        image_embeds: Tensor,
+        text_embeds: Tensor,
         masked_embeds: Tensor | None,
-        teacher: TeacherView | None,
         negatives: Negatives | None,
-        alpha: float,
-    ) -> dict[str, Tensor]:
-        """`itm` and `mlm`: every pass through the lower fusion layers in one batch, reading one image memory."""
-        masked = batch.masked if masked_embeds is not None else None
-        if not self.enabled & {"itm", "mlm"} or (negatives is None and masked is None):
-            return {}
-        student, passes = self.student, FusionPasses()
-        matching_passes = 0 if negatives is None else 2 if self._gathers(batch) else 3
-        memory = student.remember(features.image_embeds, count_readers(batch, matching_passes, masked))
-        readers: list[Tensor] = []
-        unmatched: list[tuple[list[Tensor], ImageMemory]] = []
-        if negatives is not None:
-            texts = passes.add_texts(features.text_embeds, features.attention_mask)
-            others, images = self._unmatched(batch, features, negatives, passes, memory)
-            readers, unmatched = [texts, others], [([texts], images)]
-        if masked_embeds is not None:
-            readers.append(passes.add_texts(masked_embeds, batch.attention_mask))
-        for own_texts, images in [(readers, memory), *unmatched]:
-            passes.add_pairs(own_texts, images)
-        own, *negative_images = passes.lower(student.fusion)
-        losses: dict[str, Tensor] = {}
-        if negatives is not None:
-            fused = finish(student.fusion, [own.of_texts(slice(2)), *negative_images])
-            logits = student.itm_head(fused[:, 0])
-            losses["itm"] = matching(published_order(logits), negatives, batch.count("judged"))
-        if masked is not None:
-            fused = finish(student.fusion, [own.of_texts(slice(-1, None))], masked.rows)
-            logits = student.mlm_logits(fused.flatten(0, 1)[masked.chosen])
-            guesses = None if teacher is None else teacher.mlm_logits
-            losses["mlm"] = masked_language(logits, masked.labels, guesses, alpha, batch.count("hidden"))
-        return losses
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """`itm_logits` `[3 * batch, 2]`, in the order that `matching` reads, and `mlm_logits` `[masked, vocabulary]`.
 
-    def _unmatched(
-        self,
-        batch: PairBatch,
-        features: Features,
-        negatives: Negatives,
-        passes: FusionPasses,
-        memory: ImageMemory,
-    ) -> tuple[Tensor, ImageMemory]:
-        """The negative text of every image, as indices `[batch]` into `passes`, and the negative images.
-
-        The texts of `batch` are the first of `passes`.
+        All passes read keys and values that are projected once, and go through the lower fusion layers as one batch.
         """
-        if not self._gathers(batch):
-            return negatives.texts, memory.select(negatives.images)
-        everyone = gather_features(features, batch.spread)
-        others = passes.add_texts(everyone.text_embeds[negatives.texts], everyone.attention_mask[negatives.texts])
-        images = everyone.image_embeds[negatives.images]
-        return others, self.student.remember(images, count_readers(batch, 1, None))
+        student, mask = self.student, batch.attention_mask
+        own = student.project_kv(image_embeds)
+        passes: list[tuple[Tensor, Tensor, CrossAttentionKV]] = []
+        if negatives is not None:
+            if self._gathers(batch):
+                gather = batch.spread.gather
+                texts, texts_mask = gather(text_embeds)[negatives.texts], gather(mask)[negatives.texts]
+                images = student.project_kv(gather(image_embeds)[negatives.images])
+            else:
+                texts, texts_mask = text_embeds[negatives.texts], mask[negatives.texts]
+                images = own.select(negatives.images)
+            passes += [(text_embeds, mask, own), (text_embeds, mask, images), (texts, texts_mask, own)]
+        if masked_embeds is not None:
+            passes.append((masked_embeds, mask, own))
+        masks = torch.cat([mask for _, mask, _ in passes])
+        kv = [(kv, len(mask)) for _, mask, kv in passes]
+        hidden = student.fusion.lower(torch.cat([embeds for embeds, _, _ in passes]), masks, JoinedKV(kv))
+
+        # The last layer computes [CLS] for matching, and the masked positions for masked language modelling.
+        itm_logits, mlm_logits = None, None
+        if negatives is not None:
+            matched = slice(3 * len(mask))
+            rows = class_rows(hidden[matched])
+            fused = student.fusion.last(hidden[matched], masks[matched], JoinedKV(kv[:3]), rows)
+            itm_logits = student.itm_head(fused[:, 0])
+        if masked_embeds is not None and batch.masked is not None:
+            fused = student.fusion.last(hidden[-len(mask) :], mask, own, batch.masked.rows)
+            mlm_logits = student.mlm_logits(fused.flatten(0, 1)[batch.masked.chosen])
+        return itm_logits, mlm_logits
 
 
-def _own_feats(features: Features, teacher: Features | None) -> list[Tensor]:
-    seen = [features] if teacher is None else [features, teacher]
-    return [feats.detach() for part in seen for feats in (part.image_feats, part.text_feats)]
+def encode_texts(
+    model: Tercet, batch: PairBatch, clean: bool = True, masked: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    """`text_embeds` `[batch, tokens, width]` of the clean and of the masked texts, through the encoder together."""
+    ids = [batch.input_ids] * clean + ([batch.masked.input_ids] if masked and batch.masked is not None else [])
+    embeds = list(model.encode_text(torch.cat(ids), batch.attention_mask.repeat(len(ids), 1)).chunk(len(ids)))
+    return embeds.pop(0) if clean else None, embeds.pop() if embeds else None
+
+
+def collate(
+    batch: Batch,
+    device: torch.device,
+    seed: int,
+    text: TextConfig,
+    mask_probability: float | None,
+    gather: bool,
+    by_id: bool,
+) -> PairBatch:
+    """Mask tokens, and send the batch to `device`.
+
+    The losses divide by what a rank has on average: `pairs`, texts that are `worded` (more than `[CLS]`), `masked`
+    tokens, and pairs `judged` by matching, negatives included.  The ranks exchange these numbers host to host, so that
+    no device is waited for.
+
+    Args:
+        batch: the pairs that this rank read.
+        device: where the step runs.
+        seed: the same on every rank.
+        text: names the special ids.
+        mask_probability: of each token; None without masked language modelling.
+        gather: negatives are found among the pairs of all ranks.
+        by_id: pairs of one image are no negatives of one another.
+    """
+    ranks = Ranks()
+    worded = int(batch.attention_mask[:, 1:].any(dim=1).sum())
+    sizes, tokens, words = ranks.gather_tensor(torch.tensor([len(batch), batch.input_ids.shape[1], worded])).unbind(1)
+    spread = RankLayout(tuple(sizes.tolist()), ranks.rank)
+    longest = int(tokens.max())
+    masked = None
+    if mask_probability is not None:
+        generator = torch.Generator().manual_seed(seed)
+        whole = (spread.total, longest)
+        masked = mask_tokens(
+            batch.input_ids, batch.attention_mask, mask_probability, text, generator, whole, spread.start
+        )
+    padded_ids = F.pad(batch.image_ids, (0, max(spread.sizes) - len(batch)))
+    labels = 0 if masked is None else len(masked.labels)
+    numbers = ranks.gather_tensor(torch.cat([torch.tensor([labels]), padded_ids]))
+    image_ids = [row[1 : 1 + size] for row, size in zip(numbers, spread.sizes, strict=True)]
+    all_image_ids = torch.cat(image_ids)
+    pools = [all_image_ids] if gather else image_ids
+    counts = {
+        "pairs": spread.total,
+        "worded": int(words.sum()),
+        "masked": int(numbers[:, 0].sum()),
+        "judged": sum(_count_judged(ids if by_id else None, len(ids)) for ids in pools),
+    }
+    if gather:  # texts of all ranks are padded to one length, so that they can be gathered
+        more = (0, longest - batch.input_ids.shape[1])
+        batch = dataclasses.replace(
+            batch,
+            input_ids=F.pad(batch.input_ids, more, value=text.pad_id),
+            attention_mask=F.pad(batch.attention_mask, more, value=False),
+        )
+        if masked is not None:
+            masked = dataclasses.replace(masked, input_ids=F.pad(masked.input_ids, more, value=text.pad_id))
+    batch = batch.to(device)
+    return PairBatch(
+        images=batch.images,
+        second_views=batch.second_views,
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        image_ids=batch.image_ids,
+        masked=None if masked is None else masked.to(device),
+        spread=spread,
+        all_image_ids=all_image_ids.to(device, non_blocking=True),
+        counts={name: (count or 1) / ranks.world for name, count in counts.items()},
+        seed=seed,
+    )
+
+
+def _count_judged(image_ids: Tensor | None, pairs: int) -> int:
+    """How many pairs matching judges where negatives are drawn among `pairs`: every matched one, and two unmatched ones
+    for each that has a negative."""
+    same = same_image(image_ids, pairs, torch.device("cpu"))
+    return pairs + 2 * int((~same.all(dim=1)).sum())

@@ -92,7 +92,7 @@ def match_image(
     Returns:
         `[texts, 2]`.
     """
-    memory = model.remember(image_embeds[None])
+    memory = model.project_kv(image_embeds[None])
     logits = image_embeds.new_empty(len(text_embeds), 2, dtype=torch.float32)
     for chunk in chunks_by_length([text.shape[0] for text in text_embeds], batch_tokens):
         padded, mask = pad_texts([text_embeds[index] for index in chunk])
@@ -171,7 +171,7 @@ def match_images(
         return list(logits.split([0] * len(wanted)))
     place, member = np.concatenate(places), np.concatenate(members)
     longest = texts.counts[member[:, -1]]
-    memory = model.remember(image_embeds)
+    memory = model.project_kv(image_embeds)
     done: list[Tensor] = []
     by_length = np.argsort(longest, kind="stable")
     for rows in _passes(longest[by_length], by_length, batch_tokens // block):

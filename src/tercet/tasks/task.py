@@ -15,12 +15,12 @@ from tercet.data.batches import SkipReport
 from tercet.data.samples import SampleSource
 from tercet.data.sources import Source
 from tercet.data.tokenizer import clean_caption
-from tercet.model.memory import ImageMemory
 from tercet.model.tercet import Tercet
+from tercet.model.text import CrossAttentionKV
 
 
 class TaskOutput(Protocol):
-    """What `forward` gives: at least the losses; what else the task's own `remember` reads is its business."""
+    """What `forward` gives: at least the losses; what else the task's own `enqueue` reads is its business."""
 
     @property
     def losses(self) -> dict[str, Tensor]:
@@ -32,7 +32,7 @@ class Task(nn.Module, ABC):
     """A model in training: the student, whatever follows it, and the losses of a batch.
 
     A step is `begin_step`; for each of its batches `prepare` and `forward`; and, with the gradients at hand,
-    `remember`.  Parameters that no loss of the task reaches take no gradient.
+    `enqueue`.  Parameters that no loss of the task reaches take no gradient.
 
     Attributes:
         student: the model that learns.
@@ -63,7 +63,7 @@ class Task(nn.Module, ABC):
         """Bool `[]`, whether what `forward` computed on this rank is finite, whatever it gathered from others."""
         return torch.stack([loss.detach().isfinite() for loss in output.losses.values()]).all()
 
-    def remember(self, prepared: Any, output: Any, taken: Tensor | None = None, /) -> None:
+    def enqueue(self, prepared: Any, output: Any, taken: Tensor | None = None, /) -> None:
         """Keep what later steps read, such as features for the queue.
 
         Args:
@@ -170,7 +170,9 @@ def within_positions(data: DataConfig, model: Tercet) -> DataConfig:
     return data.model_copy(update={"max_tokens": min(data.max_tokens, model.config.text.max_positions)})
 
 
-def memory_of(memory: ImageMemory, image_rows: Tensor | None, place: int, images_per_sample: int) -> ImageMemory:
+def memory_of(
+    memory: CrossAttentionKV, image_rows: Tensor | None, place: int, images_per_sample: int
+) -> CrossAttentionKV:
     """The memory of the image at `place` of each sample.
 
     Args:

@@ -26,8 +26,8 @@ from tercet.distributed import RankLayout, Ranks, rank_layout
 from tercet.errors import TercetError
 from tercet.model.folder import require_tokenizer
 from tercet.model.tercet import Tercet
-from tercet.objectives.answers import answer_loss
-from tercet.objectives.features import Teacher
+from tercet.objectives.loss import distilled_cross_entropy
+from tercet.objectives.state import Teacher
 from tercet.tasks.answering import Answer, Answerer, decoder_of, encode_answers, question_states
 from tercet.tasks.encoding import evaluating
 from tercet.tasks.task import Task, TaskKind
@@ -166,7 +166,7 @@ class QuestionAnswering(Task):
                 guesses = guess(self.teacher.model, batch)
         with torch.autocast(logits.device.type, enabled=False):
             questions = len(batch.input_ids) if batch.spread is None else batch.spread.mean
-            loss = answer_loss(logits, batch.labels, batch.weights, questions, guesses, alpha)
+            loss = distilled_cross_entropy(logits, batch.labels, guesses, alpha, questions or 1, batch.weights)
         return AnswerOutput({"answer": loss})
 
 
@@ -174,7 +174,7 @@ def guess(model: Tercet, batch: AnswerBatch) -> Tensor:
     """Vocabulary logits `[guesses, vocabulary]` of `batch.labels`, by student or teacher."""
     decoder = decoder_of(model)
     states = question_states(model, batch.images, batch.input_ids, batch.attention_mask, batch.image_rows)
-    memory = decoder.remember(states, batch.attention_mask).select(batch.owners)
+    memory = decoder.project_kv(states, batch.attention_mask).select(batch.owners)
     answer_states = decoder(batch.answer_ids[:, :-1], memory)
     return decoder.logits(answer_states.flatten(0, 1)[batch.chosen])
 

@@ -8,8 +8,9 @@ from typing import cast
 import torch
 from torch import nn
 
-from tercet.model.layers import TextLayer, VisionBlock
+from tercet.model.layers import VisionBlock
 from tercet.model.tercet import Tercet
+from tercet.model.text import TextLayer
 
 # Of one layer's code: student and teacher, training and evaluation, with and without rows, each in its own graph.
 VARIANTS = 32
@@ -45,8 +46,7 @@ def _compile_layer(layer: nn.Module, backend: str) -> bool:
         layer.compile(backend=backend)
         return True
     if isinstance(layer, TextLayer):
-        reads = hasattr(layer, "cross_attention")
-        for part in ("read_text", "take_in" if reads else "think"):
+        for part in ("self_attend", "feed_forward"):
             setattr(layer, part, torch.compile(getattr(layer, part), backend=backend, dynamic=True))
         return True
     return False

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from tercet.config import ModelConfig, ObjectivesConfig, TextConfig, VisionConfig
-from tercet.model.projection import kept_patches, pays_to_project
+from tercet.model.vision import kept_patches
 
 
 @dataclass(frozen=True)
@@ -227,10 +227,7 @@ def _project(tally: Tally, model: ModelConfig, shape: Shape, gradients: int) -> 
 
 def _projects(model: ModelConfig, patches: int, lower: int, last: int) -> tuple[bool, bool]:
     """Whether lower layers and the last one keep keys and values, for the numbers of text tokens that read an image."""
-    text, vision = model.text, model.vision
-    sizes = (_image_tokens(model, patches), text.width, vision.width, text.heads)
-    keeps = pays_to_project(lower, *sizes)
-    return keeps, keeps and pays_to_project(last, *sizes)
+    return True, True
 
 
 def _remember(tally: Tally, model: ModelConfig, shape: Shape, projected: tuple[bool, bool]) -> None:
@@ -243,8 +240,8 @@ def _remember(tally: Tally, model: ModelConfig, shape: Shape, projected: tuple[b
 def _fuse_lower(tally: Tally, model: ModelConfig, shape: Shape, texts: int, pairs: int, projected: bool) -> None:
     """Layers below the last one; `texts` that make up the `pairs` attend to themselves once in the first of them."""
     text = model.text
-    for index in range(text.depth - text.fusion_layer - 1):
-        _attend(tally, pairs if index else texts, shape.tokens, shape.tokens, text.width)
+    for _ in range(text.depth - text.fusion_layer - 1):
+        _attend(tally, pairs, shape.tokens, shape.tokens, text.width)
         tally.add(4 * pairs * shape.tokens * text.width * text.mlp_width)
         _cross(tally, model, pairs, shape.tokens, projected)
 

@@ -19,7 +19,7 @@ from tercet.device import machine_name, tune_malloc
 from tercet.distributed import Ranks, gradient_sync, init_distributed
 from tercet.errors import TercetError
 from tercet.files import write_atomic
-from tercet.objectives.total import total
+from tercet.objectives.loss import total
 from tercet.tasks.task import StepBatch, TaskOutput
 from tercet.train.finish import finish_run, save, validate
 from tercet.train.optim import alpha_of, gradient_norm, learning_rate, step_clipped
@@ -184,7 +184,7 @@ def take_step(session: Session, batches: Sequence[StepBatch]) -> StepResult:
     finite = torch.isfinite(grad_norm)
     step_clipped(optimizer, grad_norm, config.optim.clip_norm)
     for prepared, output in done:
-        task.remember(prepared, output, finite)
+        task.enqueue(prepared, output, finite)
     sound = torch.stack([task.is_sound(output) for _, output in done]).all()
 
     def find_trouble() -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tercet.config import ModelConfig, ObjectivesConfig, TextConfig, VisionConfig
-from tercet.model.projection import kept_patches
+from tercet.model.vision import kept_patches
 from tercet.train.cost import Needs, Shape, count_parameters, expected_shape, teacher_parameters, trained_parameters
 
 # What a process holds before the model: interpreter, libraries, threads.

@@ -21,7 +21,7 @@ from tercet.distributed import Ranks, wrap_parallel
 from tercet.errors import TercetError
 from tercet.files import write_atomic
 from tercet.model.folder import load_model, require_tokenizer
-from tercet.model.recompute import recompute_layers
+from tercet.model.layers import set_grad_checkpointing
 from tercet.model.tercet import Tercet
 from tercet.model.vision import resize_position_embed
 from tercet.tasks.build import build_loader, build_task, further_texts, kind_of, open_data, words_of
@@ -161,7 +161,7 @@ def _assemble(config: Config, student: Tercet, placement: DeviceSpec) -> tuple[T
     """The task on its device with what the config asks of the layers, and the same as the ranks train it together."""
     task = build_task(config, student).to(placement.device)
     task.train()
-    recompute_layers(student, config.train.grad_checkpointing)
+    set_grad_checkpointing(student, config.train.grad_checkpointing)
     if config.train.compile:
         compile_encoders(compiled_models(task))
     return task, wrap_parallel(task, config.train.parallel)

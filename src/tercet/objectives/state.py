@@ -1,10 +1,9 @@
-"""What the losses read: the student's features, the teacher that follows it, and the queue of earlier features."""
+"""The state that the losses read: the teacher that follows the student, and the queue of earlier features."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,58 +16,18 @@ from tercet.model.tercet import Tercet
 EMPTY_ID = -100
 
 
-@dataclass
-class Features:
-    """Features of a batch of pairs.
-
-    Attributes:
-        image_embeds: `[batch, 1 + patches, vision_width]`.
-        text_embeds: `[batch, tokens, width]`.
-        attention_mask: bool `[batch, tokens]`.
-        image_feats: unit vectors `[batch, embed_dim]`.
-        text_feats: unit vectors `[batch, embed_dim]`.
-    """
-
-    image_embeds: Tensor
-    text_embeds: Tensor
-    attention_mask: Tensor
-    image_feats: Tensor
-    text_feats: Tensor
-
-
-def extract_features(model: Tercet, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor) -> Features:
-    """Features of pairs whose encoder outputs are at hand; only the `[CLS]` rows are projected."""
-    return Features(
-        image_embeds=image_embeds,
-        text_embeds=text_embeds,
-        attention_mask=attention_mask,
-        image_feats=model.project_image(image_embeds[:, 0]),
-        text_feats=model.project_text(text_embeds[:, 0]),
-    )
-
-
 class Teacher(nn.Module):
-    """An exponential moving average of the student, of the parameters that its outputs need.
+    """An exponential moving average of the parts of the student that its outputs need.
 
     It stays in training mode with the student: the text's dropout twin is one of the two views that intra-modal
-    contrast compares (section 3.3).
+    contrast compares (arXiv 2202.10401, section 3.3).
     """
 
-    def __init__(self, student: Tercet, fused: bool = False, parts: Collection[str] | None = None) -> None:
-        """Copy parts of `student`.
-
-        Args:
-            student: whom to follow.
-            fused: also keep what masked language modelling reads.
-            parts: names of the parts to keep instead, such as `("vision", "text", "fusion", "entailment_head")`.
-        """
+    def __init__(self, student: Tercet, parts: Collection[str]) -> None:
+        """Copy the `parts` of `student` that are named, such as `("vision", "text", "fusion", "entailment_head")`."""
         super().__init__()
         self.model = copy.deepcopy(student)
-        if parts is None:
-            encoders = ("vision", "text", "vision_projection", "text_projection")
-            parts = (*encoders, "fusion", "mlm_head") if fused else encoders
-        own = [name for name, _ in self.model.named_children()]
-        for name in (*own, "temperature"):
+        for name in [*(name for name, _ in self.model.named_children()), "temperature"]:
             if name not in parts:
                 delattr(self.model, name)
         self.model.requires_grad_(False)
@@ -77,16 +36,16 @@ class Teacher(nn.Module):
     def update(self, student: Tercet, momentum: float) -> None:
         """Move every parameter: `teacher = momentum * teacher + (1 - momentum) * student`."""
         followed = dict(student.named_parameters())
-        own: list[Tensor] = []
-        theirs: list[Tensor] = []
-        for name, parameter in self.model.named_parameters():
-            own.append(local_part(parameter))
-            theirs.append(local_part(followed[name].detach()))
-        torch._foreach_lerp_(own, theirs, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+        names, own = zip(*self.model.named_parameters(), strict=True)
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            [local_part(parameter) for parameter in own],
+            [local_part(followed[name].detach()) for name in names],
+            1 - momentum,
+        )
 
 
 class FeatureQueue(nn.Module):
-    """The teacher's features of earlier pairs, as a ring of any size fed by batches of any size.
+    """The teacher's features of earlier pairs: a ring of any size, fed by batches of any size.
 
     Attributes:
         image_feats: `[size, embed_dim]`.
@@ -110,7 +69,7 @@ class FeatureQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, image_feats: Tensor, text_feats: Tensor, image_ids: Tensor, wanted: Tensor | None = None) -> None:
-        """Write a batch at the pointer and move it on.
+        """Write a batch at the pointer and advance it.
 
         Args:
             image_feats: `[batch, embed_dim]`.
@@ -123,7 +82,7 @@ class FeatureQueue(nn.Module):
             return
         kept = slice(max(0, batch - self.size), None)
         slots = (self.pointer + torch.arange(batch, device=self.pointer.device)[kept]) % self.size
-        moved = batch if wanted is None else wanted * batch
+        advance = batch if wanted is None else wanted * batch
         for ring, new in (
             (self.image_feats, image_feats[kept]),
             (self.text_feats, text_feats[kept]),
@@ -133,4 +92,4 @@ class FeatureQueue(nn.Module):
             if wanted is not None:
                 new = torch.where(wanted, new, ring.index_select(0, slots))
             ring.index_copy_(0, slots, new)
-        self.pointer.copy_((self.pointer + moved) % self.size)
+        self.pointer.copy_((self.pointer + advance) % self.size)

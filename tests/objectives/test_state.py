@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tercet.config import ModelConfig
 from tercet.model.tercet import Tercet
-from tercet.objectives.features import EMPTY_ID, FeatureQueue, Teacher
+from tercet.objectives.state import EMPTY_ID, FeatureQueue, Teacher
+from tercet.tasks.pretrain import ENCODERS
 
 
 @settings(max_examples=60, deadline=None)
@@ -43,7 +44,7 @@ def test_what_is_not_wanted_leaves_the_queue_as_it_is() -> None:
 
 def test_teacher_follows_and_takes_no_gradient() -> None:
     student = Tercet(ModelConfig(size="tiny"))
-    teacher = Teacher(student, fused=True)
+    teacher = Teacher(student, (*ENCODERS, "fusion", "mlm_head"))
     before = {name: value.clone() for name, value in teacher.model.named_parameters()}
     with torch.no_grad():
         for parameter in student.parameters():
@@ -56,16 +57,16 @@ def test_teacher_follows_and_takes_no_gradient() -> None:
 
 def test_teacher_keeps_only_what_is_read() -> None:
     student = Tercet(ModelConfig(size="tiny"))
-    names = {name for name, _ in Teacher(student, fused=False).model.named_parameters()}
+    names = {name for name, _ in Teacher(student, ENCODERS).model.named_parameters()}
     assert not any(name.startswith(("fusion", "mlm_head", "itm_head", "temperature")) for name in names)
-    fused = {name for name, _ in Teacher(student, fused=True).model.named_parameters()}
+    fused = {name for name, _ in Teacher(student, (*ENCODERS, "fusion", "mlm_head")).model.named_parameters()}
     assert {name.split(".")[0] for name in fused - names} == {"fusion", "mlm_head"}
 
 
 @pytest.mark.parametrize("momentum", [0.0, 1.0])
 def test_teacher_at_the_ends_of_momentum(momentum: float) -> None:
     student = Tercet(ModelConfig(size="tiny"))
-    teacher = Teacher(student, fused=False)
+    teacher = Teacher(student, ENCODERS)
     start = teacher.model.vision.norm.weight.clone()
     with torch.no_grad():
         student.vision.norm.weight.add_(0.5)
