@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,11 +9,10 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from tercet.cli import main
-from tercet.commands import COMMANDS
-from tercet.config import Config
+from tercet.arguments import CommandParser
+from tercet.cli import COMMANDS, load_command
+from tercet.config import Config, Section
 from tercet.config_io import load_config, recipe_meaning, recipe_names
-from tercet.config import Section
 from tercet.train.cost import count_flops, expected_shape
 
 # Section titles and their pages in order; a page that is not there (yet) is left out, one not named here comes last.
@@ -73,23 +69,16 @@ def cli_reference() -> str:
     """Every command with its help."""
     parts = ["# Commands", "Every key of a config is a flag of `train` and `demo` as well: see [Config](config.md)."]
     for name, command in COMMANDS.items():
-        parts.append(f"## tercet {name}\n\n{command.meaning}\n\n```text\n{_help(name)}\n```")
+        parts.append(f"## tercet {name}\n\n{command.summary}\n\n```text\n{_help(name)}\n```")
     return "\n\n".join(parts) + "\n"
 
 
 def _help(name: str) -> str:
-    """The help of a command, without the boxes of config keys."""
-    columns = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "100"
-    stream = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(stream), contextlib.suppress(SystemExit):
-            main([*name.split(), "--help"])
-    finally:
-        os.environ.pop("COLUMNS") if columns is None else os.environ.update(COLUMNS=columns)
-    text = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()).rstrip()
-    keys = "|".join(key for key, field in Config.model_fields.items() if _is_section(field.annotation))
-    return re.split(rf"\n╭─ (?:{keys})[ .]", text)[0]
+    """The help of a command, without its config keys."""
+    parser = CommandParser(load_command(name), name)
+    sections = "|".join(sorted({key.rpartition(".")[0] or "run" for key in parser.keys}))
+    text = parser.format_help().rstrip()
+    return re.split(rf"\n\n(?:{sections}):\n", text)[0] if sections else text
 
 
 def _is_section(annotation: Any) -> bool:

@@ -168,7 +168,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         make_model(folder / "model", arguments.size)
         draw_scenes(folder / "scenes", arguments.images)
         command = [sys.executable, "-m", "tercet", "index", str(folder / "scenes"), "--model", str(folder / "model")]
-        subprocess.run([*command, "--to", str(folder / "index")], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*command, "--output", str(folder / "index")], check=True, stdout=subprocess.DEVNULL)
         servers = {"batched": start_server(folder / "index", 64), "one_by_one": start_server(folder / "index", 1)}
         results: dict[str, dict[str, object]] = {}
         try:

@@ -1,6 +1,6 @@
 """Search a folder of pictures with an exported model: onnxruntime, tokenizers, numpy and Pillow, without torch.
 
-tercet export runs/demo/model --to exported --format onnx
+tercet export runs/demo/model --output exported --format onnx
 python examples/search_onnx.py exported pictures/ "a red circle above a star"
 """
 

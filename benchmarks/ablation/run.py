@@ -1,7 +1,7 @@
 """Run a grid of trainings that differ in one thing each, and write one table and one plot of it.
 
     python benchmarks/ablation/run.py benchmarks/ablation/objectives.yaml --train shards/train-*.tar \\
-        --validation shards/val-*.tar --test shards/test-*.tar --to runs/ablation
+        --validation shards/val-*.tar --test shards/test-*.tar --output runs/ablation
 
 Every run is a process with one thread, `--jobs` of them at a time.  A grid that was stopped goes on where it was, run
 by run and step by step.  `--only 'cma*seed0'` does a part of it; `--table` trains nothing and writes the table and the
@@ -146,7 +146,7 @@ def main() -> int:
     parser.add_argument("--train", nargs="+", help="training pairs, as --data.train takes them")
     parser.add_argument("--validation", nargs="+", help="pairs to validate on")
     parser.add_argument("--test", nargs="+", help="pairs to report on")
-    parser.add_argument("--to", type=Path, required=True, help="folder of the runs, the table and the plot")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the runs, the table and the plot")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="names of the runs to do")
     parser.add_argument("--table", action="store_true", help="write what is finished and train nothing")
@@ -162,14 +162,14 @@ def main() -> int:
             raise TercetError(f"no run of {options.grid} is named {' or '.join(options.only)}; see --dry-run")
         if options.dry_run:
             for run in runs:
-                state = "done" if (options.to / run.name / RESULT).is_file() else "due"
+                state = "done" if (options.output / run.name / RESULT).is_file() else "due"
                 print(f"{state:<5} {run.name}: {' '.join(run.command())}")
             return 0
         if not options.table:
             sources = Sources(options.train, options.validation, options.test)
-            failures += perform_all(grid, runs, sources, options.to, options.jobs)
-        results = [json.loads(file.read_text("utf-8")) for file in sorted(options.to.glob(f"*/{RESULT}"))]
-        print(write_results(grid, results, options.to))
+            failures += perform_all(grid, runs, sources, options.output, options.jobs)
+        results = [json.loads(file.read_text("utf-8")) for file in sorted(options.output.glob(f"*/{RESULT}"))]
+        print(write_results(grid, results, options.output))
     except TercetError as error:
         failures.append(str(error))
     for failure in failures:

@@ -1,7 +1,7 @@
 """What `tercet data filter` wins back of what noisy captions cost: train, filter with that model, train again.
 
     python benchmarks/ablation/winback.py --noise 0.4 --train shards/train-*.tar --validation shards/val-*.tar \\
-        --test shards/test-*.tar --to runs/winback
+        --test shards/test-*.tar --output runs/winback
 
 For each seed: a share of the captions moves to other images; a model is trained on all pairs; the pairs that this same
 model finds most alike are kept, as many as are right; and a second model is trained on them for as many steps.  Prints
@@ -37,10 +37,10 @@ def main() -> int:
     parser.add_argument("--validation", nargs="+", required=True, help="pairs to validate on")
     parser.add_argument("--test", nargs="+", required=True, help="pairs to report on")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further keys of both trainings")
-    parser.add_argument("--to", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
     options = parser.parse_args()
     try:
-        clean = unpack(options.train, options.to / "pairs")
+        clean = unpack(options.train, options.output / "pairs")
         found = [one_seed(options, clean, seed) for seed in options.seeds]
     except TercetError as error:
         print(f"winback: error: {error}", file=sys.stderr)
@@ -54,13 +54,14 @@ def one_seed(options: argparse.Namespace, clean: Path, seed: int) -> dict[str, f
     """Recall with the noisy pairs and with the kept ones, and the share of kept pairs that are right."""
     noisy = shuffle_captions(clean, options.noise, seed)
     rows = json.loads(clean.read_text("utf-8"))
-    first, second = (options.to / f"{name}-noise{round(100 * options.noise)}-seed{seed}" for name in ("all", "kept"))
+    noise = round(100 * options.noise)
+    first, second = (options.output / f"{name}-noise{noise}-seed{seed}" for name in ("all", "kept"))
     steps = max(1, options.epochs * (len(rows) // batch_size(options)))
     train_once(options, noisy, first, seed, steps)
-    kept = options.to / f"{second.name}.jsonl"
+    kept = options.output / f"{second.name}.jsonl"
     if not kept.is_file():
-        share = ["--share", str(1 - options.noise), "--by", "similarity"]
-        call(first, "data", "filter", str(noisy), "--model", str(first / MODEL), "--to", str(kept), *share)
+        share = ["--fraction", str(1 - options.noise), "--by", "similarity"]
+        call(first, "data", "filter", str(noisy), "--model", str(first / MODEL), "--output", str(kept), *share)
     train_once(options, kept, second, seed, steps)
     captions = {row["image"]: set(row["caption"]) for row in rows}
     pairs = [json.loads(line) for line in kept.read_text("utf-8").splitlines()]
@@ -82,7 +83,7 @@ def train_once(options: argparse.Namespace, pairs: Path, place: Path, seed: int,
     keys = {"train.epochs": 10 * options.epochs, "train.max_steps": steps, "train.seed": seed}
     run = Run(place.name, 0.0, seed, keys | settings(options))
     sources = Sources([str(pairs)], options.validation, options.test)
-    train(options.recipe, [*sources.flags(run, options.to), *run.command()], place)
+    train(options.recipe, [*sources.flags(run, options.output), *run.command()], place)
 
 
 def settings(options: argparse.Namespace) -> dict[str, str]:

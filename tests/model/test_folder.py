@@ -202,7 +202,7 @@ def test_damage_is_told_in_one_line(folder: Path, damage: Callable[[Path], None]
 
 def test_names_the_way_to_convert(tmp_path: Path) -> None:
     (tmp_path / "ALBEF.pth").write_bytes(b"weights")
-    with pytest.raises(TercetError, match=r"tercet convert .*ALBEF.pth --to DIR"):
+    with pytest.raises(TercetError, match=r"tercet convert .*ALBEF.pth --output DIR"):
         load_model(tmp_path)
     with pytest.raises(TercetError, match=r"is a file, not a model folder"):
         load_model(tmp_path / "ALBEF.pth")

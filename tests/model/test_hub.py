@@ -55,7 +55,7 @@ tercet.load("somebody/birds").save({str(tmp_path / "back")!r})
 def test_command_pushes_a_run(hub: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "good")
     make_model().save(tmp_path / "run" / "model", card="# From a run\n")
-    assert main(["push", str(tmp_path / "run"), "--to", "somebody/birds"]) == 0
+    assert main(["push", str(tmp_path / "run"), "--output", "somebody/birds"]) == 0
     assert "/somebody/birds/commit/" in capsys.readouterr().out
     assert hub.models["somebody/birds"]["README.md"] == b"# From a run\n"
 
@@ -64,7 +64,7 @@ def test_command_writes_into_a_folder(tmp_path: Path, capsys: Any, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     model = make_model()
     model.save("run/model", card="# From a run\n")
-    assert main(["push", "run", "--to", "./shared/birds"]) == 0
+    assert main(["push", "run", "--output", "./shared/birds"]) == 0
     assert "shared/birds" in capsys.readouterr().out
     back = tercet.load("shared/birds")
     assert all(torch.equal(back.state_dict()[name], value) for name, value in model.state_dict().items())
@@ -82,4 +82,4 @@ def test_refusals(hub: Any, tmp_path: Path) -> None:
         make_model().push_to_hub("somebody/birds", token="bad")
     with pytest.raises(TercetError, match=r"no folder somebody/fish here.*no such repository"):
         tercet.load("somebody/fish")
-    assert main(["push", str(tmp_path / "none"), "--to", "somebody/birds"]) == 2
+    assert main(["push", str(tmp_path / "none"), "--output", "somebody/birds"]) == 2

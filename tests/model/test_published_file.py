@@ -69,11 +69,13 @@ def test_teacher_equals_the_weights(tmp_path: Path) -> None:
 
 def test_command_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_model().save(tmp_path / "model")
-    assert main(["convert", str(tmp_path / "model"), "--to", str(tmp_path / "tcl.pth"), "--layout", "published"]) == 0
+    assert (
+        main(["convert", str(tmp_path / "model"), "--output", str(tmp_path / "tcl.pth"), "--layout", "published"]) == 0
+    )
     assert "published form of pretraining" in capsys.readouterr().out
     heads = ["--vision-heads", "2", "--text-heads", "2"]
     vocabulary = ["--tokenizer", str(tmp_path / "model" / "tokenizer.json")]
-    assert main(["convert", str(tmp_path / "tcl.pth"), "--to", str(tmp_path / "back"), *heads, *vocabulary]) == 0
+    assert main(["convert", str(tmp_path / "tcl.pth"), "--output", str(tmp_path / "back"), *heads, *vocabulary]) == 0
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "back"))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())

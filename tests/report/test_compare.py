@@ -72,9 +72,9 @@ def test_refusals(runs: list[Path], tmp_path: Path) -> None:
 
 def test_command(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.html"
-    assert main(["report", *map(str, runs), "--to", str(page)]) == 0
+    assert main(["report", *map(str, runs), "--output", str(page)]) == 0
     assert page.is_file() and str(page) in capsys.readouterr().out
-    assert main(["report", str(runs[0]), "--to", str(page)]) == 2
+    assert main(["report", str(runs[0]), "--output", str(page)]) == 2
     assert "RUN/report.html" in capsys.readouterr().err
 
 

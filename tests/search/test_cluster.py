@@ -64,5 +64,5 @@ def test_the_same_table_though_a_worker_is_killed(cluster: None, model: Tercet, 
 
 def test_the_command_line_takes_the_engine(cluster: None, model_folder: Path, pictures: Path, tmp_path: Path) -> None:
     path = str(tmp_path / "index")
-    assert main(["index", str(pictures), "--model", str(model_folder), "--to", path, "--engine", "ray"]) == 0
+    assert main(["index", str(pictures), "--model", str(model_folder), "--output", path, "--engine", "ray"]) == 0
     assert Index.open(path).count == 4

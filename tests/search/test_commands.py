@@ -24,18 +24,18 @@ from tiny_model import TEXTS
 @pytest.fixture
 def index(model_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     path = str(tmp_path / "index")
-    assert main(["index", str(pictures), "--model", str(model_folder), "--to", path]) == 0
+    assert main(["index", str(pictures), "--model", str(model_folder), "--output", path]) == 0
     assert "4 images (4 new, 0 changed, 0 unchanged, 0 removed, 0 skipped)" in capsys.readouterr().out
     return path
 
 
 def test_index_again(index: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (pictures / "broken.png").write_bytes(b"")
-    assert main(["index", str(pictures), "--to", index, "--json"]) == 0  # the model is the one that made it
+    assert main(["index", str(pictures), "--output", index, "--json"]) == 0  # the model is the one that made it
     told = json.loads(capsys.readouterr().out)
     assert (told["images"], told["added"], told["unchanged"]) == (4, 0, 4)
     assert len(told["skipped"]) == 1 and "broken.png" in told["skipped"][0]
-    assert main(["index", str(pictures), "--to", index]) == 0
+    assert main(["index", str(pictures), "--output", index]) == 0
     assert "skipped: " in capsys.readouterr().err
 
 
@@ -117,15 +117,15 @@ def test_mistakes(index: str, words: list[str], message: str, capsys: pytest.Cap
 def test_no_index(tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", str(tmp_path / "none"), "a heart"]) == 2
     assert "no index at" in capsys.readouterr().err
-    assert main(["index", "--model", str(model_folder), "--to", str(tmp_path / "i")]) == 2
-    assert main(["index", str(tmp_path / "none"), "--model", str(model_folder), "--to", str(tmp_path / "i")]) == 2
+    assert main(["index", "--model", str(model_folder), "--output", str(tmp_path / "i")]) == 2
+    assert main(["index", str(tmp_path / "none"), "--model", str(model_folder), "--output", str(tmp_path / "i")]) == 2
     assert "no file" in capsys.readouterr().err and not (tmp_path / "i" / "images.lance").exists()
 
 
 def test_without_the_extra(
     index: str, pictures: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["index", str(pictures), "--model", str(model_folder), "--to", index]
+    words = ["index", str(pictures), "--model", str(model_folder), "--output", index]
     monkeypatch.setitem(sys.modules, "ray", None)
     (pictures / "new.png").write_bytes((pictures / "a.png").read_bytes())
     assert main([*words, "--engine", "ray"]) == 2

@@ -42,7 +42,7 @@ def test_killed_at_random_moments(model_folder: Path, tmp_path: Path) -> None:
     for number in range(PICTURES):
         (folder / f"{number:05d}.png").write_bytes(data[number % 4])
     path = tmp_path / "index"
-    command = [sys.executable, "-c", INDEX, "index", str(folder), "--model", str(model_folder), "--to", str(path)]
+    command = [sys.executable, "-c", INDEX, "index", str(folder), "--model", str(model_folder), "--output", str(path)]
     model = tercet.load(model_folder)
     rng = random.Random(0)
     committed = 0

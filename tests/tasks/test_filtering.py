@@ -119,17 +119,27 @@ def test_the_command_and_the_shards_of_what_it_kept(
 ) -> None:
     MODEL.save(tmp_path / "model")
     shards = tmp_path / "shards"
-    assert main(["data", "pack", str(pairs), "--to", str(shards), "--data.workers", "0"]) == 0
+    assert main(["data", "pack", str(pairs), "--output", str(shards), "--data.workers", "0"]) == 0
     kept = tmp_path / "kept.jsonl"
-    flags = ["--model", str(tmp_path / "model"), "--to", str(kept), "--share", "0.5", "--data.workers", "0", "--json"]
+    flags = [
+        "--model",
+        str(tmp_path / "model"),
+        "--output",
+        str(kept),
+        "--fraction",
+        "0.5",
+        "--data.workers",
+        "0",
+        "--json",
+    ]
     capsys.readouterr()
     assert main(["data", "filter", str(shards), *flags]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["scored"], report["kept"], report["by"], report["skipped_images"]) == (10, 5, "match", 0)
-    arguments = ["data", "pack", str(shards), "--keep", str(kept), "--to", str(tmp_path / "clean")]
+    arguments = ["data", "pack", str(shards), "--keep", str(kept), "--output", str(tmp_path / "clean")]
     assert main([*arguments, "--data.workers", "0"]) == 0
     clean = opened(tmp_path / "clean")
     captions = [caption for index in range(clean.image_count) for caption in clean.captions(index)]
     assert sorted(captions) == sorted(row["caption"] for row in lines(kept))
-    assert main(["data", "filter", str(shards), "--to", str(kept), "--model", str(tmp_path / "model")]) == 2
+    assert main(["data", "filter", str(shards), "--output", str(kept), "--model", str(tmp_path / "model")]) == 2
     assert "give either a threshold" in capsys.readouterr().err

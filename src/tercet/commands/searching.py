@@ -1,24 +1,19 @@
-"""Commands on an index of one's own images: `index` and `search`."""
+"""Commands on an index of one's own images: `index`, `search` and `serve`."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
+import json as json_format
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-import tyro
-
-from tercet.arguments import ModelFlag, Switch, parse
-from tercet.commands.models import DEMO_MODEL, lasting_name, load_chosen, warn_untrained_matching
-from tercet.commands.printing import print_table, shows_pictures
-from tercet.commands.progress import progress_bar
+from tercet.commands.models import DEMO_MODEL, load_model, warn_untrained_matching
+from tercet.commands.terminal import can_draw_pictures, print_skipped, print_table, progress_bar
 from tercet.errors import TercetError
 
 if TYPE_CHECKING:
@@ -26,108 +21,182 @@ if TYPE_CHECKING:
 
     from tercet.search.build import IndexReport
     from tercet.search.index import Hit, Index
+    from tercet.search.search import Query
 
-SHOWN_PROBLEMS = 20
 PICTURE_COLUMNS = 20  # of the terminal, twice as high as they are wide
 
 
-@dataclass(frozen=True)
-class IndexArguments:
-    """Embed images into an index that can be searched, or bring one up to date: only what is new or changed is read."""
+def index(
+    images: list[str],
+    *,
+    output: str,
+    model: str | None = None,
+    engine: Literal["local", "ray"] = "local",
+    json: bool = False,
+) -> None:
+    """Embed images into an index that can be searched, or update one: only what is new or changed is read.
 
-    images: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
-    """folders, images, tar shards, Parquet files, annotation files, globs or URLs of these"""
-    to: Annotated[str, tyro.conf.arg(metavar="INDEX")]
-    """folder of the index, or a URI such as s3://bucket/index"""
-    model: ModelFlag = None
-    """model folder, run folder, or hub id; default: the model that made the index, or else runs/demo/model"""
-    engine: Literal["local", "ray"] = "local"
-    """ray: embed on the cluster that RAY_ADDRESS names, or else on one of this machine's cores"""
-    json: Switch = False
-    """print what was done as one JSON object"""
-
-
-@dataclass(frozen=True)
-class SearchArguments:
-    """Find images of an index by words, by an image, or both."""
-
-    index: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
-    """folder or URI of an index"""
-    text: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="WORDS")] = field(default_factory=list)
-    """what the image shows"""
-    image: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """an image that it looks like"""
-    like: Annotated[str | None, tyro.conf.arg(metavar="ID")] = None
-    """id of an image of the index that it looks like"""
-    without: Annotated[str | None, tyro.conf.arg(metavar="WORDS")] = None
-    """what the image does not show"""
-    where: Annotated[str | None, tyro.conf.arg(metavar="FILTER")] = None
-    """only images whose columns are so: "width >= 800 and caption like '%dog%'" """
-    k: Annotated[int, tyro.conf.arg(aliases=["-k"], metavar="N")] = 10
-    """how many images"""
-    rerank: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """candidates that the fusion encoder ranks anew; 0: none, the dual encoder alone; default 64"""
-    model: ModelFlag = None
-    """default: the model that made the index"""
-    no_thumbnails: Switch = False
-    """print the table alone, where the terminal could draw the images too"""
-    json: Switch = False
-    """print the images as one JSON list"""
-    html: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """write the images as a page to this file"""
-
-
-def index(arguments: list[str]) -> None:
-    """Embed images into an index that can be searched, or bring one up to date."""
-    options = parse(IndexArguments, "index", arguments)
-    if not options.images:
-        raise TercetError("name what to index: tercet index FOLDER --model MODEL --to INDEX")
+    Args:
+        images: folders, images, tar shards, Parquet files, annotation files, globs or URLs of these.
+        output: folder of the index, or a URI such as s3://bucket/index.
+        model: model folder, run folder, or hub id; default: the model that made the index, or else runs/demo/model.
+        engine: ray: embed on the cluster that RAY_ADDRESS names, or else on one of this machine's cores.
+        json: print what was done as one JSON object.
+    """
     from tercet.search.build import build_index
     from tercet.search.index import Index
 
-    name = options.model
-    if name is None:
-        name = Index.open(options.to).model if Index.exists(options.to) else DEMO_MODEL
-    model = load_chosen(name)
+    model = model or (Index.open(output).model if Index.exists(output) else None) or DEMO_MODEL
+    loaded = load_model(model)
+    path = Path(model).expanduser()
+    lasting = str(path.absolute()) if path.exists() else model  # valid in any working folder
     with progress_bar("embedding", "images") as progress:
         embed = None
-        if options.engine == "ray":
+        if engine == "ray":
             from tercet.search.cluster import embed_on_cluster
 
-            embed = functools.partial(embed_on_cluster, model)
-        made, report = build_index(options.images, model, lasting_name(name), options.to, progress, embed)
-    if options.json:
+            embed = functools.partial(embed_on_cluster, loaded)
+        made, report = build_index(images, loaded, lasting, output, progress, embed)
+    if json:
         counts = dataclasses.asdict(report) | {"skipped": list(report.skipped), "images": made.count}
-        print(json.dumps(counts))
+        print(json_format.dumps(counts))
     else:
-        _print_report(report, made.count, options.to)
+        _print_report(report, made.count, output)
 
 
-def search(arguments: list[str]) -> None:
-    """Find images of an index by words, by an image, or both."""
-    options = parse(SearchArguments, "search", arguments)
+def search(
+    index: str,
+    text: list[str] | None = None,
+    *,
+    image: str | None = None,
+    like: str | None = None,
+    without: str | None = None,
+    where: str | None = None,
+    k: int = 10,
+    rerank: int | None = None,
+    model: str | None = None,
+    no_thumbnails: bool = False,
+    json: bool = False,
+    html: Path | None = None,
+) -> None:
+    """Find images of an index by words, by an image, or both.
+
+    Args:
+        index: folder or URI of an index.
+        text: what the image shows.
+        image: an image that it looks like: path or URL.
+        like: id of an image of the index that it looks like.
+        without: what the image does not show.
+        where: only images whose columns match: "width >= 800 and caption like '%dog%'".
+        k: how many images.
+        rerank: candidates that the fusion encoder re-ranks; 0: none, the dual encoder alone; default 64.
+        model: default: the model that made the index.
+        no_thumbnails: print the table alone, where the terminal could draw the images too.
+        json: print the images as one JSON list.
+        html: write the images as a page to this file.
+    """
     from tercet.search.index import Index
     from tercet.search.search import Query, Searcher
 
-    text = " ".join(options.text) or None
-    query = Query(text, options.image, options.like, options.without, options.where, options.k, options.rerank)
-    opened = Index.open(options.index)
-    model = load_chosen(options.model or opened.model)
-    if text and options.rerank != 0:
-        warn_untrained_matching(model, "the order is the dual encoder's")
-    hits = Searcher(opened, model).search(query)
-    if options.html is not None:
-        print(_write_page(options, opened, hits))
-    elif options.json:
-        print(json.dumps([dataclasses.asdict(hit) for hit in hits], ensure_ascii=False))
+    query = Query(" ".join(text or []) or None, image, like, without, where, k, rerank)
+    opened = Index.open(index)
+    loaded = load_model(model or opened.model)
+    if query.text and rerank != 0:
+        warn_untrained_matching(loaded, "the order is the dual encoder's")
+    hits = Searcher(opened, loaded).search(query)
+    if html is not None:
+        print(_write_page(query, opened, index, hits, html))
+    elif json:
+        print(json_format.dumps([dataclasses.asdict(hit) for hit in hits], ensure_ascii=False))
     elif not hits:
         print("no image found")
     else:
-        drawn = not options.no_thumbnails and shows_pictures()
-        _print_hits(hits, _pictures(opened, hits) if drawn else [])
+        _print_hits(hits, _thumbnails(opened, hits) if not no_thumbnails and can_draw_pictures() else [])
 
 
-def _pictures(index: Index, hits: list[Hit]) -> list[RenderableType]:
+def serve(
+    index: str,
+    *,
+    model: str | None = None,
+    ask_model: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    key_file: str | None = None,
+    hosts: list[str] | None = None,
+    origins: list[str] | None = None,
+    show_uris: bool = False,
+    queue: int = 64,
+    batch: int = 64,
+    window_ms: float = 3.0,
+    body_mb: float = 12.0,
+    megapixels: float = 50.0,
+    timeout: float = 30.0,
+) -> None:
+    """Serve an index: a page to search and ask in a browser, and the same as JSON over HTTP.
+
+    A key that clients must send comes from the environment variable TERCET_KEY or from a file.
+
+    Args:
+        index: folder or URI that `tercet index` wrote.
+        model: model folder, run folder, or hub id; default: the one that made the index.
+        ask_model: model that answers questions, fine-tuned by `tercet train vqa`; default: the one that searches.
+        host: address to listen on; 0.0.0.0 lets other machines connect.
+        port: port to listen on; 0 takes a free one.
+        key_file: file that holds the key which clients must send as Authorization: Bearer KEY; default: TERCET_KEY, or
+            no key.
+        hosts: names that the server answers to; default: this machine's own on loopback, any name elsewhere.
+        origins: web origins whose pages may call the API, such as https://example.org; default: none.
+        show_uris: show clients where images are stored, not only their names.
+        queue: requests that wait or are in work; one more is refused with 429.
+        batch: texts and images that go through the model together; 1 answers one request after another.
+        window_ms: milliseconds that the first request of a batch waits for others.
+        body_mb: largest request, in megabytes.
+        megapixels: largest image of a request.
+        timeout: seconds after which a request fails.
+    """
+    try:
+        import fastapi  # noqa: F401 - whether the extra is there
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise TercetError(f"serving needs {error.name}; pip install 'tercet[serve]'") from error
+    from tercet.search.index import Index
+    from tercet.serve.api import create_app
+    from tercet.serve.server import address, listen, run_server
+    from tercet.serve.settings import ServeSettings, read_key
+
+    settings = ServeSettings(
+        host=host,
+        port=port,
+        key=read_key(key_file),
+        origins=tuple(origins or ()),
+        hosts=tuple(hosts or ()),
+        show_uris=show_uris,
+        queue=queue,
+        batch=batch,
+        window=window_ms / 1000,
+        body_bytes=int(body_mb * 2**20),
+        pixel_limit=int(megapixels * 1e6),
+        request_seconds=timeout,
+    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    opened = Index.open(index)
+    # Before the model is read, so that a port in use is reported at once.
+    with listen(settings) as sock:
+        loaded = load_model(model or opened.model, local_only=True)
+        answering = load_model(ask_model, local_only=True) if ask_model else None
+        app = create_app(loaded, opened, settings, answering)
+        if not settings.local and settings.key is None:
+            print(
+                f"anyone who can reach {host} port {port} can search and see these images; set "
+                "TERCET_KEY or --key-file to ask for a key",
+                file=sys.stderr,
+            )
+        print(f"{opened.count:,} images at {address(sock)} (Ctrl-C stops)", flush=True)
+        run_server(app, settings, sock)
+
+
+def _thumbnails(index: Index, hits: list[Hit]) -> list[RenderableType]:
     """Thumbnails to draw on the terminal: in pixels where it says that it can, else in half characters."""
     logging.getLogger("textual_image").setLevel(logging.ERROR)  # it warns of terminals that do not answer, at length
     try:
@@ -157,33 +226,31 @@ def _print_hits(hits: list[Hit], pictures: Sequence[RenderableType]) -> None:
     print_table(header, rows, pictures)
 
 
-def _write_page(options: SearchArguments, index: Index, hits: list[Hit]) -> Path:
+def _write_page(query: Query, index: Index, name: str, hits: list[Hit], path: Path) -> Path:
     from tercet.data.inputs import to_pixels
     from tercet.report.search_page import FoundImage, write_search_page
     from tercet.search.build import make_thumbnail
 
-    thumbnails = index.thumbnails([hit.id for hit in hits] + ([options.like] if options.like else []))
+    thumbnails = index.thumbnails([hit.id for hit in hits] + ([query.like] if query.like else []))
     asked = {
-        "words": " ".join(options.text),
-        "image": options.image,
-        "like": options.like,
-        "without": options.without,
-        "filter": options.where,
-        "index": options.index,
+        "words": query.text,
+        "image": query.image,
+        "like": query.like,
+        "without": query.without,
+        "filter": query.where,
+        "index": name,
     }
-    image = make_thumbnail(to_pixels(options.image)) if options.image else thumbnails.get(options.like or "")
+    image = make_thumbnail(to_pixels(query.image)) if query.image else thumbnails.get(query.like or "")
     found = [
         FoundImage(hit.id, hit.uri, hit.caption, hit.cosine, hit.match, hit.dual_rank, thumbnails.get(hit.id, b""))
         for hit in hits
     ]
-    assert options.html is not None
-    return write_search_page(found, {name: value for name, value in asked.items() if value}, options.html, image)
+    return write_search_page(found, {key: str(value) for key, value in asked.items() if value}, path, image)
 
 
 def _print_report(report: IndexReport, count: int, path: str) -> None:
-    for line in report.skipped.lines(SHOWN_PROBLEMS):
-        print(f"skipped: {line}", file=sys.stderr)
-    words = [
+    print_skipped(report.skipped, len(report.skipped), 20)
+    changes = [
         f"{report.added:,} new",
         f"{report.changed:,} changed",
         f"{report.unchanged:,} unchanged",
@@ -197,4 +264,4 @@ def _print_report(report: IndexReport, count: int, path: str) -> None:
             f"approximate index: {build.probes} of {build.cells} cells a search, "
             f"recall@10 {build.recall:.3f} by images{captions}, built in {build.seconds:.0f} s"
         )
-    print(f"{path}: {count:,} images ({', '.join(words)}) in {report.seconds:.1f} s")
+    print(f"{path}: {count:,} images ({', '.join(changes)}) in {report.seconds:.1f} s")

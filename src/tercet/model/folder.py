@@ -133,7 +133,7 @@ def find_model_folder(source: str | Path, revision: str | None = None, local_onl
         return folder
     if folder.exists():
         raise TercetError(
-            f"{folder} is a file, not a model folder; `tercet convert {folder} --to DIR` makes one of weights"
+            f"{folder} is a file, not a model folder; `tercet convert {folder} --output DIR` makes one of weights"
         )
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
         raise TercetError(f"no model folder at {source}; check the path")
@@ -368,5 +368,5 @@ def _refuse_foreign_folder(folder: Path) -> None:
 def _remedy(folder: Path) -> str:
     foreign = next((file.name for kind in ("*.pth", "*.bin", "*.safetensors") for file in folder.glob(kind)), None)
     if foreign:
-        return f"`tercet convert {folder / foreign} --to DIR` makes one of weights of others"
+        return f"`tercet convert {folder / foreign} --output DIR` makes one of weights of others"
     return "name the folder that holds config.json and model.safetensors"

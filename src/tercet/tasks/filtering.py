@@ -159,7 +159,7 @@ class _Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._stream: BinaryIO = path.open("r+b" if path.exists() else "w+b")
         except OSError as error:
-            raise TercetError(f"cannot write {path}: {error.strerror}; choose another file with --to") from error
+            raise TercetError(f"cannot write {path}: {error.strerror}; choose another file with --output") from error
         end = 0
         for number, line in enumerate(self._stream):
             value = _whole_line(line)
