@@ -85,13 +85,13 @@ def places(model: Tercet) -> dict[str, float]:
     }
 
 
-def pointing(model: Tercet, count: int = 40) -> dict[str, float]:
+def pointing(predictor: tercet.Predictor, count: int = 40) -> dict[str, float]:
     """Percent of the expressions whose map peaks in the right figure, in one of its shape, in any."""
     hits: dict[str, list[bool]] = defaultdict(list)
     source = SceneSource(500, "validation", distinct=True)
     for scene in map(source.scene, range(count)):
         for expression in expressions(scene):
-            found = model.ground(scene.image, expression.text)
+            found = predictor.ground(scene.image, expression.text)
             assert not isinstance(found, list)
             shape = scene.objects[scene.boxes.index(expression.box)].shape
             alike = [box for item, box in zip(scene.objects, scene.boxes, strict=True) if item.shape == shape]
@@ -215,10 +215,11 @@ def main() -> None:
     if arguments.learn:
         found["learn"] = {name: learn(build, arguments.steps) for name, build in LEARNERS.items()}
     if arguments.model:
-        model = tercet.load(arguments.model)
-        found |= {"attributes": attributes(model), "places": places(model), "pointing": pointing(model)}
+        predictor = tercet.load(arguments.model)
+        model = predictor.model
+        found |= {"attributes": attributes(model), "places": places(model), "pointing": pointing(predictor)}
     if arguments.entailment:
-        found["claims"] = claims(tercet.load(arguments.entailment))
+        found["claims"] = claims(tercet.load(arguments.entailment).model)
     print(json.dumps(found))
 
 

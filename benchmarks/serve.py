@@ -30,10 +30,11 @@ from machine import processor_name
 from tercet.config import ModelConfig
 from tercet.data.scenes import SceneSource
 from tercet.data.tokenizer import Tokenizer, clean_caption
+from tercet.model.hub import save_model
 from tercet.model.tercet import Tercet
 
 if TYPE_CHECKING:
-    from tercet.serve.engine import Engine
+    from tercet.serve.api import Service
 
 CLIENTS = 50
 MIXED = "mixed"
@@ -92,7 +93,8 @@ def make_model(folder: Path, size: str) -> None:
     model = Tercet(ModelConfig.model_validate(config))
     model.add_heads(["answer"])
     model.answers = ["yes", "no", "red", "green", "blue", "yellow", "one", "two", "three"]
-    model.save(folder, tokenizer)
+    model.tokenizer = tokenizer
+    save_model(model, folder)
 
 
 def make_loads() -> dict[str, list[tuple[str, bytes]]]:
@@ -207,8 +209,9 @@ def measure_engine(size: str, images: int, loads: list[str], jobs: int = 32, rou
     from tercet import load
     from tercet.data.images import resize
     from tercet.search.build import build_index
-    from tercet.search.search import Query, Searcher
-    from tercet.serve.engine import AskJob, ClassifyJob, EmbedJob, Engine, ExplainJob, MatchJob
+    from tercet.search.search import Query
+    from tercet.serve.api import Service
+    from tercet.serve.settings import ServeSettings
 
     torch.set_num_threads(1)
     scenes = SceneSource(jobs, "validation")
@@ -216,22 +219,22 @@ def measure_engine(size: str, images: int, loads: list[str], jobs: int = 32, rou
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_model(folder / "model", size)
-        model = load(folder / "model")
+        predictor = load(folder / "model")
         draw_scenes(folder / "scenes", images)
-        index, _ = build_index([str(folder / "scenes")], model, "model", str(folder / "index"))
-        engine, side = Engine(model, Searcher(index, model)), model.config.vision.image_size
+        index, _ = build_index([str(folder / "scenes")], predictor, "model", str(folder / "index"))
+        service, side = Service(predictor, index, ServeSettings()), predictor.model.config.vision.image_size
         pairs = [(resize(scenes.array(number), side), text) for number, text in enumerate(captions)]
         kinds: dict[str, tuple[tuple, list]] = {
-            "match": (("match",), [MatchJob(pixels, [text]) for pixels, text in pairs]),
-            "classify": (("classify",), [ClassifyJob(pixels, ("circle", "star"), ()) for pixels, _ in pairs]),
-            "ask": (("ask", ()), [AskJob(pixels, "what colour is it?") for pixels, _ in pairs]),
-            "explain": (("explain",), [ExplainJob(pixels, text) for pixels, text in pairs]),
-            "embed": (("embed",), [EmbedJob([], [text]) for text in captions]),
+            "match": (("match",), [(pixels, [text]) for pixels, text in pairs]),
+            "classify": (("classify", ("circle", "star"), None), [(pixels,) for pixels, _ in pairs]),
+            "ask": (("ask", None), [(pixels, "what colour is it?") for pixels, _ in pairs]),
+            "explain": (("explain", "itm"), pairs),
+            "embed": (("embed_texts",), captions),
             # Tokens of images are kept from the first round, which is not counted.
             "search": (("search",), [Query(text) for text in captions]),
             "search_dual": (("search",), [Query(text, rerank=0) for text in captions]),
         }
-        ratios = {name: compare_batches(engine, *kinds[name], rounds) for name in loads or kinds}
+        ratios = {name: compare_batches(service, *kinds[name], rounds) for name in loads or kinds}
     machine = {"processor": processor_name(), "threads": 1, "torch": torch.__version__}
     return {
         **{"name": "serve_engine", "size": size, "jobs": jobs, "images": images},
@@ -239,14 +242,14 @@ def measure_engine(size: str, images: int, loads: list[str], jobs: int = 32, rou
     }
 
 
-def compare_batches(engine: Engine, kind: tuple, asked: list, rounds: int) -> float:
+def compare_batches(service: Service, kind: tuple, asked: list, rounds: int) -> float:
     """Processor time of jobs each by itself over that of them together, in turn, after one round of each unmeasured."""
     spent: dict[int, list[float]] = {1: [], len(asked): []}
     for _ in range(rounds + 1):
         for batch, times in spent.items():
             began = time.process_time()
             for start in range(0, len(asked), batch):
-                engine.run(kind, asked[start : start + batch])
+                service.run(kind, asked[start : start + batch])
             times.append(time.process_time() - began)
     return round(statistics.median(spent[1][1:]) / statistics.median(spent[len(asked)][1:]), 2)
 

@@ -26,7 +26,7 @@ from machine import processor_name
 from step import QUICK_MODEL
 from tercet.config import ModelConfig
 from tercet.data.tokenizer import Tokenizer
-from tercet.model.folder import load_model
+from tercet.model.hub import load_model, save_model
 from tercet.model.tercet import Tercet
 
 
@@ -53,7 +53,8 @@ def write_folder(folder: Path, quick: bool) -> int:
     special = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in ("pad", "cls", "sep", "mask")}
     text = config.text.model_copy(update={**special, "vocabulary_size": tokenizer.vocabulary_size})
     model = Tercet(config.model_copy(update={"text": text}))
-    model.save(folder, tokenizer)
+    model.tokenizer = tokenizer
+    save_model(model, folder)
     return sum(file.stat().st_size for file in folder.iterdir())
 
 

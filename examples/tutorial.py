@@ -61,17 +61,16 @@ def train_search(pictures: Path, held_out: Path, work: Path, steps: int | None) 
     return run
 
 
-def search(model: tercet.Tercet, folder: Path, query: str, count: int = 5) -> list[tuple[float, str]]:
+def search(predictor: tercet.Predictor, folder: Path, query: str, count: int = 5) -> list[tuple[float, str]]:
     """Step 3: compare all pictures with the words, then let the fusion encoder look at the best again."""
     files = sorted(file for file in folder.iterdir() if file.suffix != ".txt")
-    cosines = model.embed_images(files) @ model.embed_texts(query)
+    cosines = predictor.embed_images(files) @ predictor.embed_texts(query)
     best = [files[index] for index in cosines.topk(min(4 * count, len(files))).indices.tolist()]
-    chances = model.match(best, [query])
-    assert not isinstance(chances, float)
-    return sorted(zip(chances[:, 0].tolist(), map(str, best), strict=True), reverse=True)[:count]
+    scores = predictor.match_each(best, [[query]] * len(best))
+    return sorted(((score.match, str(file)) for (score,), file in zip(scores, best, strict=True)), reverse=True)[:count]
 
 
-def search_index(model: tercet.Tercet, run: Path, pictures: Path, index: Path, query: str) -> None:
+def search_index(predictor: tercet.Predictor, run: Path, pictures: Path, index: Path, query: str) -> None:
     """Step 4: the same with an index on disk, which grows with its folder and is searched without reading it again."""
     if importlib.util.find_spec("lancedb") is None:
         print("Skipped the index: it needs LanceDB; pip install 'tercet[search]'")
@@ -79,13 +78,13 @@ def search_index(model: tercet.Tercet, run: Path, pictures: Path, index: Path, q
     from tercet.search.build import build_index
     from tercet.search.search import Query, Searcher
 
-    made, _ = build_index([str(pictures)], model, str(run.absolute()), str(index))
+    made, _ = build_index([str(pictures)], predictor, str(run.absolute()), str(index))
     print(f"{index}: {made.count} pictures")
-    for hit in Searcher(made, model).search(Query(query, k=3)):
+    for hit in Searcher(made, predictor).search(Query(query, k=3)):
         print(f"{hit.match:.3f}  {hit.uri}")
 
 
-def train_answers(run: Path, questions: str, work: Path, steps: int | None) -> tercet.Tercet:
+def train_answers(run: Path, questions: str, work: Path, steps: int | None) -> tercet.Predictor:
     """Step 5: fine-tune on questions."""
     keys = {"data.train": [questions], "data.validation": [], "data.test": [], "init": str(run / "model")}
     answering = train(load_config("demo-vqa", {**keys, "train.max_steps": steps, "output": str(work / "answers")}))
@@ -109,11 +108,11 @@ def main() -> None:
     training, held_out = split(pictures, work)
     run = train_search(training, held_out, work, arguments.steps)
 
-    model = tercet.load(run)
-    found = search(model, held_out, arguments.query)
+    predictor = tercet.load(run)
+    found = search(predictor, held_out, arguments.query)
     for chance, file in found:
         print(f"{chance:.3f}  {file}")
-    search_index(model, run, held_out, work / "index", arguments.query)
+    search_index(predictor, run, held_out, work / "index", arguments.query)
 
     answering = train_answers(run, str(arguments.questions or "scenes"), work, arguments.steps)
     answer = answering.answer(found[0][1], arguments.question)

@@ -1,6 +1,6 @@
 """Vision-language models by triple contrastive learning: train them on your own pairs, and use them.
 
-The names below load what they need when they are first read, so `import tercet` itself is quick.
+Each name below imports what it needs when it is first read, so `import tercet` itself is quick.
 """
 
 from __future__ import annotations
@@ -12,22 +12,25 @@ from tercet.errors import TercetError
 from tercet.version import __version__
 
 if TYPE_CHECKING:
-    from tercet.model.folder import load_model as load
     from tercet.model.tercet import Tercet
+    from tercet.predictor import Predictor, load
+    from tercet.search.index import Index
 
-__all__ = ["Tercet", "TercetError", "__version__", "load"]
+__all__ = ["Index", "Predictor", "Tercet", "TercetError", "__version__", "load"]
 
-_LAZY = {"Tercet": ("tercet.model.tercet", "Tercet"), "load": ("tercet.model.folder", "load_model")}
+_MODULES = {
+    "Index": "tercet.search.index",
+    "Predictor": "tercet.predictor",
+    "Tercet": "tercet.model.tercet",
+    "load": "tercet.predictor",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in _MODULES:
         raise AttributeError(f"module 'tercet' has no attribute {name!r}")
-    module, attribute = _LAZY[name]
-    value = getattr(import_module(module), attribute)
-    globals()[name] = value
-    return value
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return __all__

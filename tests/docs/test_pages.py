@@ -15,6 +15,7 @@ from tercet.arguments import CommandParser
 from tercet.cli import COMMANDS, load_command, main
 from tercet.config_io import dump_config, load_config, recipe_names
 from tercet.data.scenes import SceneSource
+from tercet.model.hub import save_model
 from tiny_model import SCENES, make_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -98,7 +99,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "photo.jpg").write_bytes(SCENES.image(0))
     run = folder / "runs" / "demo"
     run.mkdir(parents=True)
-    make_model().save(run / "model")
+    save_model(make_model(), run / "model")
     (run / "config.yaml").write_text(dump_config(load_config("demo")))
     (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
     return folder

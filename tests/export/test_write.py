@@ -16,6 +16,7 @@ from tercet.errors import TercetError
 from tercet.export.check import OnnxRunner, ProgramRunner, check_graphs
 from tercet.export.write import TOLERANCE, export_model
 from tercet.model.tercet import Tercet
+from tercet.predictor import Predictor
 from tiny_model import SCENES, TEXTS, make_model
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "search_onnx.py"
@@ -83,7 +84,8 @@ def test_example_searches_without_torch(model: Tercet, folder: Path, tmp_path: P
     rows = [line.split() for line in printed.splitlines()]
     found = {Path(path).name: (float(chance), float(cosine)) for chance, cosine, path in rows}
     files = [tmp_path / f"{index}.png" for index in range(len(TEXTS))]
-    chances, cosines = model.match(files, [query]), model.similarity(files, [query])
+    predictor = Predictor(model)
+    chances, cosines = predictor.match(files, [query]), predictor.similarity(files, [query])
     assert isinstance(chances, torch.Tensor) and isinstance(cosines, torch.Tensor)
     for index, file in enumerate(files):
         np.testing.assert_allclose(found[file.name], (chances[index, 0], cosines[index, 0]), atol=2e-4)

@@ -18,7 +18,7 @@ from tercet.config_io import dump_config, load_config
 from tercet.data.sources import find_files
 from tercet.data.tokenizer import Tokenizer
 from tercet.model.convert import convert
-from tercet.model.folder import load_model, save_model
+from tercet.model.hub import load_model, save_model
 from tercet.model.published import state_to_published
 from tercet.model.weights_file import read_weights
 from tercet.report.record import read_run

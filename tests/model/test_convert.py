@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tercet.errors import TercetError
 from tercet.model.convert import _build_config, _leave, _published_source, convert
-from tercet.model.folder import empty_model, load_model
+from tercet.model.hub import empty_model, load_model
 from tercet.model.published import find_stack, gather, published_to_state
 from tercet.model.tercet import Tercet
 from tercet.model.text import CrossAttentionKV

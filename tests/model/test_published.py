@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tercet.model.folder import empty_model
+from tercet.model.hub import empty_model
 from tercet.model.published import (
     QUEUES,
     is_teacher,

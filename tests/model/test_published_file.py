@@ -14,7 +14,7 @@ from tercet.cli import main
 from tercet.config import HeadName, ModelConfig
 from tercet.errors import TercetError
 from tercet.model.convert import convert
-from tercet.model.folder import empty_model, load_model
+from tercet.model.hub import empty_model, load_model, save_model
 from tercet.model.published import QUEUES, state_to_published
 from tercet.model.published_file import _with_teacher, write_published
 from tiny_model import make_model
@@ -68,7 +68,7 @@ def test_teacher_equals_the_weights(tmp_path: Path) -> None:
 
 
 def test_command_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_model().save(tmp_path / "model")
+    save_model(make_model(), tmp_path / "model")
     assert (
         main(["convert", str(tmp_path / "model"), "--output", str(tmp_path / "tcl.pth"), "--layout", "published"]) == 0
     )

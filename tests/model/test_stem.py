@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import tercet
 from tercet.config import ModelConfig, TextConfig, VisionConfig
 from tercet.config_io import load_config
 from tercet.errors import TercetError
 from tercet.export.graphs import MemoryGraph
+from tercet.model.hub import load_model, save_model
 from tercet.model.published_file import write_published
 from tercet.model.tercet import Tercet
 from tercet.model.text import TextEncoder
@@ -87,10 +87,10 @@ def test_patches_are_left_out_behind_the_stem() -> None:
 def test_a_model_with_both_is_saved_and_loaded_but_has_no_published_form(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Tercet(ModelConfig.model_validate({"size": "tiny", "vision": {"stem": "convolution", "pool": "maximum"}}))
-    model.save(tmp_path / "model")
+    save_model(model, tmp_path / "model")
     image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
-        assert torch.equal(tercet.load(tmp_path / "model").vision(image), model.eval().vision(image))
+        assert torch.equal(load_model(tmp_path / "model").vision(image), model.eval().vision(image))
     with pytest.raises(TercetError, match=r"has model\.vision\.stem convolution, which the published form"):
         write_published(model, tmp_path / "model.pth")
 
@@ -111,8 +111,8 @@ def test_the_mean_over_the_tokens_takes_the_place_of_the_class_token_and_no_padd
 
 def test_a_text_pooled_by_the_mean_has_no_published_form(tmp_path: Path) -> None:
     model = Tercet(ModelConfig.model_validate({"size": "tiny", "text": {"pool": "mean"}}))
-    model.save(tmp_path / "model")
-    assert tercet.load(tmp_path / "model").text.pool == "mean"
+    save_model(model, tmp_path / "model")
+    assert load_model(tmp_path / "model").text.pool == "mean"
     with pytest.raises(TercetError, match=r"has model\.text\.pool mean, which the published form"):
         write_published(model, tmp_path / "model.pth")
 

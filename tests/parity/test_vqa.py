@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tercet.config import ModelConfig, ObjectivesConfig
 from tercet.model.convert import convert
-from tercet.model.folder import empty_model, load_model
+from tercet.model.hub import empty_model, load_model
 from tercet.model.published import is_teacher, published_teacher, published_to_state, state_to_published
 from tercet.model.sizes import published_config
 from tercet.model.tercet import Tercet

@@ -11,6 +11,7 @@ from PIL import Image
 
 from tercet.cli import main
 from tercet.errors import TercetError
+from tercet.model.hub import save_model
 from tercet.report.explain import draw_explanation
 from tercet.tasks.explaining import Explanation, WordHeat
 from tiny_model import SCENES, TEXTS, make_model
@@ -22,14 +23,14 @@ def test_any_shape(shape: tuple[int, int], words: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
     heats = [WordHeat("$word" * (1 + index), torch.rand(4, 4), (index + 1) / words) for index in range(words)]
-    explanation = Explanation("costs $5 _and_ ^more " * words, 0.5, torch.rand(4, 4), heats, pixels)
+    explanation = Explanation("costs $5 _and_ ^more " * words, pixels, torch.rand(4, 4), heats, 0.5)
     path = draw_explanation(explanation, tmp_path / "e.png")
     width, height = Image.open(path).size
     assert 400 < width < 1600 and 50 < height < 30_000
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = make_model().save(tmp_path / "model")
+    folder = save_model(make_model(), tmp_path / "model")
     (tmp_path / "a.png").write_bytes(SCENES.image(0))
     words = ["explain", str(folder), str(tmp_path / "a.png"), TEXTS[0]]
     assert main([*words, "--output", str(tmp_path / "e.png")]) == 0
@@ -41,13 +42,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
     dual = make_model()
     dual.objectives = ["cma"]
-    dual.save(folder)
+    save_model(dual, folder)
     assert main([*words, "--output", str(tmp_path / "e.png")]) == 0
     assert "matching head was not trained" in capsys.readouterr().err
 
 
 def test_not_a_picture(tmp_path: Path) -> None:
-    empty = Explanation("a", 0.5, torch.zeros(2, 2), [], np.zeros((4, 4, 3), np.uint8))
+    empty = Explanation("a", np.zeros((4, 4, 3), np.uint8), torch.zeros(2, 2), [], 0.5)
     with pytest.raises(TercetError, match=r"ends in \.png"):
         draw_explanation(empty, tmp_path / "e")
     (tmp_path / "file").write_text("")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tercet.model.hub import save_model
 from tercet.model.tercet import Tercet
 from tiny_model import SCENES, TEXTS, make_model
 
@@ -18,7 +19,7 @@ def model() -> Tercet:
 
 @pytest.fixture(scope="session")
 def model_folder(model: Tercet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model.save(tmp_path_factory.mktemp("models") / "model")
+    return save_model(model, tmp_path_factory.mktemp("models") / "model")
 
 
 @pytest.fixture

@@ -14,13 +14,14 @@ from PIL import Image
 
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
+from tercet.predictor import Predictor
 from tercet.search.build import IndexReport, build_index, embed_local, lock_index
 from tercet.search.index import Index
 from tiny_model import SCENES, TEXTS, make_model
 
 
 def build(model: Tercet, path: Path, *specs: object) -> tuple[Index, IndexReport]:
-    return build_index([str(spec) for spec in specs], model, "a/model", str(path))
+    return build_index([str(spec) for spec in specs], Predictor(model), "a/model", str(path))
 
 
 def by_name(index: Index) -> dict[str, dict]:
@@ -43,7 +44,7 @@ def test_a_folder_becomes_a_table(model: Tercet, pictures: Path, tmp_path: Path)
     assert int(row["modified"].timestamp() * 1e6) == pytest.approx(path.stat().st_mtime_ns // 1000, abs=1)
     assert row["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert rows["c.png"]["caption"] == 'it\'s a "c"' and rows["b.jpg"]["caption"] is None
-    feats = model.embed_images([row["uri"] for row in rows.values()])
+    feats = Predictor(model).embed_images([row["uri"] for row in rows.values()])
     torch.testing.assert_close(torch.tensor([row["embedding"] for row in rows.values()]), feats)
     assert index.image(row["id"]) == path.read_bytes()
     assert index.entry(row["id"]).uri == str(path)
@@ -65,7 +66,9 @@ def test_only_new_and_changed_images_are_read(model: Tercet, pictures: Path, tmp
     rows = by_name(index)
     assert set(rows) == {"a.png", "c.png", "d.webp", "e.png"} and rows["d.webp"]["caption"] == "a new caption"
     assert all(row["id"] == ids[name] for name, row in rows.items() if name in ids)
-    torch.testing.assert_close(torch.tensor(rows["a.png"]["embedding"]), model.embed_images(str(pictures / "a.png")))
+    torch.testing.assert_close(
+        torch.tensor(rows["a.png"]["embedding"]), Predictor(model).embed_images(str(pictures / "a.png"))
+    )
 
 
 def test_images_from_elsewhere_stay(model: Tercet, pictures: Path, tmp_path: Path) -> None:
@@ -98,11 +101,11 @@ def test_broken_images_are_counted_and_named(model: Tercet, pictures: Path, tmp_
 
 def test_an_interruption_keeps_what_was_embedded(model: Tercet, pictures: Path, tmp_path: Path) -> None:
     def interrupted(images: pa.Table) -> Iterator[pa.Table]:
-        yield from embed_local(model, images.slice(0, 3))
+        yield from embed_local(Predictor(model), images.slice(0, 3))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_index([str(pictures)], model, "m", str(tmp_path / "index"), embed=interrupted)
+        build_index([str(pictures)], Predictor(model), "m", str(tmp_path / "index"), embed=interrupted)
     assert Index.open(str(tmp_path / "index")).count == 3
     assert counts(build(model, tmp_path / "index", pictures)[1]) == (1, 0, 3, 0, 0)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tercet.data.scenes import SceneSource
+from tercet.model.hub import save_model
 from tercet.search.build import build_index
 from tercet.search.index import Index
 from tercet.serve.settings import ServeSettings
@@ -26,7 +27,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_model()
     model.add_heads(["answer"])
     model.answers = ["red", "blue", "green", "yes", "no", "two"]
-    return model.save(tmp_path_factory.mktemp("serve") / "model")
+    return save_model(model, tmp_path_factory.mktemp("serve") / "model")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from tercet.model.tercet import Tercet
+from tercet.predictor import Predictor
 from tercet.search.index import Index
 from tercet.serve.api import create_app
 from tercet.serve.server import address, listen, make_server
@@ -27,13 +27,13 @@ class Serving:
         url: where, with a slash at the end.
         client: speaks to it.
         index: what it serves.
-        model: what it runs.
+        predictor: what it runs.
     """
 
     url: str
     client: httpx.Client
     index: Index
-    model: Tercet
+    predictor: Predictor
 
     def post(self, path: str, body: object) -> httpx.Response:
         """Send JSON."""
@@ -41,10 +41,10 @@ class Serving:
 
 
 @contextmanager
-def serving(index: Index, model: Tercet, settings: ServeSettings) -> Iterator[Serving]:
+def serving(index: Index, predictor: Predictor, settings: ServeSettings) -> Iterator[Serving]:
     """Serve in a thread until the block ends."""
     with listen(settings) as sock:
-        server = make_server(create_app(model, index, settings), settings)
+        server = make_server(create_app(predictor, index, settings), settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         try:
@@ -53,7 +53,7 @@ def serving(index: Index, model: Tercet, settings: ServeSettings) -> Iterator[Se
                 time.sleep(0.01)
             url = address(sock)
             with httpx.Client(base_url=url, timeout=30) as client:
-                yield Serving(url, client, index, model)
+                yield Serving(url, client, index, predictor)
         finally:
             server.should_exit = True
             thread.join(60)

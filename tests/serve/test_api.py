@@ -17,11 +17,12 @@ from serve_runs import PICTURES, Serving, serving
 from torch import Tensor
 
 import tercet
-from tercet.predict import Grounding
+from tercet.predictor import Predictor
 from tercet.search.index import Index
 from tercet.search.search import Query, Searcher
 from tercet.serve.settings import ServeSettings
 from tercet.tasks.answering import Answer
+from tercet.tasks.explaining import Explanation
 from tiny_model import SCENES, TEXTS, make_model
 
 
@@ -63,7 +64,7 @@ class TestSearch:
         response = server.post("/v1/search", body)
         assert response.status_code == 200, response.text
         hits = response.json()["hits"]
-        expected = Searcher(server.index, server.model).search(query)
+        expected = Searcher(server.index, server.predictor).search(query)
         assert [hit["id"] for hit in hits] == [hit.id for hit in expected]
         assert len(hits) == min(query.k, len(expected)) and hits
         for hit, right in zip(hits, expected, strict=True):
@@ -102,7 +103,7 @@ class TestSearch:
             ({"text": "a", "k": 0}, "k: input should be greater than or equal to 1"),
             ({"text": "a", "k": 10**6}, "k: input should be less than or equal to 200"),
             ({"text": "a", "wherre": "x"}, "wherre: extra inputs are not permitted"),
-            ({"text": "a", "where": "1=1; drop"}, "the filter cannot be read at"),
+            ({"text": "a", "where": "1=1; drop"}, "cannot read the filter at"),
             ({"image": {"id": "a", "base64": "b"}}, "image: give either id or base64"),
             ({"image": {}}, "image: give either id or base64"),
         ],
@@ -113,7 +114,10 @@ class TestSearch:
 
 def test_match(server: Serving) -> None:
     found = server.post("/v1/match", {"image": PICTURE, "texts": TEXTS}).json()["matches"]
-    chances, cosines = server.model.match([SCENES.array(0)], TEXTS), server.model.similarity([SCENES.array(0)], TEXTS)
+    chances, cosines = (
+        server.predictor.match([SCENES.array(0)], TEXTS),
+        server.predictor.similarity([SCENES.array(0)], TEXTS),
+    )
     assert isinstance(chances, Tensor) and isinstance(cosines, Tensor)
     assert [each["text"] for each in found] == TEXTS
     assert [each["match"] for each in found] == pytest.approx(chances[0].tolist(), abs=1e-5)
@@ -123,7 +127,7 @@ def test_match(server: Serving) -> None:
 def test_classify(server: Serving) -> None:
     body = {"image": PICTURE, "labels": ["a red circle", "a blue star"], "templates": ["{}", "one {}"]}
     found = server.post("/v1/classify", body).json()["labels"]
-    expected = server.model.classify(SCENES.array(0), ["a red circle", "a blue star"], ["{}", "one {}"])
+    expected = server.predictor.classify(SCENES.array(0), ["a red circle", "a blue star"], ["{}", "one {}"])
     assert isinstance(expected, dict)
     assert [(each["text"], pytest.approx(each["score"], abs=1e-5)) for each in found] == list(expected.items())
     error = fault(server.post("/v1/classify", {**body, "templates": ["no place"]}), 422)
@@ -133,7 +137,7 @@ def test_classify(server: Serving) -> None:
 def test_ask(server: Serving) -> None:
     for answers in ([], ["red", "blue"]):
         found = server.post("/v1/ask", {"image": PICTURE, "question": "what colour is it?", "answers": answers}).json()
-        alone = server.model.answer(SCENES.array(0), "what colour is it?", answers or None)
+        alone = server.predictor.answer(SCENES.array(0), "what colour is it?", answers or None)
         assert isinstance(alone, Answer)
         assert found["answer"] == alone.text and found["score"] == pytest.approx(alone.score, abs=1e-5)
         assert [each["text"] for each in found["others"]] == [text for text, _ in alone.others]
@@ -141,8 +145,8 @@ def test_ask(server: Serving) -> None:
 
 def test_explain(server: Serving, first_id: str) -> None:
     found = server.post("/v1/explain", {"image": {"id": first_id}, "text": "a red circle"}).json()
-    alone = server.model.ground(server.index.image(first_id), "a red circle")
-    assert isinstance(alone, Grounding)
+    alone = server.predictor.ground(server.index.image(first_id), "a red circle")
+    assert isinstance(alone, Explanation)
     np.testing.assert_allclose(found["heatmap"], alone.heatmap.numpy(), rtol=1e-3, atol=1e-6)
     assert [each["word"] for each in found["words"]] == ["a", "red", "circle"]
     peaks = [np.max(each["heatmap"]) for each in found["words"]]
@@ -154,8 +158,8 @@ def test_explain(server: Serving, first_id: str) -> None:
 def test_explain_an_answer(server: Serving, first_id: str) -> None:
     body = {"image": {"id": first_id}, "text": "is it a red circle?"}
     found = server.post("/v1/explain", {**body, "answer": True}).json()
-    alone = server.model.ground(server.index.image(first_id), body["text"], mode="answer")
-    assert isinstance(alone, Grounding)
+    alone = server.predictor.ground(server.index.image(first_id), body["text"], mode="answer")
+    assert isinstance(alone, Explanation)
     np.testing.assert_allclose(found["heatmap"], alone.heatmap.numpy(), rtol=1e-3, atol=1e-6)
     assert [each["word"] for each in found["words"]][-2:] == ["red", "circle"]
     told = server.post("/v1/ask", {"image": {"id": first_id}, "question": body["text"]}).json()
@@ -166,8 +170,10 @@ def test_explain_an_answer(server: Serving, first_id: str) -> None:
 
 def test_embed(server: Serving) -> None:
     found = server.post("/v1/embed", {"images": [PICTURE], "texts": TEXTS}).json()
-    np.testing.assert_allclose(found["image_feats"], server.model.embed_images([SCENES.array(0)]).numpy(), atol=1e-5)
-    np.testing.assert_allclose(found["text_feats"], server.model.embed_texts(TEXTS).numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        found["image_feats"], server.predictor.embed_images([SCENES.array(0)]).numpy(), atol=1e-5
+    )
+    np.testing.assert_allclose(found["text_feats"], server.predictor.embed_texts(TEXTS).numpy(), atol=1e-5)
     assert "give images, texts or both" in fault(server.post("/v1/embed", {}), 422)["message"]
 
 
@@ -236,7 +242,7 @@ def test_errors_have_one_shape(server: Serving) -> None:
 
 
 def test_a_model_without_answers_says_so(index_folder: Path) -> None:
-    with serving(Index.open(str(index_folder)), make_model(), ServeSettings(port=0)) as plain:
+    with serving(Index.open(str(index_folder)), Predictor(make_model()), ServeSettings(port=0)) as plain:
         assert plain.client.get("/v1/about").json()["answers_questions"] is False
         error = fault(plain.post("/v1/ask", {"image": PICTURE, "question": "what colour?"}), 422)
         assert "no head for answer; fine-tune it first" in error["message"]

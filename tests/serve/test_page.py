@@ -79,7 +79,7 @@ def test_it_opens_on_what_was_indexed_last(watched: Watched, server: Serving) ->
 def test_search_and_orders(watched: Watched, server: Serving) -> None:
     page = watched.page
     search(page, "a red circle")
-    searcher = Searcher(server.index, server.model)
+    searcher = Searcher(server.index, server.predictor)
     reranked = [hit.id for hit in searcher.search(Query("a red circle", k=24))]
     assert names(page) == reranked and len(reranked) == PICTURES
     assert "q=a+red+circle" in page.url
@@ -112,7 +112,7 @@ def test_a_dropped_picture_and_more_like_this(watched: Watched) -> None:
 def test_question_and_heatmap(watched: Watched, server: Serving) -> None:
     page = watched.page
     question(page)
-    assert page.inner_text("#answer .best") in (server.model.answers or [])
+    assert page.inner_text("#answer .best") in (server.predictor.model.answers or [])
     assert page.locator("#answer li").count() == 5
     page.click("#answer button")
     page.wait_for_selector("#words button >> text=whole question")
@@ -158,9 +158,10 @@ def test_a_telephone(browser: Browser, server: Serving) -> None:
 
 
 def test_an_empty_index(browser: Browser, model_folder: Path, tmp_path: Path) -> None:
-    model = tercet.load(model_folder)
+    predictor = tercet.load(model_folder)
+    model = predictor.model
     index = Index.create(str(tmp_path / "index"), str(model_folder), model_digest(model), model.config.embed_dim)
-    with serving(index, model, ServeSettings(port=0)) as running:
+    with serving(index, predictor, ServeSettings(port=0)) as running:
         empty = Watched(browser, running.url)
         assert "holds no pictures yet" in empty.page.inner_text("#hint")
         empty.page.fill("#text", "a red circle")
@@ -173,8 +174,8 @@ def test_an_index_that_breaks_and_a_server_that_goes(
     browser: Browser, index_folder: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(index_folder, tmp_path / "index")
-    model = tercet.load(model_folder)
-    with serving(Index.open(str(copy)), model, ServeSettings(port=0)) as running:
+    predictor = tercet.load(model_folder)
+    with serving(Index.open(str(copy)), predictor, ServeSettings(port=0)) as running:
         failing = Watched(browser, running.url)
         failing.page.wait_for_selector("#newest .hit")
         shutil.rmtree(copy)

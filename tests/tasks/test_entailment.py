@@ -9,11 +9,11 @@ import pytest
 import torch
 from task_runs import assert_resumes_exactly, logged, run_task
 
-import tercet
 from tercet.cli import main
 from tercet.config import Config, ObjectivesConfig
 from tercet.data.entailment_files import LABELS, draw_entailments
 from tercet.errors import TercetError
+from tercet.model.hub import load_model
 from tercet.tasks.build import evaluate_task
 from tercet.tasks.entailment import PARTS, Entailment, EntailmentResult, evaluate_entailment
 from tercet.tasks.labelling import Guesses
@@ -40,7 +40,7 @@ def test_it_learns_what_it_sees(run: Path) -> None:
     losses = [line["entailment"] for line in logged(run, "train")]
     assert losses[0] == pytest.approx(torch.tensor(3.0).log().item(), abs=0.3)
     assert sum(losses[-5:]) / 5 < 0.9  # the teacher, who follows slowly, keeps it from falling lower
-    model = tercet.load(run / "model")
+    model = load_model(run / "model")
     result = evaluate_entailment(model, draw_entailments(8, "train"), Config())
     assert result.metrics()["entailment"]["accuracy"] > 85
     assert logged(run, "evaluate")[-1]["size"] == {"samples": 24}
@@ -73,7 +73,7 @@ def test_the_command_line_measures_and_writes_predictions(
 def test_a_model_without_the_head_gets_one_or_is_refused(run: Path, tmp_path: Path) -> None:
     plain = run_task("demo", tmp_path / "plain", train__max_steps=1, objectives__queue_size=8, data__augment="light")
     with pytest.raises(TercetError, match="no head for entailment; fine-tune it first: tercet train entailment"):
-        evaluate_task("entailment", tercet.load(plain / "model"), draw_entailments(2, "test"), Config())
+        evaluate_task("entailment", load_model(plain / "model"), draw_entailments(2, "test"), Config())
     tuned = run_task(
         RECIPE, tmp_path / "tuned", init=str(plain / "model"), train__max_steps=1, train__checkpoint_every=1
     )
@@ -84,7 +84,7 @@ def test_a_model_without_the_head_gets_one_or_is_refused(run: Path, tmp_path: Pa
 
 
 def test_only_what_the_logits_need_learns(run: Path) -> None:
-    student = tercet.load(run / "model").train()
+    student = load_model(run / "model").train()
     task = Entailment(student, ObjectivesConfig())
     learning = {name.split(".")[0] for name, value in student.named_parameters() if value.requires_grad}
     assert learning == set(PARTS)

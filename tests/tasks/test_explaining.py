@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tercet.errors import TercetError
-from tercet.predict import Grounding
+from tercet.predictor import Predictor
 from tercet.tasks.explaining import Explanation, blend, fit, join_pieces
 from tiny_model import SCENES, TEXTS, make_model
 
@@ -24,11 +24,11 @@ def test_pieces_are_joined() -> None:
 
 
 def test_explain_is_ground_by_word() -> None:
-    model = make_model()
+    model = Predictor(make_model())
     picture = Image.fromarray(SCENES.array(0)).resize((90, 40))
     found = model.explain(picture, TEXTS[0])
     grounding = model.ground(picture, TEXTS[0])
-    assert isinstance(found, Explanation) and isinstance(grounding, Grounding)
+    assert isinstance(found, Explanation) and isinstance(grounding, Explanation)
     torch.testing.assert_close(found.heatmap, grounding.heatmap)
     assert "".join(heat.word for heat in found.words) == TEXTS[0].replace(" ", "").replace(",", "")
     assert found.match == pytest.approx(model.match(picture, TEXTS[0]), abs=1e-6)

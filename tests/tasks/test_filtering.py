@@ -13,6 +13,8 @@ from tercet.config import Config, DataConfig
 from tercet.data.scenes import SceneSource
 from tercet.data.sources import Source, image_ids, open_sources
 from tercet.errors import TercetError
+from tercet.model.hub import save_model
+from tercet.predictor import Predictor
 from tercet.tasks import filtering
 from tercet.tasks.filtering import FilterReport, filter_pairs
 from tiny_model import make_model
@@ -56,9 +58,9 @@ def test_scores_are_the_models_own(pairs: Path, tmp_path: Path) -> None:
     assert "7.png: the image file is empty" in report.problems[0]
     images, texts = [row["image"] for row in rows], [row["caption"] for row in rows]
     assert texts[1] == "nothing of the kind" and images[0] == images[1] == str(tmp_path / "0.png")
-    matches = MODEL.match(images, texts, paired=True)
+    matches = Predictor(MODEL).match(images, texts, paired=True)
     assert [row["match"] for row in rows] == pytest.approx(matches.tolist(), abs=2e-5)  # type: ignore[union-attr]
-    cosines = MODEL.similarity(images, texts).diagonal()  # type: ignore[union-attr]
+    cosines = Predictor(MODEL).similarity(images, texts).diagonal()  # type: ignore[union-attr]
     assert [row["similarity"] for row in rows] == pytest.approx(cosines.tolist(), abs=2e-5)
 
 
@@ -117,7 +119,7 @@ def test_refusals(pairs: Path, tmp_path: Path) -> None:
 def test_the_command_and_the_shards_of_what_it_kept(
     pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    MODEL.save(tmp_path / "model")
+    save_model(MODEL, tmp_path / "model")
     shards = tmp_path / "shards"
     assert main(["data", "pack", str(pairs), "--output", str(shards), "--data.workers", "0"]) == 0
     kept = tmp_path / "kept.jsonl"

@@ -20,7 +20,8 @@ from tercet.data.loader import TrainLoader
 from tercet.data.samples import Sample
 from tercet.data.scenes import SceneSource
 from tercet.errors import TercetError
-from tercet.predict import Grounding
+from tercet.predictor import Predictor
+from tercet.tasks.explaining import Explanation
 from tercet.tasks.grounding import evaluate_grounding, expression_maps, read_map
 from tercet.tasks.heatmaps import average_words, contrast_heatmaps, matching_heatmaps
 from tiny_model import make_model
@@ -85,8 +86,10 @@ def test_maps_of_answers_add_up_over_questions_that_weigh_alike() -> None:
     both = maps(*questions)
     torch.testing.assert_close(both, maps(questions[0]) + maps(questions[1]))
     torch.testing.assert_close(both.sum(dim=(1, 2)), torch.full((len(samples),), 2.0))
-    alone = model.ground(images[0].permute(1, 2, 0).numpy(), f"what colour is {samples[0].text}?", mode="answer")
-    assert isinstance(alone, Grounding)
+    alone = Predictor(model).ground(
+        images[0].permute(1, 2, 0).numpy(), f"what colour is {samples[0].text}?", mode="answer"
+    )
+    assert isinstance(alone, Explanation)
     torch.testing.assert_close(maps(questions[0])[0], alone.heatmap / alone.heatmap.sum(), rtol=1e-4, atol=1e-6)
 
 
@@ -98,8 +101,8 @@ def test_the_answer_whose_heat_is_read_is_one_of_the_models_list() -> None:
 
     def seen(answers: list[str] | None) -> torch.Tensor:
         model.answers = answers
-        found = model.ground(picture, "is it red", mode="answer")
-        assert isinstance(found, Grounding)
+        found = Predictor(model).ground(picture, "is it red", mode="answer")
+        assert isinstance(found, Explanation)
         return found.heatmap
 
     freely, one, other = seen(None), seen(["red"]), seen(["circle", "large"])

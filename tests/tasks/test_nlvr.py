@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from task_runs import TINY, assert_resumes_exactly, logged, run_task
 
-import tercet
 from tercet.cli import main
 from tercet.config import Config, DataConfig, ModelConfig, ObjectivesConfig
 from tercet.data.nlvr_files import draw_statements
+from tercet.model.hub import load_model
 from tercet.model.tercet import Tercet
 from tercet.tasks.labelling import Guesses
 from tercet.tasks.nlvr import PARTS, PairStatements, StatementResult, consistency, evaluate_statements, open_statements
@@ -51,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_learns_what_it_sees(run: Path) -> None:
     losses = [line["nlvr"] for line in logged(run, "train")]
     assert losses[0] == pytest.approx(torch.tensor(2.0).log().item(), abs=0.3)
-    result = evaluate_statements(tercet.load(run / "model"), draw_statements(8, "train"), Config())
+    result = evaluate_statements(load_model(run / "model"), draw_statements(8, "train"), Config())
     assert result.metrics()["nlvr"]["accuracy"] > 85
     assert logged(run, "evaluate")[-1]["size"] == {"samples": 24, "sentences": 12}
 
@@ -92,7 +92,7 @@ def test_text_assignment_then_statements(tmp_path: Path) -> None:
     assert f"starts from {before / 'model'}; new in it: nlvr_head" in [
         line["message"] for line in logged(tuned, "event")
     ]
-    old, new = tercet.load(before / "model"), tercet.load(tuned / "model")
+    old, new = load_model(before / "model"), load_model(tuned / "model")
     assert old.second_fusion is not None and new.second_fusion is not None
     for name, value in old.second_fusion.state_dict().items():
         torch.testing.assert_close(new.second_fusion.state_dict()[name], value, rtol=0, atol=1e-6)

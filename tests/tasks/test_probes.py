@@ -13,6 +13,7 @@ import torch
 from tercet.config import Config, DataConfig
 from tercet.data.scenes import SceneSource
 from tercet.errors import TercetError
+from tercet.predictor import Predictor
 from tercet.tasks.probes import choice_scores, evaluate_probes, open_probes, winoground_scores
 from tiny_model import make_model
 
@@ -73,7 +74,8 @@ def test_sugarcrepe_by_both_scorers(photos: Path) -> None:
     assert result.sizes == {"samples": 4}
     # The same numbers as the one-line calls give.
     texts = list(result.probes[1].texts)
-    similarity, chance = model.similarity(SCENES.array(1), texts), model.match(SCENES.array(1), texts)
+    predictor = Predictor(model)
+    similarity, chance = predictor.similarity(SCENES.array(1), texts), predictor.match(SCENES.array(1), texts)
     assert isinstance(similarity, torch.Tensor) and isinstance(chance, torch.Tensor)
     torch.testing.assert_close(result.scores["similarity"][1][0], similarity, rtol=1e-4, atol=1e-5)
     first, second = result.scores["matching"][1][0]

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import tercet
 from tercet.config import Config, ModelConfig, ObjectivesConfig
 from tercet.config_io import load_config
 from tercet.data.sample_loader import SampleLoader
@@ -21,6 +20,7 @@ from tercet.data.samples import SampleSource
 from tercet.data.tokenizer import Tokenizer, clean_question
 from tercet.data.vqa_files import draw_questions, open_questions
 from tercet.errors import TercetError
+from tercet.model.hub import load_model, save_model
 from tercet.model.tercet import Tercet
 from tercet.objectives.loss import distilled_cross_entropy
 from tercet.tasks.build import build_task, open_data, words_of
@@ -203,7 +203,7 @@ def test_scenes_through_the_loop_to_a_result_file(tmp_path: Path) -> None:
     assert {"colour", "count", "position", "shape", "yes/no"} <= set(measured["accuracy"])
     assert any("commonest of the training data" in line.get("message", "") for line in lines)
 
-    model = tercet.load(folder)
+    model = load_model(folder)
     assert model.config.heads == ["answer"] and model.answers
     source = open_data("vqa", ["scenes:test"], settings.data, "test")
     result = evaluate(model, source, settings)
@@ -222,7 +222,7 @@ def test_a_model_without_decoder_starts_one_and_cannot_answer(tmp_path: Path, mo
     sizes = model.config.model_copy(update={"heads": []})
     plain = Tercet(sizes)
     plain.tokenizer = model.tokenizer
-    plain.save(tmp_path / "model")
+    save_model(plain, tmp_path / "model")
     with pytest.raises(TercetError, match="no head for answer; fine-tune it first: tercet train vqa"):
         evaluate(plain, open_questions(["scenes"], config().data, "train"), config())
     settings = config(train={"max_steps": 1})
@@ -231,7 +231,7 @@ def test_a_model_without_decoder_starts_one_and_cannot_answer(tmp_path: Path, mo
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     messages = [line["message"] for line in lines if line["kind"] == "event"]
     assert any("new in it: answer_decoder" in message for message in messages)
-    assert tercet.load(folder).answer_decoder is not None
+    assert load_model(folder).answer_decoder is not None
 
 
 def files(folder: Path, answers: list[str]) -> tuple[Path, Path]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tercet.config_io import default_config
+from tercet.predictor import Predictor
 from tercet.tasks.retrieval import evaluate_source
 from tercet.train.pictures import _whole_words, heatmaps, overlay, similarity_matrix
 from tiny_model import SCENES, make_model
@@ -29,7 +30,7 @@ def test_matrix_and_heatmaps_of_an_evaluation() -> None:
     matrix = similarity_matrix(result, SCENES, LIMIT)
     files = [SCENES.array(index) for index in range(len(SCENES))]
     cosines = torch.tensor(matrix["cosines"])
-    expected = model.similarity(files, matrix["captions"])
+    expected = Predictor(model).similarity(files, matrix["captions"])
     assert isinstance(expected, torch.Tensor)
     torch.testing.assert_close(cosines, expected.T, atol=1e-4, rtol=0)
     for fused in (True, False):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tercet.arguments import DataKeys, EvaluateKeys
-from tercet.commands.models import DEMO_MODEL, load_model, model_and_config
+from tercet.commands.models import DEMO_MODEL, load_predictor, model_and_config
 from tercet.commands.terminal import print_skipped, print_table, progress_bar
 from tercet.config_io import default_config
 from tercet.errors import TercetError
@@ -161,13 +161,13 @@ def data_filter(
     from tercet.tasks.filtering import FilterReport, filter_pairs
 
     folder, config = model_and_config(model, overrides)
-    loaded = load_model(folder)
+    predictor = load_predictor(folder)
     source = open_sources(sources, config.data, split)
     _print_rejected(source)
-    identity = {"model": model_fingerprint(loaded), "source": [*sources, split]}
+    identity = {"model": model_fingerprint(predictor.model), "source": [*sources, split]}
     report = None
     with progress_bar("scoring", "images") as progress:
-        for step in filter_pairs(loaded, source, config, output, identity, by, threshold, fraction):
+        for step in filter_pairs(predictor.model, source, config, output, identity, by, threshold, fraction):
             if isinstance(step, FilterReport):
                 report = step
             else:

@@ -32,17 +32,17 @@ def evaluate(
     """
     folder, config = model_and_config(model, overrides)
 
-    from tercet import load
     from tercet.device import resolve_device
     from tercet.distributed import Ranks, init_distributed
     from tercet.files import write_atomic
+    from tercet.model.hub import load_model
     from tercet.model.int8 import quantise_encoders
     from tercet.tasks.build import evaluate_task, open_data
 
     task = task or config.task
     with init_distributed(config.train.device):
         first = Ranks().first
-        loaded = load(folder).to(resolve_device(config.train.device).device)
+        loaded = load_model(folder, resolve_device(config.train.device).device)
         if config.evaluate.int8:
             quantise_encoders(loaded)
         result = evaluate_task(task, loaded, open_data(task, data, config.data, "test"), config)

@@ -11,7 +11,7 @@ from tercet.config_io import default_config, load_config
 from tercet.errors import TercetError
 
 if TYPE_CHECKING:
-    from tercet.model.tercet import Tercet
+    from tercet.predictor import Predictor
 
 DEMO_MODEL = "runs/demo/model"
 LOCAL_PREFIXES = ("./", "../", "/", "~")
@@ -64,10 +64,10 @@ def convert(
 
 
 def _write_published(model: str, file: Path, style: Literal["pretraining", "downstream"] | None) -> None:
-    from tercet import load
+    from tercet.model.hub import load_model
     from tercet.model.published_file import write_published
 
-    written = write_published(load(model), file, style)
+    written = write_published(load_model(model), file, style)
     print(f"{written.entries} tensors in the published form of {written.style} are in {written.file}.")
     if written.left_out:
         print(f"Note: that form cannot hold {', '.join(written.left_out)}.")
@@ -85,10 +85,10 @@ def export(model: str, *, output: Path, format: Literal["all", "onnx", "program"
         format: onnx: NAME.onnx for onnxruntime; program: NAME.pt2 for torch.export.load.
         checks: random inputs that every graph is compared on; 0: none.
     """
-    from tercet import load
     from tercet.export.write import FORMATS, export_model
+    from tercet.model.hub import load_model
 
-    report = export_model(load(model), output, FORMATS if format == "all" else (format,), checks)
+    report = export_model(load_model(model), output, FORMATS if format == "all" else (format,), checks)
     print(f"{', '.join(report.files)} are in {report.folder}.")
     for kind, difference in report.differences.items():
         print(f"{kind}: at most {difference:.1e} from the model, over {report.checks} random inputs.")
@@ -108,14 +108,14 @@ def push(model: Path, *, output: str, private: bool = False, message: str | None
     """
     from tercet import load
 
-    loaded = load(model)  # a path, so that a missing folder is not looked for on the hub
+    predictor = load(model)  # a path, so that a missing folder is not looked for on the hub
     if output.startswith(LOCAL_PREFIXES):
-        print(f"The model is in {loaded.save(Path(output).expanduser())}.")
+        print(f"The model is in {predictor.save(Path(output).expanduser())}.")
     else:
-        print(loaded.push_to_hub(output, private=private or None, message=message))
+        print(predictor.push_to_hub(output, private=private or None, message=message))
 
 
-def load_model(model: str, *, local_only: bool = False) -> Tercet:
+def load_predictor(model: str, *, local_only: bool = False) -> Predictor:
     """The model that a command names, on the best device; `local_only` never asks the hub."""
     if model == DEMO_MODEL and not Path(model).is_dir():
         raise TercetError(f"name a model with --model; the default, {DEMO_MODEL}, is what `make demo` trains")
@@ -123,7 +123,7 @@ def load_model(model: str, *, local_only: bool = False) -> Tercet:
     from tercet import load
     from tercet.device import resolve_device
 
-    return load(model, local_only=local_only).to(resolve_device().device)
+    return load(model, resolve_device().device, local_only=local_only)
 
 
 def model_and_config(model: str, overrides: dict[str, Any]) -> tuple[str, Config]:
@@ -136,7 +136,7 @@ def model_and_config(model: str, overrides: dict[str, Any]) -> tuple[str, Config
     return model, default_config(overrides)
 
 
-def warn_untrained_matching(model: Tercet, consequence: str) -> None:
+def warn_untrained_matching(predictor: Predictor, consequence: str) -> None:
     """Warn where the model's matching head was not trained."""
-    if not model.matches:
+    if not predictor.model.matches:
         print(f"this model's matching head was not trained (itm was off): {consequence}", file=sys.stderr)

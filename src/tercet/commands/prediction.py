@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_format
 from pathlib import Path
 
-from tercet.commands.models import DEMO_MODEL, load_model, warn_untrained_matching
+from tercet.commands.models import DEMO_MODEL, load_predictor, warn_untrained_matching
 from tercet.commands.terminal import print_table
 
 
@@ -18,18 +18,15 @@ def match(image: str, texts: list[str], *, model: str = DEMO_MODEL, json: bool =
         model: model folder, run folder, or hub id.
         json: print the numbers as one JSON object.
     """
-    loaded = load_model(model)
-    warn_untrained_matching(loaded, "look at the cosine alone")
-    # Lists in, so that the results are tensors of one row.
-    probabilities = loaded.match([image], texts).flatten().tolist()
-    cosines = loaded.similarity([image], texts).flatten().tolist()
-    rows = list(zip(texts, probabilities, cosines, strict=True))
+    predictor = load_predictor(model)
+    warn_untrained_matching(predictor, "look at the cosine alone")
+    (scores,) = predictor.match_each([image], [texts])
+    rows = list(zip(texts, scores, strict=True))
     if json:
-        print(json_format.dumps([dict(zip(("text", "match", "cosine"), row, strict=True)) for row in rows]))
+        print(json_format.dumps([{"text": text, "match": one.match, "cosine": one.cosine} for text, one in rows]))
     else:
-        print_table(
-            ["text", "match", "cosine"], [[text, f"{100 * p:.1f} %", f"{cosine:.3f}"] for text, p, cosine in rows]
-        )
+        table = [[text, f"{100 * one.match:.1f} %", f"{one.cosine:.3f}"] for text, one in rows]
+        print_table(["text", "match", "cosine"], table)
 
 
 def classify(
@@ -44,7 +41,7 @@ def classify(
         model: model folder, run folder, or hub id.
         json: print the numbers as one JSON object.
     """
-    probabilities = load_model(model).classify(image, labels, templates)
+    (probabilities,) = load_predictor(model).classify([image], labels, templates)
     if json:
         print(json_format.dumps(probabilities))
     else:
@@ -63,7 +60,7 @@ def ask(
         model: model folder, run folder, or hub id.
         json: print the answer as one JSON object.
     """
-    found = load_model(model).answer(image, question, answers)
+    (found,) = load_predictor(model).answer([image], [question], answers)
     if json:
         others = [{"answer": text, "score": score} for text, score in found.others]
         print(json_format.dumps({"answer": found.text, "score": found.score, "others": others}))
@@ -86,7 +83,8 @@ def explain(model: str, image: str, text: str, *, output: Path, layer: int | Non
     """
     from tercet.report.explain import draw_explanation
 
-    loaded = load_model(model)
+    predictor = load_predictor(model)
     if not answer:
-        warn_untrained_matching(loaded, "the heatmaps mean nothing")
-    print(draw_explanation(loaded.explain(image, text, layer, "answer" if answer else "itm"), output))
+        warn_untrained_matching(predictor, "the heatmaps mean nothing")
+    (explanation,) = predictor.explain([image], [text], layer, "answer" if answer else "itm")
+    print(draw_explanation(explanation, output))

@@ -12,7 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tercet.commands.models import DEMO_MODEL, load_model, warn_untrained_matching
+from tercet.commands.models import DEMO_MODEL, load_predictor, warn_untrained_matching
 from tercet.commands.terminal import can_draw_pictures, print_skipped, print_table, progress_bar
 from tercet.errors import TercetError
 
@@ -47,7 +47,7 @@ def index(
     from tercet.search.index import Index
 
     model = model or (Index.open(output).model if Index.exists(output) else None) or DEMO_MODEL
-    loaded = load_model(model)
+    predictor = load_predictor(model)
     path = Path(model).expanduser()
     lasting = str(path.absolute()) if path.exists() else model  # valid in any working folder
     with progress_bar("embedding", "images") as progress:
@@ -55,8 +55,8 @@ def index(
         if engine == "ray":
             from tercet.search.cluster import embed_on_cluster
 
-            embed = functools.partial(embed_on_cluster, loaded)
-        made, report = build_index(images, loaded, lasting, output, progress, embed)
+            embed = functools.partial(embed_on_cluster, predictor)
+        made, report = build_index(images, predictor, lasting, output, progress, embed)
     if json:
         counts = dataclasses.asdict(report) | {"skipped": list(report.skipped), "images": made.count}
         print(json_format.dumps(counts))
@@ -100,10 +100,10 @@ def search(
 
     query = Query(" ".join(text or []) or None, image, like, without, where, k, rerank)
     opened = Index.open(index)
-    loaded = load_model(model or opened.model)
+    predictor = load_predictor(model or opened.model)
     if query.text and rerank != 0:
-        warn_untrained_matching(loaded, "the order is the dual encoder's")
-    hits = Searcher(opened, loaded).search(query)
+        warn_untrained_matching(predictor, "the order is the dual encoder's")
+    hits = Searcher(opened, predictor).search(query)
     if html is not None:
         print(_write_page(query, opened, index, hits, html))
     elif json:
@@ -183,9 +183,9 @@ def serve(
     opened = Index.open(index)
     # Before the model is read, so that a port in use is reported at once.
     with listen(settings) as sock:
-        loaded = load_model(model or opened.model, local_only=True)
-        answering = load_model(ask_model, local_only=True) if ask_model else None
-        app = create_app(loaded, opened, settings, answering)
+        predictor = load_predictor(model or opened.model, local_only=True)
+        answering = load_predictor(ask_model, local_only=True) if ask_model else None
+        app = create_app(predictor, opened, settings, answering)
         if not settings.local and settings.key is None:
             print(
                 f"anyone who can reach {host} port {port} can search and see these images; set "

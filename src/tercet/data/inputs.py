@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ def to_pixels(image: ImageInput, name: str = "the image") -> Pixels:
     raise TercetError(f"{name} is {type(image).__name__}; give {_FORMS}")
 
 
-def to_batch(images: list[Pixels], size: int) -> Tensor:
+def to_batch(images: Sequence[Pixels], size: int) -> Tensor:
     """uint8 `[batch, 3, size, size]`, each image resized as in every evaluation."""
     return torch.from_numpy(np.stack([resize(image, size) for image in images])).permute(0, 3, 1, 2).contiguous()
 

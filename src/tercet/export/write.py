@@ -29,7 +29,7 @@ from tercet.errors import TercetError
 from tercet.export.check import OnnxRunner, ProgramRunner, check_graphs
 from tercet.export.graphs import Graph, graphs_of
 from tercet.files import atomic_folder
-from tercet.model.folder import TOKENIZER
+from tercet.model.hub import TOKENIZER
 from tercet.model.tercet import Tercet
 from tercet.version import __version__
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from tercet.config import ModelConfig, merge
 from tercet.errors import TercetError
 from tercet.model.conversion import ConversionReport, part_of
-from tercet.model.folder import empty_model, load_model, model_card, save_model
+from tercet.model.hub import empty_model, load_model, model_card, save_model
 from tercet.model.published import (
     PRETRAINING,
     QUEUES,
@@ -111,9 +111,10 @@ def convert(
         config = _with_tokens_of(config, words)
     model = empty_model(config)
     model.load_state_dict(weights, assign=True)
+    model.tokenizer = words
     notes = source.notes + notes
     report = ConversionReport(path, Path(to), source.kind, config, used, made_new, kept, resized, left_over, notes)
-    save_model(model, to, words, f"{model_card(model)}\n## Origin\n\n{report.summary()}\n")
+    save_model(model, to, f"{model_card(model)}\n## Origin\n\n{report.summary()}\n")
     return report
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,12 +24,7 @@ from tercet.model.text import CrossAttentionKV, FusionEncoder, JoinedKV, TextEnc
 from tercet.model.vision import VisionTransformer
 
 if TYPE_CHECKING:
-    from tercet.data.inputs import ImageInputs, TextInputs
     from tercet.data.tokenizer import Tokenizer
-    from tercet.predict import Grounding
-    from tercet.tasks.answering import Answer
-    from tercet.tasks.explaining import Explanation
-    from tercet.tasks.heatmaps import Mode
 
 
 class Tercet(nn.Module):
@@ -41,9 +35,9 @@ class Tercet(nn.Module):
 
     Attributes:
         config: the sizes.
-        tokenizer: reads texts for this model; None while it is trained from captions, or where it was made without.
+        tokenizer: reads texts for this model; None while it is trained from captions, or where it was made without one.
         answers: what it chooses answers to questions from; None where it writes them freely.
-        card: README.md of the folder that it was loaded from, which `save` and `push_to_hub` take along.
+        card: README.md of the folder that it was loaded from.
         objectives: what trained its encoders, such as cma and itm; None where that is not known.
         answer_decoder: writes answers to questions; None without the head `answer`.
         entailment_head: three classes of a fused pair; None without the head `entailment`.
@@ -162,79 +156,3 @@ class Tercet(nn.Module):
         for name in missing:
             setattr(self, name, make_part(name, self.config).to(self.temperature.device))
         return missing
-
-    def embed_images(self, images: ImageInputs) -> Tensor:
-        """Unit vectors of images in the shared space; see `tercet.predict.embed_images`."""
-        from tercet.predict import embed_images
-
-        return embed_images(self, images)
-
-    def embed_texts(self, texts: TextInputs) -> Tensor:
-        """Unit vectors of texts in the shared space; see `tercet.predict.embed_texts`."""
-        from tercet.predict import embed_texts
-
-        return embed_texts(self, texts)
-
-    def similarity(self, images: ImageInputs, texts: TextInputs) -> Tensor | float:
-        """Cosines of images with texts by the dual encoder; see `tercet.predict.similarity`."""
-        from tercet.predict import similarity
-
-        return similarity(self, images, texts)
-
-    def match(self, images: ImageInputs, texts: TextInputs, paired: bool = False) -> Tensor | float:
-        """Probabilities that images and texts belong together; see `tercet.predict.match`."""
-        from tercet.predict import match
-
-        return match(self, images, texts, paired)
-
-    def classify(
-        self, images: ImageInputs, labels: Sequence[str], templates: Sequence[str] | None = None
-    ) -> dict[str, float] | list[dict[str, float]]:
-        """Probabilities of labels that it was never trained on; see `tercet.predict.classify`."""
-        from tercet.predict import classify
-
-        return classify(self, images, labels, templates)
-
-    def answer(
-        self, images: ImageInputs, questions: TextInputs, answers: Sequence[str] | None = None
-    ) -> Answer | list[Answer]:
-        """Answers to questions about images; see `tercet.predict.answer`."""
-        from tercet.predict import answer
-
-        return answer(self, images, questions, answers)
-
-    def ground(
-        self, images: ImageInputs, texts: TextInputs, mode: Mode = "itm", layer: int | None = None
-    ) -> Grounding | list[Grounding]:
-        """Where in images texts are seen; see `tercet.predict.ground`."""
-        from tercet.predict import ground
-
-        return ground(self, images, texts, mode, layer)
-
-    def explain(
-        self, images: ImageInputs, texts: TextInputs, layer: int | None = None, mode: Mode = "itm"
-    ) -> Explanation | list[Explanation]:
-        """Where in images each word of texts is seen; see `tercet.predict.explain`."""
-        from tercet.predict import explain
-
-        return explain(self, images, texts, layer, mode)
-
-    def save(self, folder: str | Path, tokenizer: Tokenizer | None = None, card: str | None = None) -> Path:
-        """Write this model as a folder; see `tercet.model.folder.save_model`."""
-        from tercet.model.folder import save_model
-
-        return save_model(self, folder, tokenizer, card)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        tokenizer: Tokenizer | None = None,
-        card: str | None = None,
-        private: bool | None = None,
-        message: str | None = None,
-        token: str | None = None,
-    ) -> str:
-        """Upload this model to the Hugging Face Hub; see `tercet.model.folder.push_model`."""
-        from tercet.model.folder import push_model
-
-        return push_model(self, repo_id, tokenizer, card, private, message, token)

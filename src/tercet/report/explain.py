@@ -68,9 +68,11 @@ def panel_size(aspect: float) -> tuple[float, float]:
 
 def _panels(explanation: Explanation, side: int) -> list[tuple[str, float | None, Pixels]]:
     """Title, strength and picture of each panel."""
-    told = f"match {100 * explanation.match:.1f} %" if explanation.answer is None else f"answer: {explanation.answer}"
+    title = f"match {100 * (explanation.match or 0):.1f} %"
+    if explanation.answer is not None:
+        title = f"answer: {explanation.answer}"
     panels: list[tuple[str, float | None, Pixels]] = [
-        (told, None, fit(explanation.pixels, side)),
+        (title, None, fit(explanation.pixels, side)),
         ("all words", None, explanation.overlay(None, side)),
     ]
     for index, heat in enumerate(explanation.words):

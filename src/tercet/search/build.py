@@ -27,7 +27,7 @@ from tercet.data.listing import find_images, lies_under, read_image
 from tercet.data.rows import Problems, is_empty
 from tercet.data.storage import is_url
 from tercet.errors import TercetError
-from tercet.model.tercet import Tercet
+from tercet.predictor import Predictor
 from tercet.search.approximate import QUERIES, ApproximateIndex, build_approximate, needs_build, sample_rows
 from tercet.search.index import Index, image_id, image_schema, lance_errors, model_digest, sql_in
 
@@ -81,7 +81,7 @@ class IndexReport:
 
 def build_index(
     specs: Sequence[str],
-    model: Tercet,
+    predictor: Predictor,
     model_name: str,
     path: str,
     progress: Progress = lambda done, total: None,
@@ -93,7 +93,7 @@ def build_index(
 
     Args:
         specs: folders, images, shards, tables, annotation files, globs or URLs of these.
-        model: in evaluation mode, on the device that embeds.
+        predictor: on the device that embeds.
         model_name: its folder or hub id, recorded in a new index.
         path: folder or URI of the index.
         progress: called as images are done.
@@ -107,13 +107,15 @@ def build_index(
     report = IndexReport()
     with lock_index(path):
         listed = list_images(specs, report.skipped)  # before an index is made: a spec may name nothing
-        index = _open_or_create(path, model, model_name)
+        index = _open_or_create(path, predictor, model_name)
         known = _known_images(index)
         state = compare(listed, known)
         report.unchanged = pc.sum(pc.equal(state, "same")).as_py() or 0
         changed = listed.filter(pc.equal(state, "changed"))["id"]
         due = listed.filter(pc.not_equal(state, "same"))
-        _embed_and_commit(index, due, changed, embed or (lambda images: embed_local(model, images)), report, progress)
+        _embed_and_commit(
+            index, due, changed, embed or (lambda images: embed_local(predictor, images)), report, progress
+        )
         gone = _missing(index, known, listed, specs)
         report.removed = len(gone)
         with lance_errors(f"cannot write {index.path}"):
@@ -122,7 +124,7 @@ def build_index(
             # Joins small files, adds new rows to the approximate index, and drops old versions.
             index.table.optimize(cleanup_older_than=KEEP_VERSIONS)
             if needs_build(index.database, index.count):
-                feats = _caption_feats(index, model)
+                feats = _caption_feats(index, predictor)
                 report.approximate = build_approximate(index.database, index.table, feats)
     report.seconds = time.monotonic() - started
     return index, report
@@ -165,18 +167,18 @@ def embedded_schema(embed_dim: int) -> pa.Schema:
     return pa.schema([*fields, pa.field("error", pa.string())])
 
 
-def embed_local(model: Tercet, listed: pa.Table) -> Iterator[pa.Table]:
+def embed_local(predictor: Predictor, listed: pa.Table) -> Iterator[pa.Table]:
     """Read in threads, embed on the model's device."""
-    size = model.config.vision.image_size
+    size = predictor.model.config.vision.image_size
     waiting: deque[Future[tuple[list[dict[str, Any]], list[Pixels]]]] = deque()
     with ThreadPoolExecutor(THREADS, "tercet-read") as readers:
         try:
             for start in range(0, len(listed), BATCH):
                 waiting.append(readers.submit(read_rows, listed.slice(start, BATCH), size))
                 if len(waiting) > READ_AHEAD:
-                    yield embed_rows(model, *waiting.popleft().result())
+                    yield embed_rows(predictor, *waiting.popleft().result())
             while waiting:
-                yield embed_rows(model, *waiting.popleft().result())
+                yield embed_rows(predictor, *waiting.popleft().result())
         finally:
             for future in waiting:
                 future.cancel()
@@ -206,13 +208,13 @@ def read_rows(listed: pa.Table, image_size: int) -> tuple[list[dict[str, Any]], 
     return rows, pixels
 
 
-def embed_rows(model: Tercet, rows: list[dict[str, Any]], pixels: list[Pixels]) -> pa.Table:
+def embed_rows(predictor: Predictor, rows: list[dict[str, Any]], pixels: list[Pixels]) -> pa.Table:
     """What `read_rows` gave, with embeddings, as a table of `embedded_schema`."""
-    feats = iter(model.embed_images(pixels).float().numpy() if pixels else ())
+    feats = iter(predictor.embed_images(pixels).numpy() if pixels else ())
     for row in rows:
         if "error" not in row:
             row["embedding"] = next(feats)
-    return pa.Table.from_pylist(rows, schema=embedded_schema(model.config.embed_dim))
+    return pa.Table.from_pylist(rows, schema=embedded_schema(predictor.model.config.embed_dim))
 
 
 def make_thumbnail(pixels: Pixels) -> bytes:
@@ -252,10 +254,10 @@ def lock_index(path: str) -> Iterator[None]:
         raise TercetError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _open_or_create(path: str, model: Tercet, model_name: str) -> Index:
-    digest = model_digest(model)
+def _open_or_create(path: str, predictor: Predictor, model_name: str) -> Index:
+    digest = model_digest(predictor.model)
     if not Index.exists(path):
-        return Index.create(path, model_name, digest, model.config.embed_dim)
+        return Index.create(path, model_name, digest, predictor.model.config.embed_dim)
     index = Index.open(path)
     if index.model_digest != digest:
         raise TercetError(
@@ -327,10 +329,10 @@ def commit(index: Index, pending: list[pa.Table], changed: pa.ChunkedArray, repo
             report.changed += len(old)
 
 
-def _caption_feats(index: Index, model: Tercet) -> np.ndarray | None:
+def _caption_feats(index: Index, predictor: Predictor) -> np.ndarray | None:
     """`text_feats` of captions of the index, to measure the approximate index with, `[captions, embed_dim]`."""
-    if model.tokenizer is None:
+    if predictor.model.tokenizer is None:
         return None
     captions = [caption for caption in sample_rows(index.table, 4 * QUERIES, "caption") if caption]
     texts = [caption for caption in captions if not is_empty(caption, DataConfig().max_words)][:QUERIES]
-    return model.embed_texts(texts).numpy() if texts else None
+    return predictor.embed_texts(texts).numpy() if texts else None

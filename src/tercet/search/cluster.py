@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from tercet.errors import TercetError
-from tercet.model.tercet import Tercet
+from tercet.predictor import Predictor
 from tercet.search.build import BATCH, embed_rows, read_rows
 
 BLOCK = 4 * BATCH  # images handed to an actor at a time, and repeated when it is lost
@@ -29,18 +29,19 @@ class Embedder:
         import ray
 
         device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
-        self.model: Tercet = (ray.get(model) if isinstance(model, ray.ObjectRef) else model).to(device).eval()
+        model = ray.get(model) if isinstance(model, ray.ObjectRef) else model
+        self.predictor = Predictor(model.to(device))
 
     def __call__(self, listed: pa.Table) -> pa.Table:
         """Read and embed."""
-        return embed_rows(self.model, *read_rows(listed, self.model.config.vision.image_size))
+        return embed_rows(self.predictor, *read_rows(listed, self.predictor.model.config.vision.image_size))
 
 
-def embed_on_cluster(model: Tercet, listed: pa.Table, address: str | None = None) -> Iterator[pa.Table]:
+def embed_on_cluster(predictor: Predictor, listed: pa.Table, address: str | None = None) -> Iterator[pa.Table]:
     """Read and embed on a Ray cluster, in no particular order.
 
     Args:
-        model: copied to every actor.
+        predictor: its model is copied to every actor.
         listed: images to embed; see `tercet.search.build.LISTED`.
         address: of the cluster; default what RAY_ADDRESS names, or else one on this machine for this call.
 
@@ -63,7 +64,7 @@ def embed_on_cluster(model: Tercet, listed: pa.Table, address: str | None = None
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             raise TercetError(f"cannot reach the Ray cluster: {' '.join(str(error).split())[:300]}") from error
     try:
-        yield from _stream(model, listed)
+        yield from _stream(predictor, listed)
     except RayError as error:
         raise TercetError(f"the Ray cluster gave up: {' '.join(str(error).split())[-300:]}") from error
     finally:
@@ -71,7 +72,7 @@ def embed_on_cluster(model: Tercet, listed: pa.Table, address: str | None = None
             ray.shutdown()
 
 
-def _stream(model: Tercet, listed: pa.Table) -> Iterator[pa.Table]:
+def _stream(predictor: Predictor, listed: pa.Table) -> Iterator[pa.Table]:
     import ray
     import ray.data
 
@@ -84,7 +85,7 @@ def _stream(model: Tercet, listed: pa.Table) -> Iterator[pa.Table]:
         Embedder,
         batch_size=BATCH,
         batch_format="pyarrow",
-        fn_constructor_args=(ray.put(copy.deepcopy(model).cpu()),),
+        fn_constructor_args=(ray.put(copy.deepcopy(predictor.model).cpu()),),
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(blocks))),
         num_gpus=1 if gpus else 0,
         num_cpus=1,

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tercet.config import DataConfig
 from tercet.data.inputs import to_batch, to_pixels
 from tercet.errors import TercetError
-from tercet.model.tercet import Tercet
+from tercet.predictor import Predictor
 from tercet.search.index import Hit, Index, model_digest
 from tercet.tasks.encoding import encode_sentences, evaluating
 from tercet.tasks.rerank import EncodedTexts, pad_texts
@@ -76,20 +76,20 @@ class Searcher:
 
     Args:
         index: where to search.
-        model: in evaluation mode; its image encoder must be the one that made the index.
+        predictor: its image encoder must be the one that made the index.
         cache_bytes: limit of the cache of image tokens, which saves later searches from reading images again.
 
     Raises:
         TercetError: the index was made by another model.
     """
 
-    def __init__(self, index: Index, model: Tercet, cache_bytes: int = CACHE_BYTES) -> None:
-        if model_digest(model) != index.model_digest:
+    def __init__(self, index: Index, predictor: Predictor, cache_bytes: int = CACHE_BYTES) -> None:
+        if model_digest(predictor.model) != index.model_digest:
             raise TercetError(
                 f"{index.path} was made by another model, {index.model}; search with that one, or index again with this"
             )
         self.index = index
-        self.model = model
+        self.predictor, self.model = predictor, predictor.model
         self._tokens = TokenCache(cache_bytes)
 
     def search(self, query: Query) -> list[Hit]:
@@ -134,7 +134,7 @@ class Searcher:
         """The direction of each query, `[embed_dim]`: the mean of what is given, moved away from `without`."""
         images = [query.image for query in queries if query.image is not None]
         likes = [query.like for query in queries if query.like is not None]
-        image_feats = iter(self.model.embed_images(images) if images else ())
+        image_feats = iter(self.predictor.embed_images(images) if images else ())
         like_feats = iter(torch.from_numpy(self.index.embeddings(likes)) if likes else ())
         result = []
         for query in queries:

@@ -24,7 +24,6 @@ from tercet.search.index import Hit
 from tercet.search.search import Query, Searcher
 from tercet.serve import schema
 from tercet.serve.batching import Batcher, BatcherClosedError
-from tercet.serve.engine import AskJob, ClassifyJob, EmbedJob, Engine, ExplainJob, MatchJob
 from tercet.serve.guard import Guard
 from tercet.serve.metrics import Metrics
 from tercet.serve.page import PageFile, read_page
@@ -34,7 +33,7 @@ from tercet.serve.settings import RESULTS, ServeSettings
 from tercet.version import __version__
 
 if TYPE_CHECKING:
-    from tercet.model.tercet import Tercet
+    from tercet.predictor import Predictor
     from tercet.search.index import Entry, Index
 
 log = logging.getLogger("tercet.serve")
@@ -72,19 +71,23 @@ IMAGE_FAULTS = _faults(401, 404, 421, 422, 500, 503)
 
 
 class Service:
-    """What the addresses share: the index, the thread that owns the model, and the limits.
+    """What the addresses share: the index, the thread that owns the models, and the limits.
 
     Attributes:
+        predictor: searches, matches, classifies, embeds and explains.
+        answering: answers questions.
         index: the images.
         settings: the bounds.
         metrics: what is counted.
-        engine: the model.
     """
 
-    def __init__(self, model: Tercet, index: Index, settings: ServeSettings, answering: Tercet | None = None) -> None:
+    def __init__(
+        self, predictor: Predictor, index: Index, settings: ServeSettings, answering: Predictor | None = None
+    ) -> None:
+        self.predictor, self.answering = predictor, answering or predictor
         self.index, self.settings, self.metrics = index, settings, Metrics()
-        self.engine = Engine(model, Searcher(index, model), answering)
-        self._batcher = Batcher(self.engine.run, settings.batch, settings.window, self.metrics.observe_batch)
+        self.searcher = Searcher(index, predictor)
+        self._batcher = Batcher(self.run, settings.batch, settings.window, self.metrics.observe_batch)
         self._decoders = anyio.CapacityLimiter(DECODERS)
         self._readers = anyio.CapacityLimiter(READERS)
 
@@ -92,6 +95,28 @@ class Service:
     def ready(self) -> bool:
         """Whether the model takes jobs."""
         return self._batcher.alive
+
+    def run(self, kind: Hashable, jobs: list[Any]) -> Any:
+        """Results of `jobs` in order; `kind` is a name and what all its jobs share.  Called by the batcher's thread."""
+        assert isinstance(kind, tuple)
+        name, *shared = kind
+        if name == "search":
+            return self.searcher.search_many(jobs)
+        if name == "embed_images":
+            return self.predictor.embed_images(jobs).tolist()
+        if name == "embed_texts":
+            return self.predictor.embed_texts(jobs).tolist()
+        pixels = [job[0] for job in jobs]
+        if name == "classify":
+            return self.predictor.classify(pixels, *shared)
+        asked = [job[1] for job in jobs]
+        if name == "match":
+            return self.predictor.match_each(pixels, asked)
+        if name == "ask":
+            return self.answering.answer(pixels, asked, *shared)
+        assert name == "explain"
+        (mode,) = shared
+        return (self.answering if mode == "answer" else self.predictor).explain(pixels, asked, mode=mode)
 
     async def infer(self, kind: Hashable, job: Any, cost: int = 1) -> Any:
         """The model's result of a job, by the next batch of its kind."""
@@ -101,9 +126,9 @@ class Service:
             raise Refusal(503, "the server is stopping; ask again when it is back", {"retry-after": "5"}) from None
         return await asyncio.wrap_future(future)
 
-    async def picture(self, picture: schema.Picture, reader: Tercet | None = None) -> Pixels:
-        """The image of a request as `reader` sees it, by default the model; decoded beside the event loop."""
-        size = (reader or self.engine.model).config.vision.image_size
+    async def picture(self, picture: schema.Picture, reader: Predictor | None = None) -> Pixels:
+        """The image of a request at the size that `reader` sees, by default `predictor`; decoded in a thread."""
+        size = (reader or self.predictor).model.config.vision.image_size
         arguments = (picture, self.index, size, self.settings.pixel_limit)
         return await run_sync(read_picture, *arguments, limiter=self._decoders)
 
@@ -116,16 +141,18 @@ class Service:
         await run_sync(self._batcher.close, self.settings.request_seconds)
 
 
-def create_app(model: Tercet, index: Index, settings: ServeSettings, answering: Tercet | None = None) -> FastAPI:
+def create_app(
+    predictor: Predictor, index: Index, settings: ServeSettings, answering: Predictor | None = None
+) -> FastAPI:
     """The application over a model and its index.
 
     Args:
-        model: in evaluation mode, on the device that it is to run on, with its tokenizer.
+        predictor: on the device that it is to run on, with its tokenizer.
         index: embedded by the same model.
         settings: the bounds.
-        answering: fine-tuned for questions, on its device; default `model`.
+        answering: fine-tuned for questions, on its device; default `predictor`.
     """
-    service = Service(model, index, settings, answering)
+    service = Service(predictor, index, settings, answering)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -215,7 +242,7 @@ def _add_questions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/match", responses=POST_FAULTS, operation_id="match")
     async def match(body: schema.MatchRequest) -> schema.MatchResponse:
         """How well texts fit an image."""
-        job = MatchJob(await service.picture(body.image), body.texts)
+        job = (await service.picture(body.image), body.texts)
         results = await service.infer(("match",), job, cost=len(body.texts))
         matches = [
             schema.TextMatch(text=text, match=result.match, cosine=result.cosine)
@@ -226,26 +253,25 @@ def _add_questions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/ask", responses=POST_FAULTS, operation_id="ask")
     async def ask(body: schema.AskRequest) -> schema.AskResponse:
         """Answer a question about an image."""
-        answering = service.engine.answering
-        answering.require_heads(("answer",), "vqa")
-        job = AskJob(await service.picture(body.image, answering), body.question)
-        answer = await service.infer(("ask", tuple(body.answers)), job)
+        service.answering.model.require_heads(("answer",), "vqa")
+        job = (await service.picture(body.image, service.answering), body.question)
+        answer = await service.infer(("ask", tuple(body.answers) or None), job)
         others = [schema.Scored(text=text, score=score) for text, score in answer.others]
         return schema.AskResponse(answer=answer.text, score=answer.score, others=others)
 
     @app.post("/v1/classify", responses=POST_FAULTS, operation_id="classify")
     async def classify(body: schema.ClassifyRequest) -> schema.ClassifyResponse:
         """Choose the label that fits an image best."""
-        job = ClassifyJob(await service.picture(body.image), tuple(body.labels), tuple(body.templates))
-        scores = await service.infer(("classify",), job)
+        job = (await service.picture(body.image),)
+        scores = await service.infer(("classify", tuple(body.labels), tuple(body.templates)), job)
         return schema.ClassifyResponse(labels=[schema.Scored(text=text, score=score) for text, score in scores.items()])
 
     @app.post("/v1/embed", responses=POST_FAULTS, operation_id="embed")
     async def embed(body: schema.EmbedRequest) -> schema.EmbedResponse:
         """Unit vectors of images and texts."""
         pixels = [await service.picture(picture) for picture in body.images]
-        job = EmbedJob(pixels, list(body.texts))
-        images, texts = await service.infer(("embed",), job, cost=len(pixels) + len(body.texts))
+        images = await asyncio.gather(*(service.infer(("embed_images",), own) for own in pixels))
+        texts = await asyncio.gather(*(service.infer(("embed_texts",), text) for text in body.texts))
         return schema.EmbedResponse(image_feats=images, text_feats=texts)
 
 
@@ -257,9 +283,9 @@ def _add_explanations(app: FastAPI, service: Service) -> None:
         """Where in an image each word of a text is seen, or each of a question for its answer."""
         reader = None
         if body.answer:
-            reader = service.engine.answering
-            reader.require_heads(("answer",), "vqa")
-        job = ExplainJob(await service.picture(body.image, reader), body.text)
+            reader = service.answering
+            reader.model.require_heads(("answer",), "vqa")
+        job = (await service.picture(body.image, reader), body.text)
         found = await service.infer(("explain", "answer" if body.answer else "itm"), job, cost=2)
         words = [
             schema.WordMap(word=heat.word, heatmap=heat.heatmap.tolist(), strength=heat.strength)
@@ -306,12 +332,11 @@ def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/v1/about", responses=READ_FAULTS, operation_id="about")
     async def about() -> schema.About:
         """What this server holds and allows."""
-        model = service.engine.model
         return schema.About(
             version=__version__,
             images=await service.read(lambda: service.index.count),
-            embed_dim=model.config.embed_dim,
-            answers_questions=service.engine.answers_questions,
+            embed_dim=service.predictor.model.config.embed_dim,
+            answers_questions=service.answering.answers_questions,
             text_length=schema.TEXT_LENGTH,
             body_bytes=service.settings.body_bytes,
             pixel_limit=service.settings.pixel_limit,

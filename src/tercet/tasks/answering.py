@@ -11,8 +11,8 @@ from torch import Tensor
 from tercet.config import TextConfig, VqaConfig
 from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
-from tercet.model.folder import require_tokenizer
 from tercet.model.heads import AnswerDecoder
+from tercet.model.hub import require_tokenizer
 from tercet.model.layers import TokenCache
 from tercet.model.tercet import Tercet
 from tercet.model.text import CrossAttentionKV

@@ -16,8 +16,8 @@ from tercet.data.sources import Source, image_ids, open_sources
 from tercet.data.tokenizer import clean_caption
 from tercet.distributed import RankLayout, Ranks, rank_layout
 from tercet.errors import TercetError
-from tercet.model.folder import require_tokenizer
 from tercet.model.heads import fused_class
+from tercet.model.hub import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.objectives.contrast import same_image
 from tercet.objectives.matching import Assignment, assignment_loss, sample_assignment

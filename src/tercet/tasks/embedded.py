@@ -15,7 +15,7 @@ from tercet.data.loader import caption_owners, image_batches
 from tercet.data.sources import Source
 from tercet.distributed import Ranks
 from tercet.errors import TercetError
-from tercet.model.folder import require_tokenizer
+from tercet.model.hub import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.tasks.classify import accuracy, choose_penalty, class_feats, few_shot, fit_probe, zero_shot
 from tercet.tasks.embedding import embedding_quality

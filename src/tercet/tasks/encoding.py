@@ -12,7 +12,7 @@ from tercet.config import DataConfig
 from tercet.data.batches import TextBatch
 from tercet.data.tokenizer import clean_caption
 from tercet.errors import TercetError
-from tercet.model.folder import require_tokenizer
+from tercet.model.hub import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.tasks.rerank import EncodedTexts
 from tercet.tasks.retrieval import encode_texts

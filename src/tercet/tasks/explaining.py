@@ -1,4 +1,4 @@
-"""Which part of an image each word of a text is matched or answered by: the heatmaps of grounding, word by word."""
+"""Explanations of a match or an answer: a heatmap for each word of a text, and its picture."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from tercet.data.augment import Pixels
+from tercet.tasks.boxes import peak
 from tercet.tasks.heatmaps import enlarge
 
 PIECE = "##"
 # The image stays visible under the colours: it turns grey, and keeps this share of its light where heat is greatest.
-LEAST_IMAGE = 0.25
-THINNEST = 0.35
+MIN_IMAGE = 0.25
+MIN_OPACITY = 0.35
 
 
 @dataclass(frozen=True)
@@ -37,26 +38,35 @@ class WordHeat:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a text fits an image or does not, or why a question has the answer that it has.
+    """Where in an image a text is seen, and how well they fit.
 
     Attributes:
         text: the text, as given.
-        match: the probability that they belong together.
-        heatmap: of the whole text, `[rows, columns]`.
-        words: in their order.
         pixels: the image, uint8 `[height, width, 3]`.
+        heatmap: of the whole text, `[rows, columns]` of patches; higher is more.
+        words: in their order; empty where the mode does not tell words apart.
+        match: the probability that they belong together; None where the fusion encoder was not asked.
         answer: what the model answers, where the text is a question to it.
     """
 
     text: str
-    match: float
+    pixels: Pixels
     heatmap: Tensor
     words: list[WordHeat]
-    pixels: Pixels
+    match: float | None = None
     answer: str | None = None
 
+    def enlarged(self) -> Tensor:
+        """The map of the whole text at the size of the image, `[height, width]`."""
+        return enlarge(self.heatmap[None], *self.pixels.shape[:2])[0]
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """The strongest point, (x, y) in pixels of the image."""
+        return peak(self.enlarged())
+
     def overlay(self, word: int | None = None, side: int | None = None) -> Pixels:
-        """The image in grey with the heat of a word, or of the whole text, in colour on it; weak words in thin colour.
+        """The image in grey with the heat of a word, or of the whole text, in colour on it; weak words in faint colour.
 
         Args:
             word: index in `words`; None: the whole text.
@@ -91,7 +101,7 @@ def blend(pixels: Pixels, heatmap: Tensor, strength: float = 1.0) -> Pixels:
     Args:
         pixels: uint8 `[height, width, 3]`.
         heatmap: `[rows, columns]`, 0 and up.
-        strength: 0 to 1; how thick the colour is laid on, from `THINNEST` up.
+        strength: 0 to 1; how opaque the colour is, from `MIN_OPACITY` up.
 
     Returns:
         uint8 `[height, width, 3]`.
@@ -105,8 +115,8 @@ def blend(pixels: Pixels, heatmap: Tensor, strength: float = 1.0) -> Pixels:
     # Light grey, so that the dark end of the colours stands apart from a dark image.
     grey = 0.25 + 0.75 * grey
     colours = colormaps["inferno"](0.15 + 0.8 * heat[..., 0])[..., :3]
-    thickness = THINNEST + (1 - THINNEST) * math.sqrt(strength)
-    weight = thickness * (1 - LEAST_IMAGE) * heat**0.8
+    opacity = MIN_OPACITY + (1 - MIN_OPACITY) * math.sqrt(strength)
+    weight = opacity * (1 - MIN_IMAGE) * heat**0.8
     return np.rint(255 * ((1 - weight) * grey + weight * colours)).astype(np.uint8)
 
 

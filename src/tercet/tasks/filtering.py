@@ -26,7 +26,7 @@ from tercet.data.sources import Source, image_ids, image_location
 from tercet.data.tokenizer import clean_caption
 from tercet.errors import TercetError
 from tercet.files import atomic_stream
-from tercet.model.folder import require_tokenizer
+from tercet.model.hub import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.tasks.encoding import evaluating
 

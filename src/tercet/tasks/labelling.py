@@ -17,7 +17,7 @@ from tercet.data.sample_loader import sample_batches
 from tercet.data.samples import SampleSource
 from tercet.distributed import RankLayout, Ranks, rank_layout
 from tercet.errors import TercetError
-from tercet.model.folder import require_tokenizer
+from tercet.model.hub import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.objectives.loss import distilled_cross_entropy
 from tercet.objectives.state import Teacher

@@ -16,7 +16,7 @@ from tercet.data.tokenizer import Tokenizer
 from tercet.device import cosines
 from tercet.distributed import Ranks
 from tercet.errors import TercetError
-from tercet.model.folder import require_tokenizer
+from tercet.model.hub import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.tasks.embedding import shared_space
 from tercet.tasks.rerank import EncodedTexts, candidate_pairs, chunks_by_length, pad_texts, score_images

@@ -24,7 +24,7 @@ from tercet.data.vqa_files import (
 )
 from tercet.distributed import RankLayout, Ranks, rank_layout
 from tercet.errors import TercetError
-from tercet.model.folder import require_tokenizer
+from tercet.model.hub import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.objectives.loss import distilled_cross_entropy
 from tercet.objectives.state import Teacher

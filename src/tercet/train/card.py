@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from tercet.config import Config
-from tercet.model.folder import model_card
+from tercet.model.hub import model_card
 from tercet.model.tercet import Tercet
 from tercet.train.track import METRICS
 

@@ -11,7 +11,7 @@ import torch
 from tercet.data.sources import Source
 from tercet.distributed import is_sharded
 from tercet.files import write_atomic
-from tercet.model.folder import CARD, empty_model, save_model
+from tercet.model.hub import CARD, empty_model, save_model
 from tercet.model.tercet import Tercet
 from tercet.tasks.build import evaluate_task, kind_of
 from tercet.tasks.retrieval import RetrievalResult
@@ -55,8 +55,8 @@ def save_student(session: Session, name: str) -> None:
     if session.config.task in ("pretrain", "retrieval"):
         student.objectives = list(session.config.objectives.enabled)
     if session.ranks.first:
-        card = run_card(student, session.config, session.folder)
-        save_model(student, session.folder / name, session.tokenizer, card)
+        student.tokenizer = session.tokenizer
+        save_model(student, session.folder / name, run_card(student, session.config, session.folder))
 
 
 def validate(session: Session, tracker: Tracker, gallery: bool = False) -> None:

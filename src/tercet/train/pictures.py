@@ -14,7 +14,7 @@ from tercet.data.augment import Pixels
 from tercet.data.images import resize
 from tercet.data.loader import picture
 from tercet.data.sources import Source
-from tercet.model.folder import require_tokenizer
+from tercet.model.hub import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.tasks.encoding import evaluating
 from tercet.tasks.heatmaps import average_words, contrast_heatmaps, matching_heatmaps, to_grid

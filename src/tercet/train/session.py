@@ -20,7 +20,7 @@ from tercet.device import DeviceSpec, resolve_device
 from tercet.distributed import Ranks, wrap_parallel
 from tercet.errors import TercetError
 from tercet.files import write_atomic
-from tercet.model.folder import load_model, require_tokenizer
+from tercet.model.hub import load_model, require_tokenizer
 from tercet.model.layers import set_grad_checkpointing
 from tercet.model.tercet import Tercet
 from tercet.model.vision import resize_position_embed

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import tercet
 from tercet.cli import main
+from tercet.data.images import resize
 from tercet.errors import TercetError
-from tercet.model.tercet import Tercet
-from tercet.predict import Grounding
+from tercet.model.hub import save_model
+from tercet.predictor import CACHED_CLASSES, Predictor
 from tercet.tasks.answering import Answer
 from tercet.tasks.explaining import Explanation
 from tiny_model import SCENES, TEXTS, make_model
@@ -24,55 +25,53 @@ IMAGES = [SCENES.array(index) for index in range(4)]
 
 
 @pytest.fixture(scope="module")
-def model() -> Tercet:
-    return make_model()
+def predictor() -> Predictor:
+    return Predictor(make_model())
 
 
 @pytest.fixture(scope="module")
-def folder(model: Tercet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "model"
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answering = make_model()
     answering.add_heads(["answer"])
-    answering.save(path)
-    return path
+    return save_model(answering, tmp_path_factory.mktemp("models") / "model")
 
 
 def close(first: Tensor, second: Tensor) -> None:
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
-def test_embedding_one_or_several(model: Tercet, tmp_path: Path) -> None:
-    feats = model.embed_images(IMAGES)
+def test_embedding_one_or_several(predictor: Predictor, tmp_path: Path) -> None:
+    feats = predictor.embed_images(IMAGES)
     assert feats.shape == (4, 16)
     close(feats.norm(dim=1), torch.ones(4))
     Image.fromarray(IMAGES[2]).save(tmp_path / "2.png")
     for form in (IMAGES[2], tmp_path / "2.png", str(tmp_path / "2.png"), Image.fromarray(IMAGES[2])):
-        close(model.embed_images(form), feats[2])
-    close(model.embed_images(np.stack(IMAGES)), feats)
-    close(model.embed_images(torch.from_numpy(np.stack(IMAGES)).permute(0, 3, 1, 2)), feats)
-    close(model.embed_images((tmp_path / "2.png").read_bytes()), feats[2])
+        close(predictor.embed_images(form), feats[2])
+    close(predictor.embed_images(np.stack(IMAGES)), feats)
+    close(predictor.embed_images(torch.from_numpy(np.stack(IMAGES)).permute(0, 3, 1, 2)), feats)
+    close(predictor.embed_images((tmp_path / "2.png").read_bytes()), feats[2])
 
-    said = model.embed_texts(TEXTS)
+    said = predictor.embed_texts(TEXTS)
     assert said.shape == (4, 16)
-    close(model.embed_texts(TEXTS[1]), said[1])
+    close(predictor.embed_texts(TEXTS[1]), said[1])
 
 
-def test_more_than_a_batch_of_images(model: Tercet) -> None:
+def test_more_than_a_batch_of_images(predictor: Predictor) -> None:
     many = [IMAGES[index % 4] for index in range(70)]
-    feats = model.embed_images(many)
+    feats = predictor.embed_images(many)
     assert feats.shape == (70, 16)
     close(feats[69], feats[1])
-    chances = model.match(many, [TEXTS[index % 4] for index in range(70)], paired=True)
+    chances = predictor.match(many, [TEXTS[index % 4] for index in range(70)], paired=True)
     assert isinstance(chances, Tensor) and chances.shape == (70,)
     close(chances[66], chances[2])
 
 
-def test_match_and_similarity(model: Tercet) -> None:
-    table, cosines = model.match(IMAGES, TEXTS), model.similarity(IMAGES, TEXTS)
+def test_match_and_similarity(predictor: Predictor) -> None:
+    table, cosines = predictor.match(IMAGES, TEXTS), predictor.similarity(IMAGES, TEXTS)
     assert isinstance(table, Tensor) and isinstance(cosines, Tensor)
     assert table.shape == cosines.shape == (4, 4)
     assert ((table > 0) & (table < 1)).all() and (cosines.abs() <= 1 + 1e-6).all()
-    for call, every in ((model.match, table), (model.similarity, cosines)):
+    for call, every in ((predictor.match, table), (predictor.similarity, cosines)):
         one = call(IMAGES[1], TEXTS[2])
         assert isinstance(one, float)
         assert one == pytest.approx(every[1, 2].item(), abs=1e-5)
@@ -81,26 +80,26 @@ def test_match_and_similarity(model: Tercet) -> None:
         close(row, every[1])
         close(column, every[:, 2])
         assert list_of_one.shape == (1, 1)
-    paired = model.match(IMAGES, TEXTS, paired=True)
+    paired = predictor.match(IMAGES, TEXTS, paired=True)
     assert isinstance(paired, Tensor)
     close(paired, table.diagonal())
     with pytest.raises(TercetError, match="4 images and 2 texts; pairs need as many of both"):
-        model.match(IMAGES, TEXTS[:2], paired=True)
+        predictor.match(IMAGES, TEXTS[:2], paired=True)
 
 
-def test_classify(model: Tercet) -> None:
+def test_classify(predictor: Predictor) -> None:
     labels = ["a red circle", "a blue star", "a green heart"]
-    chances = model.classify(IMAGES[0], labels)
+    chances = predictor.classify(IMAGES[0], labels)
     assert isinstance(chances, dict)
     assert set(chances) == set(labels) and sum(chances.values()) == pytest.approx(1)
     assert list(chances.values()) == sorted(chances.values(), reverse=True)
-    several = model.classify(IMAGES, labels)
+    several = predictor.classify(IMAGES, labels)
     assert isinstance(several, list) and len(several) == 4
     assert several[0] == pytest.approx(chances)
     # With one template, the classes are ranked as the similarity to its sentences.
-    plain = model.classify(IMAGES[0], labels, templates=["{}"])
+    plain = predictor.classify(IMAGES[0], labels, templates=["{}"])
     assert isinstance(plain, dict)
-    cosines = model.similarity(IMAGES[0], labels)
+    cosines = predictor.similarity(IMAGES[0], labels)
     assert isinstance(cosines, Tensor)
     assert next(iter(plain)) == labels[int(cosines.argmax())]
 
@@ -115,63 +114,61 @@ def test_classify(model: Tercet) -> None:
         (["?!"], ["{}"], "nothing is left of the text '\\?!'"),
     ],
 )
-def test_classify_refuses(model: Tercet, labels: list[str], templates: list[str] | None, message: str) -> None:
+def test_classify_refuses(predictor: Predictor, labels: list[str], templates: list[str] | None, message: str) -> None:
     with pytest.raises(TercetError, match=message):
-        model.classify(IMAGES[0], labels, templates)
+        predictor.classify(IMAGES[0], labels, templates)
 
 
 @pytest.mark.parametrize("mode", ["itm", "itc"])
-def test_ground(model: Tercet, mode: str) -> None:
-    alone = model.ground(Image.fromarray(IMAGES[0]).resize((60, 40)), "a red circle", mode=mode)  # pyright: ignore
-    assert isinstance(alone, Grounding)
+def test_ground(predictor: Predictor, mode: str) -> None:
+    alone = predictor.ground(Image.fromarray(IMAGES[0]).resize((60, 40)), "a red circle", mode=mode)  # pyright: ignore
+    assert isinstance(alone, Explanation)
     assert alone.heatmap.shape == (4, 4)
     assert alone.enlarged().shape == (40, 60)
     x, y = alone.point
     assert 0 < x < 60 and 0 < y < 40
-    assert ([word for word, _ in alone.words] == []) is (mode == "itc")
+    assert (alone.words == []) is (mode == "itc")
     if mode == "itm":
-        average = torch.stack([heatmap for _, heatmap in alone.words]).sum(dim=0)
-        assert (average <= alone.heatmap * (len(alone.words) + 1) + 1e-6).all()  # the rest is that of [CLS]
+        total = torch.stack([heat.heatmap for heat in alone.words]).sum(dim=0)
+        assert (total <= alone.heatmap * (len(alone.words) + 1) + 1e-6).all()  # the rest is that of [CLS]
 
-    several = model.ground(IMAGES, TEXTS, mode=mode)  # pyright: ignore[reportArgumentType]
-    one_image = model.ground(IMAGES[1], TEXTS, mode=mode)  # pyright: ignore[reportArgumentType]
-    one_text = model.ground(IMAGES, TEXTS[1], mode=mode)  # pyright: ignore[reportArgumentType]
+    several = predictor.ground(IMAGES, TEXTS, mode=mode)  # pyright: ignore[reportArgumentType]
+    one_image = predictor.ground(IMAGES[1], TEXTS, mode=mode)  # pyright: ignore[reportArgumentType]
+    one_text = predictor.ground(IMAGES, TEXTS[1], mode=mode)  # pyright: ignore[reportArgumentType]
     assert isinstance(several, list) and isinstance(one_image, list) and isinstance(one_text, list)
     assert len(several) == len(one_image) == len(one_text) == 4
     close(several[1].heatmap, one_image[1].heatmap)
     close(several[1].heatmap, one_text[1].heatmap)
 
 
-def test_ground_refuses(model: Tercet) -> None:
+def test_ground_refuses(predictor: Predictor) -> None:
     with pytest.raises(TercetError, match="4 images and 3 texts; give one of either, or as many of both"):
-        model.ground(IMAGES, TEXTS[:3])
+        predictor.ground(IMAGES, TEXTS[:3])
     with pytest.raises(TercetError, match="no mode 'gradcam'; the modes are itm, itc and answer"):
-        model.ground(IMAGES[0], TEXTS[0], mode="gradcam")  # pyright: ignore[reportArgumentType]
+        predictor.ground(IMAGES[0], TEXTS[0], mode="gradcam")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TercetError, match="layer 1 has no cross-attention"):
-        model.ground(IMAGES[0], TEXTS[0], layer=1)
+        predictor.ground(IMAGES[0], TEXTS[0], layer=1)
 
 
-def test_what_an_answer_rests_on(model: Tercet, folder: Path) -> None:
+def test_what_an_answer_rests_on(predictor: Predictor, folder: Path) -> None:
     question = "What is the heart?"
     with pytest.raises(TercetError, match="no head for answer; fine-tune it first"):
-        model.ground(IMAGES[0], question, mode="answer")
+        predictor.ground(IMAGES[0], question, mode="answer")
     answering = tercet.load(folder)
     seen = answering.ground(IMAGES[0], question, mode="answer")
     found = answering.explain(IMAGES[0], question, mode="answer")
-    assert isinstance(seen, Grounding) and isinstance(found, Explanation)
+    assert isinstance(seen, Explanation) and isinstance(found, Explanation)
     close(seen.heatmap, found.heatmap)
     assert "".join(heat.word for heat in found.words) == "whatistheheart"
     assert all(heat.heatmap.max() > 0 for heat in found.words)
     told = answering.answer(IMAGES[0], question)
     assert isinstance(told, Answer) and found.answer == told.text
     assert found.match == pytest.approx(answering.match(IMAGES[0], question), abs=1e-3)
-    with pytest.raises(TercetError, match="mode 'itc' tells words not apart; the modes are itm and answer"):
-        answering.explain(IMAGES[0], question, mode="itc")
 
 
-def test_answer(model: Tercet, folder: Path) -> None:
+def test_answer(predictor: Predictor, folder: Path) -> None:
     with pytest.raises(TercetError, match="no head for answer; fine-tune it first"):
-        model.answer(IMAGES[0], "what colour?")
+        predictor.answer(IMAGES[0], "what colour?")
     answering = tercet.load(folder)
     written = answering.answer(IMAGES[0], "what colour is it?")
     assert isinstance(written, Answer) and isinstance(written.text, str)
@@ -187,22 +184,68 @@ def test_answer(model: Tercet, folder: Path) -> None:
     assert several[0].score == pytest.approx(chosen.score, abs=1e-4)
 
 
-def test_the_model_stays_in_the_mode_that_it_was_in(model: Tercet) -> None:
-    first = model.match(IMAGES[0], TEXTS[0])
-    model.train()
+def test_the_model_stays_in_the_mode_that_it_was_in(predictor: Predictor) -> None:
+    first = predictor.match(IMAGES[0], TEXTS[0])
+    predictor.model.train()
     try:
-        assert model.match(IMAGES[0], TEXTS[0]) == first  # no dropout
-        assert model.training
+        assert predictor.match(IMAGES[0], TEXTS[0]) == first  # no dropout
+        assert predictor.model.training
     finally:
-        model.eval()
+        predictor.model.eval()
 
 
 def test_without_a_tokenizer_it_embeds_images_alone() -> None:
-    bare = make_model()
-    bare.tokenizer = None
+    bare = Predictor(make_model())
+    bare.model.tokenizer = None
     assert bare.embed_images(IMAGES[0]).shape == (16,)
     with pytest.raises(TercetError, match="no tokenizer"):
         bare.match(IMAGES[0], TEXTS[0])
+
+
+@pytest.fixture(scope="module")
+def answering(folder: Path) -> Predictor:
+    return tercet.load(folder)
+
+
+class TestBatches:
+    """What the server runs together gives what single calls give."""
+
+    def test_match_each(self, predictor: Predictor) -> None:
+        asked = [TEXTS[:1], TEXTS[:3], TEXTS[1:2], TEXTS[1:], TEXTS * 5]
+        images = [IMAGES[index % 4] for index in range(5)]
+        for image, texts, scores in zip(images, asked, predictor.match_each(images, asked), strict=True):
+            chances, cosines = predictor.match([image], texts), predictor.similarity([image], texts)
+            assert isinstance(chances, Tensor) and isinstance(cosines, Tensor)
+            assert [score.match for score in scores] == pytest.approx(chances[0].tolist(), abs=1e-5)
+            assert [score.cosine for score in scores] == pytest.approx(cosines[0].tolist(), abs=1e-5)
+
+    def test_answer(self, answering: Predictor) -> None:
+        questions = ["what colour is it?", "how many hearts are there in the picture?"]
+        for answers in (None, ("red", "blue", "green")):
+            together = answering.answer(IMAGES[:2], questions, answers)
+            assert isinstance(together, list)
+            for image, question, found in zip(IMAGES, questions, together, strict=False):
+                alone = answering.answer(image, question, answers)
+                assert isinstance(alone, Answer) and found.text == alone.text
+                assert found.score == pytest.approx(alone.score, abs=1e-5)
+
+    def test_explain(self, predictor: Predictor) -> None:
+        texts = [*TEXTS[:3], "redcircle star"]  # the last has a word of several pieces
+        together = predictor.explain(IMAGES, texts)
+        assert isinstance(together, list)
+        for image, text, found in zip(IMAGES, texts, together, strict=True):
+            alone = predictor.explain(image, text)
+            assert isinstance(alone, Explanation)
+            close(found.heatmap, alone.heatmap)
+            assert found.match == pytest.approx(predictor.match(image, text), abs=1e-5)
+            assert [heat.word for heat in found.words] == [heat.word for heat in alone.words]
+        assert [heat.word for heat in together[-1].words] == ["redcircle", "star"]
+
+    def test_features_of_classes_are_cached_within_bounds(self, predictor: Predictor) -> None:
+        image = resize(IMAGES[0], 32)
+        for number in range(CACHED_CLASSES + 8):
+            predictor.classify(image, [f"star {number}", "a heart"])
+        assert len(predictor._class_feats) == CACHED_CLASSES
 
 
 class TestCommands:
@@ -211,7 +254,7 @@ class TestCommands:
         (tmp_path / "a.png").write_bytes(SCENES.image(0))
         return str(tmp_path / "a.png")
 
-    def test_match(self, model: Tercet, folder: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_match(self, folder: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["match", picture, *TEXTS[:2], "--model", str(folder), "--json"]) == 0
         rows = json.loads(capsys.readouterr().out)
         assert [row["text"] for row in rows] == TEXTS[:2]
