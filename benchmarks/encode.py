@@ -25,10 +25,9 @@ from machine import add_options, count_flops, describe_machine, prepare, spread,
 from plain import PlainModel
 from rerank import PADDED_TOKENS, natural_lengths
 from tercet.config import ModelConfig
-from tercet.data.batches import TextBatch
 from tercet.model.int8 import quantise_encoders
 from tercet.model.tercet import Tercet
-from tercet.tasks.retrieval import encode_texts
+from tercet.tasks.encoding import encode_texts
 from tercet.train.compilation import compile_encoders
 
 CAPTIONS_AN_IMAGE = 5
@@ -51,22 +50,12 @@ class Collection:
         self.input_ids = torch.randint(first, text.vocabulary_size, (count, PADDED_TOKENS)).masked_fill(~self.mask, 0)
         self.input_ids[:, 0] = text.cls_id
 
-    def text_batches(self, size: int) -> list[TextBatch]:
-        """The captions as the loader gives them: in order, padded to the longest of a batch."""
-        batches = []
-        pieces = (part.split(size) for part in (self.input_ids, self.mask, self.lengths))
-        for ids, mask, lengths in zip(*pieces, strict=True):
-            longest = int(lengths.max())
-            owners = torch.zeros(len(ids), dtype=torch.long)
-            batches.append(TextBatch(ids[:, :longest], mask[:, :longest], owners, [""] * len(ids)))
-        return batches
-
 
 @torch.no_grad()
 def our_feats(model: Tercet, collection: Collection, size: int) -> tuple[Tensor, Tensor]:
     """`image_feats` and `text_feats` of a collection."""
     embeds = [model.encode_image(images)[:, 0] for images in collection.images.split(size)]
-    texts, _ = encode_texts(model, collection.text_batches(size), torch.device("cpu"))
+    texts = encode_texts(model, collection.input_ids, collection.mask)
     return model.project_image(torch.cat(embeds)), texts.text_feats
 
 

@@ -31,8 +31,8 @@ from tercet.data.scenes import Scene, SceneSource, scene_generator
 from tercet.data.vqa_files import draw_questions
 from tercet.model.tercet import Tercet
 from tercet.model.vision import ConvolutionStem, VisionTransformer, to_patches
-from tercet.tasks.boxes import inside
-from tercet.tasks.entailment import evaluate_entailment
+from tercet.tasks.grounding import inside
+from tercet.tasks.task import evaluate_task
 
 SINGLE_OF = 60  # scenes of a single figure
 FRAME = r"^(in this picture |here |as far as one can tell )"
@@ -104,12 +104,12 @@ def claims(model: Tercet, count: int = 300) -> dict[str, float]:
     """Accuracy of an entailment model by the form of what is said, in percent."""
     data = DataConfig(workers=0, max_tokens=48)
     source = draw_entailments(count, "test")
-    guesses = evaluate_entailment(model, source, Config(data=data)).guesses
+    predictions = evaluate_task("entailment", model, source, Config(data=data)).predictions
     right: dict[str, list[bool]] = defaultdict(list)
-    for index, (correct, label) in enumerate(zip(guesses.right.tolist(), guesses.labels.tolist(), strict=True)):
+    for index, row in enumerate(predictions):
         text = re.sub(FRAME, "", source.sample(index).text)
         form = next((name for name, pattern in FORMS.items() if re.search(pattern, text)), "colour and shape")
-        right["neutral" if label == 1 else form].append(correct)
+        right["neutral" if row["gold"] == "neutral" else form].append(row["label"] == row["gold"])
     return {name: 100.0 * float(np.mean(values)) for name, values in right.items()}
 
 

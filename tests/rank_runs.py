@@ -219,7 +219,7 @@ def evaluations(tasks: list[str]) -> dict[str, Any]:
 
     from tercet.config_io import load_config
     from tercet.distributed import init_distributed
-    from tercet.tasks.build import evaluate_task, kind_of, open_data
+    from tercet.tasks.task import evaluate_task, get_task, open_data
     from tiny_model import make_model
 
     overrides = {"evaluate.batch_size": 3, "evaluate.limit": 7, "evaluate.rerank": 3, "data.workers": 0}
@@ -229,11 +229,11 @@ def evaluations(tasks: list[str]) -> dict[str, Any]:
             config = load_config("demo", overrides)
             model = make_model()
             torch.manual_seed(0)
-            model.add_heads(kind_of(task).heads)
+            model.add_heads(get_task(task).heads)
             if task == "vqa":
                 model.answers = ["yes", "no", "red", "two"]
             result = evaluate_task(task, model.eval(), open_data(task, ["scenes:test"], config.data, "test"), config)
-            found[task] = {"metrics": result.metrics(), "sizes": result.sizes, "rows": result.predictions()}
+            found[task] = {"metrics": result.metrics, "sizes": result.sizes, "rows": result.predictions}
         return found
 
 
@@ -245,7 +245,7 @@ def feature_evaluations(folder: str) -> tuple[dict[str, Any], int]:
     from tercet.config import Config
     from tercet.distributed import init_distributed
     from tercet.errors import TercetError
-    from tercet.tasks.build import evaluate_task, open_data
+    from tercet.tasks.task import evaluate_task, open_data
     from tiny_model import make_model
 
     classify = {"train": [f"{folder}/train"], "shots": [1, 2], "templates": ["a {}", "one {} alone"]}
@@ -263,5 +263,5 @@ def feature_evaluations(folder: str) -> tuple[dict[str, Any], int]:
             except TercetError as error:
                 found[name] = str(error)
                 continue
-            found[name] = [result.metrics(), result.sizes, result.problems, result.predictions()]
+            found[name] = [result.metrics, result.sizes, result.problems, result.predictions]
         return found, sum(encoded)

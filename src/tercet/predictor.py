@@ -24,11 +24,12 @@ from tercet.errors import TercetError
 from tercet.model.hub import load_model, push_model, require_tokenizer, save_model
 from tercet.model.tercet import Tercet
 from tercet.tasks.answering import Answer, Answerer, first_pieces
-from tercet.tasks.classify import TEMPLATES, class_feats, zero_shot
-from tercet.tasks.encoding import BATCH, encode_sentences, evaluating, tokenise
+from tercet.tasks.encoding import BATCH, encode_sentences, tokenise
+from tercet.tasks.evaluation import evaluating
 from tercet.tasks.explaining import Explanation, join_pieces
-from tercet.tasks.heatmaps import Mode, answered_heatmaps, average_words, contrast_heatmaps, matched_heatmaps, to_grid
+from tercet.tasks.heatmaps import Mode, answer_heatmaps, average_words, contrast_heatmaps, match_heatmaps, to_grid
 from tercet.tasks.rerank import match_image, pad_texts
+from tercet.tasks.zero_shot import TEMPLATES, class_feats, zero_shot
 
 Result = TypeVar("Result")
 
@@ -206,7 +207,7 @@ class Predictor:
             images: one or several.
             labels: names of the classes, such as "a dog".
             templates: sentences with {} where the label goes, whose features are averaged; default
-                `tercet.tasks.classify.TEMPLATES`.
+                `tercet.tasks.zero_shot.TEMPLATES`.
 
         Returns:
             For each image the labels with their probabilities, the most probable first; one dict for one image.
@@ -291,7 +292,7 @@ class Predictor:
     ) -> Explanation | list[Explanation]:
         """What `ground` gives, and in mode `answer` also the answers themselves.
 
-        `Explanation.overlay` lays a heatmap over the image; `tercet.report.explain.draw_explanation` draws them all.
+        `Explanation.overlay` lays a heatmap over the image; `tercet.report.figures.draw_explanation` draws them all.
         """
         found = self.ground(images, texts, mode, layer)
         if mode != "answer":
@@ -350,7 +351,7 @@ class Predictor:
                 words, chances = None, [None] * len(texts)
                 maps = contrast_heatmaps(model, images, model.project_text(text_embeds[:, 0]), layer)
             else:
-                heatmaps = matched_heatmaps if mode == "itm" else partial(answered_heatmaps, pieces=first_pieces(model))
+                heatmaps = match_heatmaps if mode == "itm" else partial(answer_heatmaps, pieces=first_pieces(model))
                 words, logits = heatmaps(model, model.encode_image(images), text_embeds, mask, layer)
                 maps, chances = average_words(words, mask), _probability(logits).tolist()
         tokenizer, found = require_tokenizer(model), []

@@ -17,10 +17,10 @@ from tercet.model.published import published_queues, published_teacher, publishe
 from tercet.model.tercet import Tercet
 from tercet.objectives.masking import masked_positions
 from tercet.objectives.matching import Negatives
-from tercet.tasks.labelling import Labelling
+from tercet.tasks.classification import ClassificationTask
 from tercet.tasks.pretrain import PairBatch, Pretraining
 
-LabelTask = TypeVar("LabelTask", bound=Labelling)
+LabelTask = TypeVar("LabelTask", bound=ClassificationTask)
 
 
 @dataclass

@@ -10,8 +10,7 @@ from fixtures import Fixture, assert_close_to_norm, load_fixture, load_labels
 
 from tercet.config import ObjectivesConfig
 from tercet.model.published import published_teacher, published_to_state
-from tercet.tasks.entailment import Entailment
-from tercet.tasks.labelling import LabelledBatch
+from tercet.tasks.classification import ENTAILMENT, ClassBatch, ClassificationTask
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +18,15 @@ def fixture(parity_dir: Path) -> Fixture:
     return load_fixture(parity_dir, "ve")
 
 
-def load(fixture: Fixture, momentum: float = 0.995) -> Entailment:
-    return load_labels(fixture, "entailment", lambda student: Entailment(student, ObjectivesConfig(momentum=momentum)))
+def load(fixture: Fixture, momentum: float = 0.995) -> ClassificationTask:
+    config = ObjectivesConfig(momentum=momentum)
+    return load_labels(fixture, "entailment", lambda student: ClassificationTask(student, ENTAILMENT, config))
 
 
-def read(fixture: Fixture) -> tuple[LabelledBatch, float]:
+def read(fixture: Fixture) -> tuple[ClassBatch, float]:
     part = fixture.part("in.")
     mask = part["attention_mask"].bool()
-    return LabelledBatch(part["image"], None, part["input_ids"], mask, part["targets"]), part["alpha"].item()
+    return ClassBatch(part["image"], None, part["input_ids"], mask, part["targets"]), part["alpha"].item()
 
 
 def test_loss_logits_and_gradients(fixture: Fixture) -> None:
@@ -62,7 +62,7 @@ def test_the_teacher_after_the_step(fixture: Fixture) -> None:
 @pytest.mark.parametrize("teacher", [True, False])
 def test_loss_without_distillation(fixture: Fixture, teacher: bool) -> None:
     config = ObjectivesConfig() if teacher else ObjectivesConfig(teacher=False, imc=0, lmi=0, queue_size=0)
-    task = load_labels(fixture, "entailment", lambda student: Entailment(student, config))
+    task = load_labels(fixture, "entailment", lambda student: ClassificationTask(student, ENTAILMENT, config))
     batch, _ = read(fixture)
     task.begin_step()
     output = task(batch, 0.0)
@@ -74,7 +74,7 @@ def test_logits_in_evaluation_mode(fixture: Fixture) -> None:
     task = load(fixture).eval()
     batch, _ = read(fixture)
     with torch.no_grad():
-        logits = task.logits(task.student, batch)
+        logits = ENTAILMENT.logits(task.student, batch)
     torch.testing.assert_close(logits, fixture.tensors["out.eval_logits"], rtol=1e-5, atol=1e-5)
 
 
@@ -83,8 +83,8 @@ def test_samples_that_share_an_image_give_the_same_logits(fixture: Fixture) -> N
     task = load(fixture).eval()
     batch, _ = read(fixture)
     order = torch.tensor([2, 0, 1, 2, 0])
-    repeated = LabelledBatch(batch.images[order], None, batch.input_ids, batch.attention_mask, batch.labels)
-    once = LabelledBatch(batch.images[:3], order[:, None], batch.input_ids, batch.attention_mask, batch.labels)
+    repeated = ClassBatch(batch.images[order], None, batch.input_ids, batch.attention_mask, batch.labels)
+    once = ClassBatch(batch.images[:3], order[:, None], batch.input_ids, batch.attention_mask, batch.labels)
     with torch.no_grad():
-        expected, actual = task.logits(task.student, repeated), task.logits(task.student, once)
+        expected, actual = ENTAILMENT.logits(task.student, repeated), ENTAILMENT.logits(task.student, once)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)

@@ -9,15 +9,15 @@ import torch
 from fixtures import load_fixture, load_student
 from torch import Tensor
 
-from tercet.tasks.boxes import HIT, Box, choose_box, overlap
+from tercet.tasks.grounding import HIT, Box, choose_box, overlap
 from tercet.tasks.heatmaps import (
     average_words,
     contrast_attention,
     contrast_heatmaps,
     default_layer,
     enlarge,
-    matching_attention,
-    matching_heatmaps,
+    fusion_attention,
+    match_heatmaps,
     to_grid,
 )
 
@@ -41,11 +41,11 @@ def test_maps_of_matching(parity_dir: Path, layer: int) -> None:
         image_embeds = model.encode_image(inputs["image"])
         text_embeds = model.encode_text(inputs["input_ids"], mask)
 
-    weights, gradient = matching_attention(model, image_embeds, text_embeds, mask, layer)
+    weights, gradient, _ = fusion_attention(model, image_embeds, text_embeds, mask, layer)
     assert_near(weights, out[f"attention_itm_block{layer}"])
     assert_near(gradient, out[f"attention_grad_itm_block{layer}"])
 
-    words = matching_heatmaps(model, image_embeds, text_embeds, mask, layer)
+    words, _ = match_heatmaps(model, image_embeds, text_embeds, mask, layer)
     published = to_grid(average_words(words, mask, published=True), 96, 96)
     assert_near(published, out[f"gradcam_itm_block{layer}"])
 

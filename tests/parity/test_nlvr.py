@@ -11,10 +11,15 @@ from fixtures import Fixture, assert_close_to_norm, load_fixture, load_labels, l
 from tercet.config import ObjectivesConfig
 from tercet.model.published import published_teacher, published_to_state
 from tercet.objectives.matching import Assignment, assignment_similarity
-from tercet.tasks.assignment import AssignmentBatch, TextAssignment
-from tercet.tasks.labelling import LabelledBatch
-from tercet.tasks.nlvr import PairStatements
-from tercet.tasks.task import Task, memory_of
+from tercet.tasks.classification import (
+    NLVR,
+    AssignmentBatch,
+    ClassBatch,
+    ClassificationTask,
+    TextAssignment,
+    select_images,
+)
+from tercet.tasks.task import Task
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +32,16 @@ def pretrain(parity_dir: Path) -> Fixture:
     return load_fixture(parity_dir, "nlvr_pretrain")
 
 
-def load(fixture: Fixture) -> PairStatements:
+def load(fixture: Fixture) -> ClassificationTask:
     config = ObjectivesConfig(momentum=fixture.about["model_config"]["momentum"])
-    return load_labels(fixture, "nlvr", lambda student: PairStatements(student, config))
+    return load_labels(fixture, "nlvr", lambda student: ClassificationTask(student, NLVR, config))
 
 
-def read(fixture: Fixture) -> tuple[LabelledBatch, float]:
+def read(fixture: Fixture) -> tuple[ClassBatch, float]:
     part = fixture.part("in.")
     images = torch.stack([part["image0"], part["image1"]], dim=1).flatten(0, 1)
     mask = part["attention_mask"].bool()
-    return LabelledBatch(images, None, part["input_ids"], mask, part["targets"]), part["alpha"].item()
+    return ClassBatch(images, None, part["input_ids"], mask, part["targets"]), part["alpha"].item()
 
 
 def assert_gradients(task: Task, fixture: Fixture) -> None:
@@ -84,7 +89,7 @@ def test_fused_tokens_everywhere(fixture: Fixture) -> None:
     batch, _ = read(fixture)
     with torch.no_grad():
         memory = model.project_kv(model.encode_image(batch.images))
-        first, second = (memory_of(memory, None, place, 2) for place in (0, 1))
+        first, second = (select_images(memory, None, place, 2) for place in (0, 1))
         text_embeds = model.encode_text(batch.input_ids, batch.attention_mask)
         fused = model.second_fusion(model.fusion, text_embeds, batch.attention_mask, first, second)
     mask = batch.attention_mask
@@ -93,7 +98,7 @@ def test_fused_tokens_everywhere(fixture: Fixture) -> None:
 
 def load_assignment(pretrain: Fixture) -> tuple[TextAssignment, AssignmentBatch, Assignment]:
     part = pretrain.part("in.")
-    task = TextAssignment(load_student(pretrain, ["assignment"])).train()
+    task = TextAssignment(load_student(pretrain, ["assignment"]), ObjectivesConfig()).train()
     ids = torch.arange(len(part["labels"]))
     batch = AssignmentBatch(part["image"], part["input_ids"], part["attention_mask"].bool(), ids)
     return task, batch, Assignment(part["slot0_image_idx"], part["slot1_image_idx"], part["labels"])

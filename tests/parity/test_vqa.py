@@ -16,8 +16,8 @@ from tercet.model.hub import empty_model, load_model
 from tercet.model.published import is_teacher, published_teacher, published_to_state, state_to_published
 from tercet.model.sizes import published_config
 from tercet.model.tercet import Tercet
-from tercet.tasks.answering import AnswerList, decoder_of, question_states, rank_answers
-from tercet.tasks.vqa import AnswerBatch, QuestionAnswering, guess
+from tercet.tasks.answering import AnswerList, decoder_of, fuse_questions, rank_answers
+from tercet.tasks.vqa import AnswerBatch, QuestionAnswering, answer_logits
 
 CONFIG = ObjectivesConfig(queue_size=0, momentum=0.995)
 # A fixture is fp32 on both sides; these are five to ten times what the reference's own rounding amounts to.
@@ -55,7 +55,7 @@ def read_batch(fixture: Fixture) -> AnswerBatch:
         attention_mask=part["question_mask"].bool(),
         answer_ids=part["answer_ids"],
         owners=torch.repeat_interleave(part["k"]),
-        chosen=guessed.flatten().nonzero().squeeze(1),
+        positions=guessed.flatten().nonzero().squeeze(1),
         labels=part["answer_ids"][:, 1:][guessed],
         weights=part["weights"][:, None].expand_as(guessed)[guessed],
     )
@@ -70,7 +70,7 @@ def answer_list(fixture: Fixture) -> AnswerList:
 @torch.no_grad()
 def fused_questions(fixture: Fixture, model: Tercet) -> Tensor:
     batch = read_batch(fixture)
-    return question_states(model, batch.images, batch.input_ids, batch.attention_mask)
+    return fuse_questions(model, batch.images, batch.input_ids, batch.attention_mask)
 
 
 @torch.no_grad()
@@ -78,8 +78,8 @@ def test_questions_and_answers_give_the_published_logits(fixture: Fixture) -> No
     model, batch, out = load_student(fixture), read_batch(fixture), fixture.part("out.")
     assert (model.encode_image(batch.images) - out["image_embeds"]).abs().max() < STATES
     assert (fused_questions(fixture, model) - out["question_states"]).abs().max() < STATES
-    expected = out["answer_logits"][:, :-1].flatten(0, 1)[batch.chosen]
-    assert (guess(model, batch) - expected).abs().max() < LOGITS
+    expected = out["answer_logits"][:, :-1].flatten(0, 1)[batch.positions]
+    assert (answer_logits(model, batch) - expected).abs().max() < LOGITS
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
@@ -109,10 +109,10 @@ def test_the_teacher_softens_the_targets(fixture: Fixture) -> None:
     assert set(after) == set(actual)
     for name, value in after.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-6, atol=1e-7, msg=name)
-    teacher_logits = out["logits_m"].flatten(0, 1)[batch.chosen]
+    teacher_logits = out["logits_m"].flatten(0, 1)[batch.positions]
     with torch.no_grad():
-        assert (guess(task.teacher.model, batch) - teacher_logits).abs().max() < LOGITS
-    logits = out["answer_logits"][:, :-1].flatten(0, 1)[batch.chosen].double().log_softmax(-1)
+        assert (answer_logits(task.teacher.model, batch) - teacher_logits).abs().max() < LOGITS
+    logits = out["answer_logits"][:, :-1].flatten(0, 1)[batch.positions].double().log_softmax(-1)
     hard = -logits.gather(1, batch.labels[:, None]).squeeze(1)
     soft = -(logits * teacher_logits.double().softmax(-1)).sum(-1)
     for alpha in (0.0, 0.4, 1.0):

@@ -14,7 +14,7 @@ from tercet.errors import TercetError
 from tercet.model.heads import AnswerDecoder
 from tercet.model.layers import TokenCache
 from tercet.model.tercet import Tercet
-from tercet.tasks.answering import Answerer, AnswerList, encode_answers, question_states, rank_answers, write_answers
+from tercet.tasks.answering import Answerer, AnswerList, encode_answers, fuse_questions, generate_answers, rank_answers
 
 SIZES = {
     "vision": {"image_size": 16, "patch_size": 8, "width": 12, "depth": 1, "heads": 2},
@@ -169,7 +169,7 @@ def test_writing_equals_a_plain_search(case: Case, beams: int, penalty: float) -
         case.decoder.head.bias[SEP] += 3
     try:
         text = ModelConfig.model_validate(SIZES).text
-        written = write_answers(case.decoder, case.states, case.mask, text, beams, 6, penalty)
+        written = generate_answers(case.decoder, case.states, case.mask, text, beams, 6, penalty)
         lengths = set()
         for question in range(3):
             ids, value = search(case, question, beams, 6, penalty)
@@ -184,11 +184,11 @@ def test_writing_equals_a_plain_search(case: Case, beams: int, penalty: float) -
 
 def test_writing_stops_at_the_end_of_the_positions(case: Case) -> None:
     text = ModelConfig.model_validate(SIZES).text
-    written = write_answers(case.decoder, case.states, case.mask, text, 2, 50)
+    written = generate_answers(case.decoder, case.states, case.mask, text, 2, 50)
     assert written.input_ids.shape == (3, 50)
     assert (written.input_ids[:, 9:] == 0).all()
-    with pytest.raises(TercetError, match="cannot write answers with 0 beams"):
-        write_answers(case.decoder, case.states, case.mask, text, 0)
+    with pytest.raises(TercetError, match="0 beams"):
+        generate_answers(case.decoder, case.states, case.mask, text, 0)
 
 
 def test_answerer_ranks_or_writes(model: Tercet) -> None:
@@ -217,5 +217,5 @@ def test_answerer_ranks_or_writes(model: Tercet) -> None:
     with pytest.raises(TercetError, match="the list of answers is empty"):
         encode_answers(words, [])
     with torch.no_grad():
-        states = question_states(reader, images, input_ids, mask, rows)
+        states = fuse_questions(reader, images, input_ids, mask, rows)
     assert states.shape == (3, input_ids.shape[1], 16)

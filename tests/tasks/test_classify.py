@@ -13,14 +13,15 @@ from torch.nn import functional as F
 from tercet.config import DataConfig
 from tercet.data.class_folders import labels_of, open_labelled
 from tercet.errors import TercetError
-from tercet.tasks.classify import (
+from tercet.tasks.zero_shot import (
     PENALTIES,
+    LabelledFeats,
     accuracy,
     assign_folds,
     choose_penalty,
-    draw_shots,
-    few_shot,
     fit_probe,
+    probe_accuracy,
+    sample_shots,
     zero_shot,
 )
 
@@ -76,20 +77,19 @@ def test_folds_and_shots_hold_every_class() -> None:
     labels = torch.tensor([0] * 7 + [1] * 4 + [2] * 5)
     folds = assign_folds(labels, 4)
     assert all(set(labels[folds == fold].tolist()) == {0, 1, 2} for fold in range(4))
-    rows = draw_shots(labels, 3, 2, seed=0)
+    rows = sample_shots(labels, 3, 2, seed=0)
     assert labels[rows].bincount().tolist() == [2, 2, 2]
     assert len(set(rows.tolist())) == 6
-    assert not torch.equal(rows, draw_shots(labels, 3, 2, seed=1))
+    assert not torch.equal(rows, sample_shots(labels, 3, 2, seed=1))
     with pytest.raises(TercetError, match="class 1 has 4 training images, fewer than 5 shots"):
-        draw_shots(labels, 3, 5, seed=0)
+        sample_shots(labels, 3, 5, seed=0)
 
 
 def test_more_shots_are_no_worse_on_clusters() -> None:
-    feats, labels = clusters(120, 4, spread=0.8)
-    test_feats, test_labels = clusters(200, 4, spread=0.8, seed=5)
-    one, _ = few_shot(feats, labels, test_feats, test_labels, shots=1)
-    many, deviation = few_shot(feats, labels, test_feats, test_labels, shots=16)
-    assert many > one and many > 80 and deviation < 10
+    train = LabelledFeats(*clusters(120, 4, spread=0.8))
+    test = LabelledFeats(*clusters(200, 4, spread=0.8, seed=5))
+    one, many = (probe_accuracy(train, test, 4, shots) for shots in (1, 16))
+    assert many > one and many > 80
 
 
 def test_folders_of_classes(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tercet.config import Config
 from tercet.errors import TercetError
-from tercet.tasks.build import build_task, evaluate_task, open_data
+from tercet.tasks.task import build_task, evaluate_task, open_data
 from tiny_model import make_model
 
 COLOURS = {"red_square": (0, 0, 255), "blue_square": (255, 0, 0), "green_square": (0, 255, 0)}
@@ -36,13 +36,13 @@ def test_classes_by_name_and_by_probe(tmp_path: Path) -> None:
     settings = config(train=[train], shots=[1, 2, 8])
     source = open_data("classify", [test], settings.data, "test")
     result = evaluate_task("classify", make_model(), source, settings)
-    metrics = result.metrics()
+    metrics = result.metrics
     assert result.sizes == {"images": 15, "classes": 3}
     assert 0 <= metrics["zero-shot"]["r1"] <= 100
     # Colours are told apart even by random features; 8 shots are more than there are.
     assert metrics["linear probe"]["all"] > 90
     assert set(metrics["linear probe"]) == {"1 shots", "1 shots, deviation", "2 shots", "2 shots, deviation", "all"}
-    rows = result.predictions()
+    rows = result.predictions
     assert rows[0]["gold"] == "blue square" and rows[0]["image"] == "blue_square/0.png"
     assert sum(row["label"] == row["gold"] for row in rows) / 0.15 == pytest.approx(metrics["zero-shot"]["r1"])
 
@@ -65,7 +65,7 @@ def test_quality_of_the_space_on_scenes() -> None:
     source = open_data("embedding", ["scenes:train"], settings.data, "train")
     result = evaluate_task("embedding", make_model(), source, settings)
     assert result.sizes == {"images": 20, "texts": 60}
-    metrics = result.metrics()
+    metrics = result.metrics
     assert 0 <= metrics["space"]["alignment"] <= 4
     assert metrics["space"]["image_uniformity"] <= 0
     assert 0 <= metrics["neighbourhood"]["caption_r1"] <= 100

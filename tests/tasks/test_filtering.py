@@ -128,7 +128,7 @@ def test_the_command_and_the_shards_of_what_it_kept(
         str(tmp_path / "model"),
         "--output",
         str(kept),
-        "--fraction",
+        "--share",
         "0.5",
         "--data.workers",
         "0",

@@ -22,8 +22,9 @@ from tercet.data.scenes import SceneSource
 from tercet.errors import TercetError
 from tercet.predictor import Predictor
 from tercet.tasks.explaining import Explanation
-from tercet.tasks.grounding import evaluate_grounding, expression_maps, read_map
-from tercet.tasks.heatmaps import average_words, contrast_heatmaps, matching_heatmaps
+from tercet.tasks.grounding import expression_maps, read_map
+from tercet.tasks.heatmaps import average_words, contrast_heatmaps, match_heatmaps
+from tercet.tasks.task import evaluate_task
 from tiny_model import make_model
 
 CONFIG = Config.model_validate({"data": {"workers": 0}, "evaluate": {"batch_size": 3}})
@@ -62,7 +63,7 @@ def test_maps_are_those_of_each_expression_alone(mode: str) -> None:
         input_ids, mask = model.tokenizer.encode([sample.text], 25)
         text_embeds = model.encode_text(input_ids, mask)
         if mode == "itm":
-            expected = average_words(matching_heatmaps(model, model.encode_image(own), text_embeds, mask), mask)
+            expected = average_words(match_heatmaps(model, model.encode_image(own), text_embeds, mask)[0], mask)
         else:
             expected = contrast_heatmaps(model, own, model.project_text(text_embeds[:, 0]))
         torch.testing.assert_close(heatmap.flatten(), expected[0], rtol=1e-4, atol=1e-7)
@@ -121,7 +122,7 @@ def test_the_answer_whose_heat_is_read_is_one_of_the_models_list() -> None:
 def test_what_pointing_by_answers_needs(settings: dict[str, object], message: str) -> None:
     config = Config.model_validate({"data": {"workers": 0}, "evaluate": {"limit": 1, **settings}})
     with pytest.raises(TercetError, match=message):
-        evaluate_grounding(make_model(), draw_expressions(1, "test"), config)
+        evaluate_task("grounding", make_model(), draw_expressions(1, "test"), config)
 
 
 def test_points_and_boxes_are_read_at_the_size_of_the_annotation() -> None:
@@ -154,11 +155,11 @@ def test_a_file_with_a_broken_image(tmp_path: Path) -> None:
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows), "utf-8")
     source = open_expressions([str(tmp_path / "rows.json")], DataConfig(), "test")
-    result = evaluate_grounding(make_model(), source, CONFIG)
+    result = evaluate_task("grounding", make_model(), source, CONFIG)
     assert result.sizes == {"samples": 1, "images": 1}
-    assert result.metrics() == {"pointing": {"all": 100.0, "centre": 100.0, "shape": 100.0}}
+    assert result.metrics == {"pointing": {"all": 100.0, "centre": 100.0, "shape": 100.0}}
     assert "rows.json row 1" in result.problems[0]
-    assert result.predictions()[0]["sample"].endswith("rows.json row 2")
+    assert result.predictions[0]["sample"].endswith("rows.json row 2")
 
 
 def test_the_published_settings() -> None:

@@ -13,14 +13,14 @@ from tercet.config import ModelConfig
 from tercet.errors import TercetError
 from tercet.model.layers import AttentionTap, attention_weights
 from tercet.model.tercet import Tercet
-from tercet.tasks.boxes import box_scores, choose_box, inside, overlap, peak
+from tercet.tasks.grounding import box_scores, choose_box, inside, overlap, peak
 from tercet.tasks.heatmaps import (
-    answered_heatmaps,
+    answer_heatmaps,
     average_words,
     blur,
     contrast_heatmaps,
     enlarge,
-    matching_heatmaps,
+    match_heatmaps,
     to_grid,
 )
 
@@ -54,8 +54,8 @@ def test_texts_of_one_image_share_its_memory_and_nothing_else(model: Tercet, bat
     with torch.no_grad():
         image_embeds, text_embeds = model.encode_image(images), model.encode_text(input_ids, mask)
         text_feats = model.project_text(text_embeds[:, 0])
-    together = matching_heatmaps(model, image_embeds, text_embeds, mask)
-    alone = matching_heatmaps(model, image_embeds.repeat_interleave(TEXTS, 0), text_embeds, mask)
+    together, _ = match_heatmaps(model, image_embeds, text_embeds, mask)
+    alone, _ = match_heatmaps(model, image_embeds.repeat_interleave(TEXTS, 0), text_embeds, mask)
     torch.testing.assert_close(together, alone)
     assert together.shape == (IMAGES * TEXTS, TOKENS, 16)
     assert not together[~mask].any()
@@ -72,8 +72,8 @@ def test_padding_does_not_change_a_map(model: Tercet, batch: tuple) -> None:
         image_embeds = model.encode_image(images[:1])
         padded = model.encode_text(input_ids[3:4], mask[3:4])
         short = model.encode_text(input_ids[3:4, :2], mask[3:4, :2])
-    first = average_words(matching_heatmaps(model, image_embeds, padded, mask[3:4]), mask[3:4])
-    second = average_words(matching_heatmaps(model, image_embeds, short, mask[3:4, :2]), mask[3:4, :2])
+    first = average_words(match_heatmaps(model, image_embeds, padded, mask[3:4])[0], mask[3:4])
+    second = average_words(match_heatmaps(model, image_embeds, short, mask[3:4, :2])[0], mask[3:4, :2])
     torch.testing.assert_close(first, second)
 
 
@@ -84,7 +84,7 @@ def test_without_gradients_and_with_frozen_parameters(model: Tercet, batch: tupl
         image_embeds = model.encode_image(images[:1])
         text_embeds = model.encode_text(input_ids[:1], mask[:1])
         feats = model.project_text(text_embeds[:, 0])
-        matching = matching_heatmaps(model, image_embeds, text_embeds, mask[:1])
+        matching, _ = match_heatmaps(model, image_embeds, text_embeds, mask[:1])
         return matching, contrast_heatmaps(model, images[:1], feats)
 
     expected = maps()
@@ -105,22 +105,22 @@ def test_an_answer_rests_on_what_the_words_of_its_question_saw(model: Tercet, ba
     with torch.no_grad():
         image_embeds, text_embeds = model.encode_image(images), model.encode_text(input_ids, mask)
     with pytest.raises(TercetError, match="no head for answer; fine-tune it first"):
-        answered_heatmaps(model, image_embeds, text_embeds, mask)
+        answer_heatmaps(model, image_embeds, text_embeds, mask)
     answering = copy.deepcopy(model)
     answering.add_heads(["answer"])
     answering.eval()
-    together, logits = answered_heatmaps(answering, image_embeds, text_embeds, mask)
-    alone, _ = answered_heatmaps(answering, image_embeds.repeat_interleave(TEXTS, 0), text_embeds, mask)
+    together, logits = answer_heatmaps(answering, image_embeds, text_embeds, mask)
+    alone, _ = answer_heatmaps(answering, image_embeds.repeat_interleave(TEXTS, 0), text_embeds, mask)
     torch.testing.assert_close(together, alone)
     assert together.shape == (IMAGES * TEXTS, TOKENS, 16)
     assert not together[~mask].any()
     # The decoder reads every word, where a match is read from [CLS] alone.
     assert (together[mask].amax(dim=1) > 0).all()
-    last = matching_heatmaps(answering, image_embeds, text_embeds, mask, layer=4)
+    last, _ = match_heatmaps(answering, image_embeds, text_embeds, mask, layer=4)
     assert not last[:, 1:].any()
     expected = answering.match_logits(text_embeds, mask, answering.project_kv(image_embeds))
     torch.testing.assert_close(logits, expected.detach())
-    other, _ = answered_heatmaps(answering, image_embeds, text_embeds, mask, layer=2)
+    other, _ = answer_heatmaps(answering, image_embeds, text_embeds, mask, layer=2)
     assert not torch.allclose(other, together)
 
 
@@ -135,7 +135,7 @@ def test_heat_for_an_answer_is_attention_times_what_looking_there_would_do_for_i
     with torch.no_grad():
         image_embeds = answering.encode_image(answering.vision.normalise(images[:1]).double())
         text_embeds = answering.encode_text(ids, own)
-    found, _ = answered_heatmaps(answering, image_embeds, text_embeds, own, layer)
+    found, _ = answer_heatmaps(answering, image_embeds, text_embeds, own, layer)
 
     attention = answering.fusion.layers[layer - 2].cross_attention
     kept: list[torch.Tensor] = []
@@ -186,7 +186,7 @@ def test_layers_that_are_not_there(model: Tercet, batch: tuple) -> None:
     with torch.no_grad():
         text_embeds = model.encode_text(input_ids, mask)
     with pytest.raises(TercetError, match="layer 1 has no cross-attention; the fusion layers are 2 to 4"):
-        matching_heatmaps(model, model.encode_image(images), text_embeds, mask, layer=1)
+        match_heatmaps(model, model.encode_image(images), text_embeds, mask, layer=1)
     with pytest.raises(TercetError, match="no ViT block 3; the blocks are 0 to 2"):
         contrast_heatmaps(model, images, model.project_text(text_embeds[:, 0]), layer=3)
 

@@ -17,8 +17,8 @@ from tercet.config import Config, DataConfig, ModelConfig, ObjectivesConfig
 from tercet.data.nlvr_files import draw_statements
 from tercet.model.hub import load_model
 from tercet.model.tercet import Tercet
-from tercet.tasks.labelling import Guesses
-from tercet.tasks.nlvr import PARTS, PairStatements, StatementResult, consistency, evaluate_statements, open_statements
+from tercet.tasks.classification import NLVR, ClassificationTask, open_statements
+from tercet.tasks.task import evaluate_task
 
 RECIPE = "demo-nlvr-first"
 
@@ -51,8 +51,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_learns_what_it_sees(run: Path) -> None:
     losses = [line["nlvr"] for line in logged(run, "train")]
     assert losses[0] == pytest.approx(torch.tensor(2.0).log().item(), abs=0.3)
-    result = evaluate_statements(load_model(run / "model"), draw_statements(8, "train"), Config())
-    assert result.metrics()["nlvr"]["accuracy"] > 85
+    result = evaluate_task("nlvr", load_model(run / "model"), draw_statements(8, "train"), Config())
+    assert result.metrics["nlvr"]["accuracy"] > 85
     assert logged(run, "evaluate")[-1]["size"] == {"samples": 24, "sentences": 12}
 
 
@@ -137,28 +137,22 @@ def test_the_order_of_the_images_matters_and_padding_does_not() -> None:
 def test_a_fresh_teacher_does_not_start_from_the_student() -> None:
     student = small_model()
     student.add_heads(["nlvr"])
-    copied, fresh = (PairStatements(student, ObjectivesConfig(), own).teacher for own in (False, True))
+    copied, fresh = (ClassificationTask(student, NLVR, ObjectivesConfig(), own).teacher for own in (False, True))
     assert copied is not None and fresh is not None
     weight = student.fusion.layers[0].get_parameter("mlp.up.weight")
     assert torch.equal(copied.model.fusion.layers[0].get_parameter("mlp.up.weight"), weight)
     assert not torch.equal(fresh.model.fusion.layers[0].get_parameter("mlp.up.weight"), weight)
-    assert {name.split(".")[0] for name, _ in fresh.model.named_parameters()} == set(PARTS)
+    assert {name.split(".")[0] for name, _ in fresh.model.named_parameters()} == set(NLVR.parts)
 
 
-def test_metrics_of_known_guesses() -> None:
-    labels, chosen, groups = [1, 0, 1, 0], [1, 0, 1, 1], ["a", "a", "b", "b"]
-    probabilities = torch.nn.functional.one_hot(torch.tensor(chosen), 2).float()
-    targets = [{"label": label, "group": group, "id": None} for label, group in zip(labels, groups, strict=True)]
-    result = StatementResult(Guesses(probabilities, torch.tensor(labels), targets, list("wxyz"), []))
-    assert result.metrics() == {
-        "nlvr": {"accuracy": 75.0, "consistency": 50.0, "accuracy_true": 100.0, "accuracy_false": 50.0}
-    }
-    assert [guess["label"] for guess in result.predictions()] == ["True", "False", "True", "True"]
-
-
-@given(st.lists(st.tuples(st.booleans(), st.sampled_from("abcde")), min_size=1))
-def test_consistency_counts_sentences_without_a_mistake(samples: list[tuple[bool, str]]) -> None:
-    right, groups = [one for one, _ in samples], [group for _, group in samples]
-    wrong = {group for one, group in samples if not one}
-    expected = 100 * (1 - len(wrong) / len(set(groups)))
-    assert consistency(right, groups) == pytest.approx(expected)
+@given(st.lists(st.tuples(st.integers(0, 1), st.booleans(), st.sampled_from("abcde")), min_size=1))
+def test_consistency_counts_sentences_without_a_mistake(samples: list[tuple[int, bool, str]]) -> None:
+    targets = [{"label": label, "group": group} for label, _, group in samples]
+    chosen = [label if right else 1 - label for label, right, _ in samples]
+    metrics = NLVR.metrics(chosen, targets)["nlvr"]
+    wrong = {group for _, right, group in samples if not right}
+    groups = {group for *_, group in samples}
+    assert metrics["consistency"] == pytest.approx(100 * (1 - len(wrong) / len(groups)))
+    for name, label in (("true", 1), ("false", 0)):
+        own = [right for each, right, _ in samples if each == label]
+        assert metrics.get(f"accuracy_{name}") == (pytest.approx(100 * sum(own) / len(own)) if own else None)

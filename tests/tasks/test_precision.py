@@ -11,9 +11,9 @@ from task_runs import logged, run_task
 
 from tercet.config_io import load_config
 from tercet.data.scenes import SceneSource
-from tercet.tasks.build import evaluate_task, kind_of, open_data
+from tercet.tasks.evaluation import TaskResult
 from tercet.tasks.retrieval import RetrievalResult
-from tercet.tasks.task import TaskResult
+from tercet.tasks.task import evaluate_task, get_task, open_data
 from tiny_model import make_model
 
 RECIPES = ["demo", "demo-vqa", "demo-entailment", "demo-nlvr-pretrain", "demo-nlvr", "demo-grounding"]
@@ -37,9 +37,9 @@ def test_a_task_trains_in_bf16_as_in_fp32(recipe: str, tmp_path: Path) -> None:
 def test_a_task_is_measured_in_bf16_as_in_fp32(task: str, tmp_path: Path) -> None:
     exact, rough = (measure(task, precision, tmp_path) for precision in ("fp32", "bf16"))
     assert rough.sizes == exact.sizes
-    assert rough.metrics().keys() == exact.metrics().keys()
-    for group, numbers in exact.metrics().items():
-        assert rough.metrics()[group].keys() == numbers.keys()
+    assert rough.metrics.keys() == exact.metrics.keys()
+    for group, numbers in exact.metrics.items():
+        assert rough.metrics[group].keys() == numbers.keys()
 
 
 def test_scores_that_fp32_tells_apart_are_not_tied(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def measure(task: str, precision: str, folder: Path) -> TaskResult:
     config = load_config("demo", {**sections, "classify.train": [str(folder)], "classify.shots": [1]})
     model = make_model()
     torch.manual_seed(0)
-    model.add_heads(kind_of(task).heads)
+    model.add_heads(get_task(task).heads)
     if task == "vqa":
         model.answers = ["yes", "no", "red", "two"]
     return evaluate_task(task, model.eval(), open_data(task, [source], config.data, "test"), config)

@@ -13,8 +13,8 @@ import torch
 from tercet.config import Config, DataConfig
 from tercet.data.scenes import SceneSource
 from tercet.errors import TercetError
-from tercet.predictor import Predictor
-from tercet.tasks.probes import choice_scores, evaluate_probes, open_probes, winoground_scores
+from tercet.tasks.probes import choice_scores, open_probes, winoground_scores
+from tercet.tasks.task import evaluate_task
 from tiny_model import make_model
 
 SCENES = SceneSource(4, "test", distinct=True)
@@ -67,29 +67,27 @@ def test_sugarcrepe_by_both_scorers(photos: Path) -> None:
     model = make_model()
     files = [sugarcrepe(photos), sugarcrepe(photos, "add_att.json", ("2.png", "3.png"))]
     probes = open_probes(files, DataConfig(), "test")
-    result = evaluate_probes(model, probes, config(batch_size=3))
-    metrics = result.metrics()
+    result = evaluate_task("probes", model, probes, config(batch_size=3))
+    metrics = result.metrics
     assert set(metrics) == {"similarity", "matching"}
     assert set(metrics["matching"]) == {"all", "mean", "swap_obj", "add_att"}
     assert result.sizes == {"samples": 4}
     # The same numbers as the one-line calls give.
-    texts = list(result.probes[1].texts)
-    predictor = Predictor(model)
-    similarity, chance = predictor.similarity(SCENES.array(1), texts), predictor.match(SCENES.array(1), texts)
+    texts = result.predictions[1]["texts"]
+    similarity, chance = model.similarity(SCENES.array(1), texts), model.match(SCENES.array(1), texts)
     assert isinstance(similarity, torch.Tensor) and isinstance(chance, torch.Tensor)
-    torch.testing.assert_close(result.scores["similarity"][1][0], similarity, rtol=1e-4, atol=1e-5)
-    first, second = result.scores["matching"][1][0]
+    torch.testing.assert_close(torch.tensor(result.predictions[1]["similarity"][0]), similarity, rtol=1e-4, atol=1e-5)
+    first, second = result.predictions[1]["matching"][0]
     assert (first > second) == (chance[0] > chance[1])
-    assert result.predictions()[1]["texts"] == texts
 
 
 def test_winoground_names_images_without_their_ending(photos: Path) -> None:
     row = {"image_0": "0", "image_1": "1", "caption_0": SCENES.captions(0)[0], "caption_1": SCENES.captions(1)[0]}
     (photos / "examples.jsonl").write_text(json.dumps(row), "utf-8")
     probes = open_probes([str(photos / "examples.jsonl")], DataConfig(), "test")
-    result = evaluate_probes(make_model(), probes, config())
-    assert result.scores["matching"][0].shape == (2, 2)
-    assert set(result.metrics()["similarity"]) == {"text", "image", "group"}
+    result = evaluate_task("probes", make_model(), probes, config())
+    assert torch.tensor(result.predictions[0]["matching"]).shape == (2, 2)
+    assert set(result.metrics["similarity"]) == {"text", "image", "group"}
 
 
 def test_aro_looks_at_the_box_alone(photos: Path) -> None:
@@ -102,12 +100,12 @@ def test_aro_looks_at_the_box_alone(photos: Path) -> None:
     (photos / "rows.json").write_text(json.dumps(rows), "utf-8")
     probes = open_probes([str(photos / "rows.json")], DataConfig(), "test")
     with pytest.raises(TercetError, match=r"rows\.json row 1: the box \(64, 4, 94, 24\) lies outside .*64x64 pixels"):
-        evaluate_probes(make_model(), probes, config())
+        evaluate_task("probes", make_model(), probes, config())
 
 
 def test_broken_images_are_left_out_and_told(photos: Path) -> None:
     (photos / "images/1.png").write_bytes(b"no image")
-    result = evaluate_probes(make_model(), open_probes([sugarcrepe(photos)], DataConfig(), "test"), config())
+    result = evaluate_task("probes", make_model(), open_probes([sugarcrepe(photos)], DataConfig(), "test"), config())
     assert result.sizes == {"samples": 1}
     assert "swap_obj.json row '1'" in result.problems[0] and "1.png" in result.problems[0]
 

@@ -1,4 +1,4 @@
-"""Retrieval: ranks with ties, image memory against pairs one by one, broken images."""
+"""Retrieval: query_ranks with ties, image memory against pairs one by one, broken images."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from tercet.config import Config, DataConfig, ModelConfig
-from tercet.data.batches import TextBatch
 from tercet.data.scenes import SceneSource
 from tercet.data.sources import open_sources
 from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
+from tercet.tasks.encoding import encode_texts
 from tercet.tasks.rerank import TextTokens, candidate_pairs, match_image, match_images, pad_texts, score_image
-from tercet.tasks.retrieval import Scores, encode_texts, evaluate, evaluate_source, ranks, recall
+from tercet.tasks.retrieval import RetrievalResult, Scores, query_ranks, recall
+from tercet.tasks.task import evaluate_task
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def config(**evaluate_fields: int) -> Config:
 def test_ties_count_against_the_right_one() -> None:
     scores = Scores(torch.zeros(3, 6), torch.zeros(6, 3))
     owners = torch.tensor([0, 0, 1, 1, 2, 2])
-    text_ranks, image_ranks = ranks(scores, owners)
+    text_ranks, image_ranks = query_ranks(scores, owners)
     assert text_ranks.tolist() == [4, 4, 4]
     assert image_ranks.tolist() == [2] * 6
     assert recall(scores, owners)["image_r1"] == 0
@@ -96,9 +97,9 @@ def test_scores_of_several_images_equal_those_of_each_alone(model: Tercet) -> No
 
 def test_beyond_the_candidates_the_dual_order_stays(model: Tercet) -> None:
     source = SceneSource(12, "test", distinct=True)
-    dual = evaluate_source(model, source, config(rerank=0))
-    some = evaluate_source(model, source, config(rerank=3))
-    assert some.reranked is not None and dual.reranked is None
+    dual = evaluate_task("retrieval", model, source, config(rerank=0))
+    some = evaluate_task("retrieval", model, source, config(rerank=3))
+    assert "reranked" in some.metrics and "reranked" not in dual.metrics and isinstance(dual, RetrievalResult)
     similarities = dual.scores.image_to_text
     by_image, by_text = candidate_pairs(similarities, 3)
     for queries, chosen, plain in (
@@ -117,7 +118,7 @@ def test_broken_images_are_left_out_with_their_captions(model: Tercet, tmp_path:
         (tmp_path / f"{index}.png").write_bytes(source.image(index) if index != 2 else b"<html>not found</html>")
         (tmp_path / f"{index}.txt").write_text("\n".join(source.captions(index)), "utf-8")
     opened = open_sources([str(tmp_path)], DataConfig(), "test")
-    result = evaluate_source(model, opened, config(rerank=4))
+    result = evaluate_task("retrieval", model, opened, config(rerank=4))
     assert len(result.images.keys) == 5 and len(result.captions) == 5
     assert len(result.problems) == 1 and "2.png" in result.problems[0]
     clean = tmp_path / "clean"
@@ -125,8 +126,10 @@ def test_broken_images_are_left_out_with_their_captions(model: Tercet, tmp_path:
     for index in (0, 1, 3, 4, 5):
         (clean / f"{index}.png").write_bytes(source.image(index))
         (clean / f"{index}.txt").write_text("\n".join(source.captions(index)), "utf-8")
-    expected = evaluate(model, open_sources([str(clean)], DataConfig(), "test"), config(rerank=4))
-    for name, metrics in result.metrics().items():
+    expected = evaluate_task(
+        "retrieval", model, open_sources([str(clean)], DataConfig(), "test"), config(rerank=4)
+    ).metrics
+    for name, metrics in result.metrics.items():
         assert metrics == pytest.approx(expected[name])
 
 
@@ -134,33 +137,25 @@ def test_nothing_readable_is_one_error(model: Tercet, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     (tmp_path / "a.txt").write_text("a cat", "utf-8")
     with pytest.raises(TercetError, match=r"a\.png"):
-        evaluate_source(model, open_sources([str(tmp_path)], DataConfig(), "test"), config())
+        evaluate_task("retrieval", model, open_sources([str(tmp_path)], DataConfig(), "test"), config())
 
 
 def test_a_model_without_a_tokenizer_says_what_to_do(model: Tercet) -> None:
     bare = Tercet(model.config).eval()
     with pytest.raises(TercetError, match="tokenizer"):
-        evaluate_source(bare, SceneSource(4, "test"), config())
+        evaluate_task("retrieval", bare, SceneSource(4, "test"), config())
 
 
 def test_limit(model: Tercet) -> None:
-    result = evaluate_source(model, SceneSource(12, "test"), config(rerank=0, limit=5))
+    result = evaluate_task("retrieval", model, SceneSource(12, "test"), config(rerank=0, limit=5))
     assert len(result.images.keys) == 5
 
 
-@pytest.mark.parametrize("window", [1, 7, 4096])
-def test_texts_encoded_by_length_keep_their_order(model: Tercet, window: int) -> None:
+def test_texts_encoded_by_length_keep_their_order(model: Tercet) -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 12, (20,), generator=generator)
     input_ids = torch.randint(10, 100, (20, 12), generator=generator)
-    mask = torch.arange(12)[None] < lengths[:, None]
-    names = [str(index) for index in range(20)]
-    batches = [
-        TextBatch(ids, own, torch.zeros(len(ids), dtype=torch.long), names[start : start + 4])
-        for start, ids, own in zip(range(0, 20, 4), input_ids.split(4), mask.split(4), strict=True)
-    ]
-    texts, captions = encode_texts(model, batches, torch.device("cpu"), window)
-    assert captions == names
+    texts = encode_texts(model, input_ids, torch.arange(12)[None] < lengths[:, None])
     for ids, length, feats, embeds in zip(input_ids, lengths, texts.text_feats, texts.text_embeds, strict=True):
         with torch.no_grad():
             alone = model.encode_text(ids[None, :length], torch.ones(1, int(length), dtype=torch.bool))[0]

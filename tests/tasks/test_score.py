@@ -11,8 +11,8 @@ import pytest
 from tercet.cli import main
 from tercet.config import Config, DataConfig
 from tercet.errors import TercetError
-from tercet.tasks.build import evaluate_task, open_data
 from tercet.tasks.score import score_predictions
+from tercet.tasks.task import evaluate_task, open_data
 from tiny_model import make_model
 
 
@@ -29,13 +29,13 @@ def test_the_numbers_of_the_evaluation_itself(task: str, tmp_path: Path, monkeyp
     model = make_model()
     model.add_heads(["entailment", "nlvr"])
     result = evaluate_task(task, model, open_data(task, ["scenes:test"], config.data, "test"), config)
-    scored = score_predictions(task, write(tmp_path, result.predictions()), "scenes:test", DataConfig())
+    scored = score_predictions(task, write(tmp_path, result.predictions), "scenes:test", DataConfig())
     if task == "retrieval":
-        told = {key: value for key, value in result.metrics()["reranked"].items() if "mean" not in key}
+        told = {key: value for key, value in result.metrics["reranked"].items() if "mean" not in key}
         assert scored == {"recall": pytest.approx(told)}
     else:
-        assert scored.keys() == result.metrics().keys()
-        for group, numbers in result.metrics().items():
+        assert scored.keys() == result.metrics.keys()
+        for group, numbers in result.metrics.items():
             assert scored[group] == pytest.approx(numbers), group
 
 

@@ -23,9 +23,9 @@ from tercet.errors import TercetError
 from tercet.model.hub import load_model, save_model
 from tercet.model.tercet import Tercet
 from tercet.objectives.loss import distilled_cross_entropy
-from tercet.tasks.build import build_task, open_data, words_of
-from tercet.tasks.vqa import QuestionAnswering, adopt, evaluate, guess, lay_out
-from tercet.tasks.vqa_score import score_files
+from tercet.tasks.score import score_predictions
+from tercet.tasks.task import build_task, evaluate_task, open_data, tokenizer_texts
+from tercet.tasks.vqa import QuestionAnswering, answer_logits, collate_answers, prepare_student
 from tercet.train.loop import train
 
 TINY: dict[str, Any] = {
@@ -56,7 +56,7 @@ def source() -> SampleSource:
 
 @pytest.fixture(scope="module")
 def words(source: SampleSource) -> Tokenizer:
-    return Tokenizer.train(words_of("vqa", source, config().data), 200)
+    return Tokenizer.train(tokenizer_texts("vqa", source, config().data), 200)
 
 
 @pytest.fixture
@@ -71,10 +71,10 @@ def model(words: Tokenizer) -> Tercet:
 
 def test_answers_are_laid_out_piece_by_piece(words: Tokenizer) -> None:
     images, (input_ids, mask) = torch.zeros(2, 3, 32, 32), words.encode(["what colour?", "how many?"], None)
-    batch = lay_out(images, input_ids, mask, [{"red": 0.75, "green blue": 0.25}, {"two": 0.5}], words)
+    batch = collate_answers(images, input_ids, mask, [{"red": 0.75, "green blue": 0.25}, {"two": 0.5}], words)
     assert batch.owners.tolist() == [0, 0, 1]
     behind = batch.answer_ids[:, 1:].flatten()
-    assert torch.equal(behind[batch.chosen], batch.labels)
+    assert torch.equal(behind[batch.positions], batch.labels)
     assert (batch.answer_ids[:, 0] == words.cls_id).all()
     assert (batch.labels == words.sep_id).sum() == 3 and (batch.labels != words.pad_id).all()
     # Each piece of an answer, its [SEP] among them, carries the answer's weight.
@@ -110,7 +110,7 @@ def test_a_question_s_loss_does_not_depend_on_its_batch(model: Tercet, source: S
     for place in range(6):
         length = int(batch.attention_mask[place].sum())
         targets = [dict.fromkeys(set(batch.targets[place]["answers"]), 1.0)]
-        one = lay_out(
+        one = collate_answers(
             batch.images[place : place + 1],
             batch.input_ids[place : place + 1, :length],
             batch.attention_mask[place : place + 1, :length],
@@ -169,7 +169,7 @@ def test_no_teacher_is_kept_that_nobody_reads(model: Tercet, section: dict[str, 
 
 def test_training_learns_its_questions_by_heart(model: Tercet) -> None:
     few = draw_questions(1, "train")
-    assert adopt(model, few, config()) == ["answers are chosen from the 2 commonest of the training data"]
+    assert prepare_student(model, few, config()) == ["answers are chosen from the 2 commonest of the training data"]
     task = QuestionAnswering(model, ObjectivesConfig(queue_size=0, momentum=0.9)).train()
     batch = next(loader_of(model, few, few.sample_count).batches(0))
     prepared = task.prepare(batch, torch.device("cpu"), 0)
@@ -184,9 +184,9 @@ def test_training_learns_its_questions_by_heart(model: Tercet) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 5
     for inference, others in (("rank", {"list": {"covered": 100.0}}), ("generate", {})):
-        result = evaluate(model, few, config(vqa={"inference": inference}))
+        result = evaluate_task("vqa", model, few, config(vqa={"inference": inference}))
         assert model.training
-        assert result.metrics() == {"accuracy": {"all": 100.0, "count": 100.0, "yes/no": 100.0}, **others}
+        assert result.metrics == {"accuracy": {"all": 100.0, "count": 100.0, "yes/no": 100.0}, **others}
         assert result.sizes == {"questions": 3, "scored": 3}
 
 
@@ -206,16 +206,17 @@ def test_scenes_through_the_loop_to_a_result_file(tmp_path: Path) -> None:
     model = load_model(folder)
     assert model.config.heads == ["answer"] and model.answers
     source = open_data("vqa", ["scenes:test"], settings.data, "test")
-    result = evaluate(model, source, settings)
-    assert result.metrics() == {name: measured[name] for name in ("accuracy", "list")}
+    result = evaluate_task("vqa", model, source, settings)
+    assert result.metrics == {name: measured[name] for name in ("accuracy", "list")}
     # Without a model: the predictions against the annotators, from files.
     predictions, gold = tmp_path / "results.json", tmp_path / "gold.json"
-    predictions.write_text(json.dumps(result.predictions()))
+    predictions.write_text(json.dumps(result.predictions))
     targets = [source.sample(index).target for index in range(16)]
     names = {"question_id": "question_id", "answer": "answers", "answer_type": "answer_type"}
     rows = [{theirs: target[ours] for theirs, ours in names.items()} for target in targets]
     gold.write_text(json.dumps(rows))
-    assert score_files(predictions, gold).metrics()["accuracy"] == pytest.approx(measured["accuracy"])
+    scored = score_predictions("vqa", str(predictions), str(gold), settings.data)
+    assert scored["accuracy"] == pytest.approx(measured["accuracy"])
 
 
 def test_a_model_without_decoder_starts_one_and_cannot_answer(tmp_path: Path, model: Tercet) -> None:
@@ -224,7 +225,7 @@ def test_a_model_without_decoder_starts_one_and_cannot_answer(tmp_path: Path, mo
     plain.tokenizer = model.tokenizer
     save_model(plain, tmp_path / "model")
     with pytest.raises(TercetError, match="no head for answer; fine-tune it first: tercet train vqa"):
-        evaluate(plain, open_questions(["scenes"], config().data, "train"), config())
+        evaluate_task("vqa", plain, open_questions(["scenes"], config().data, "train"), config())
     settings = config(train={"max_steps": 1})
     update = {"init": str(tmp_path / "model"), "output": str(tmp_path / "run")}
     folder = train(settings.model_copy(update=update))
@@ -256,27 +257,27 @@ def test_a_list_without_the_right_answer_is_refused_unless_it_is_open(tmp_path: 
         r"vqa\.json row 3: the answer 'green' is not among the 2 of .*answers\.json; add it, or set vqa\.open_list"
     )
     with pytest.raises(TercetError, match=message):
-        adopt(model, source, settings)
+        prepare_student(model, source, settings)
     with pytest.raises(TercetError, match=message):
-        evaluate(model, source, settings)
+        evaluate_task("vqa", model, source, settings)
     opened = config(vqa={"answers": str(answers), "open_list": True})
-    assert adopt(model, source, opened) == [f"answers are chosen from the 2 of {answers}"]
+    assert prepare_student(model, source, opened) == [f"answers are chosen from the 2 of {answers}"]
     assert model.answers == ["red", "blue"]
-    result = evaluate(model, source, opened)
-    assert result.metrics()["list"] == {"covered": 50.0}
+    result = evaluate_task("vqa", model, source, opened)
+    assert result.metrics["list"] == {"covered": 50.0}
 
 
 def test_broken_images_are_left_out_and_named(tmp_path: Path, model: Tercet) -> None:
     file, _ = files(tmp_path, [])
     source = open_questions([str(file)], config().data, "test")
     model.answers = ["red", "green"]
-    result = evaluate(model, source, config())
-    assert [entry["question_id"] for entry in result.predictions()] == [0, 2]
+    result = evaluate_task("vqa", model, source, config())
+    assert [entry["question_id"] for entry in result.predictions] == [0, 2]
     assert len(result.problems) == 1 and "vqa.json row 2" in result.problems[0]
     (tmp_path / "0.png").write_bytes(b"")
     (tmp_path / "2.png").write_bytes(b"")
-    with pytest.raises(TercetError, match=r"none of 3 questions has a readable image: .*vqa\.json row 1"):
-        evaluate(model, source, config())
+    with pytest.raises(TercetError, match=r"none of 3 .*vqa\.json row 1"):
+        evaluate_task("vqa", model, source, config())
 
 
 def test_questions_without_annotators_are_answered_alone(tmp_path: Path, model: Tercet) -> None:
@@ -286,9 +287,9 @@ def test_questions_without_annotators_are_answered_alone(tmp_path: Path, model: 
         del row["answer"]
     file.write_text(json.dumps(rows[::2]))
     model.answers = ["red", "green"]
-    result = evaluate(model, open_questions([str(file)], config().data, "test"), config())
-    assert result.metrics() == {} and result.sizes == {"questions": 2, "scored": 0}
-    assert [entry["answer"] in ("red", "green") for entry in result.predictions()] == [True, True]
+    result = evaluate_task("vqa", model, open_questions([str(file)], config().data, "test"), config())
+    assert result.metrics == {} and result.sizes == {"questions": 2, "scored": 0}
+    assert [entry["answer"] in ("red", "green") for entry in result.predictions] == [True, True]
 
 
 def test_long_questions_are_kept_in_evaluation_and_cut_in_training(tmp_path: Path, model: Tercet) -> None:
@@ -304,9 +305,9 @@ def test_long_questions_are_kept_in_evaluation_and_cut_in_training(tmp_path: Pat
         lengths.append(inputs[0].shape[1])
 
     handle = model.text.register_forward_pre_hook(note)
-    evaluate(model, source, config())
+    evaluate_task("vqa", model, source, config())
     task = QuestionAnswering(model, ObjectivesConfig(queue_size=0, alpha=0))
-    guess(model, task.prepare(next(loader_of(model, source, 1).batches(0)), torch.device("cpu"), 0))
+    answer_logits(model, task.prepare(next(loader_of(model, source, 1).batches(0)), torch.device("cpu"), 0))
     handle.remove()
     assert lengths == [32, 25]  # the model's positions; data.max_tokens
 

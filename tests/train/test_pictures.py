@@ -12,7 +12,8 @@ import torch
 
 from tercet.config_io import default_config
 from tercet.predictor import Predictor
-from tercet.tasks.retrieval import evaluate_source
+from tercet.tasks.retrieval import RetrievalResult
+from tercet.tasks.task import evaluate_task
 from tercet.train.pictures import _whole_words, heatmaps, overlay, similarity_matrix
 from tiny_model import SCENES, make_model
 
@@ -26,7 +27,8 @@ def pixels(url: str) -> np.ndarray:
 
 def test_matrix_and_heatmaps_of_an_evaluation() -> None:
     model = make_model()
-    result = evaluate_source(model, SCENES, default_config({"evaluate.rerank": 2}))
+    result = evaluate_task("retrieval", model, SCENES, default_config({"evaluate.rerank": 2}))
+    assert isinstance(result, RetrievalResult)
     matrix = similarity_matrix(result, SCENES, LIMIT)
     files = [SCENES.array(index) for index in range(len(SCENES))]
     cosines = torch.tensor(matrix["cosines"])

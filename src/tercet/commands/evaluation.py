@@ -37,7 +37,7 @@ def evaluate(
     from tercet.files import write_atomic
     from tercet.model.hub import load_model
     from tercet.model.int8 import quantise_encoders
-    from tercet.tasks.build import evaluate_task, open_data
+    from tercet.tasks.task import evaluate_task, open_data
 
     task = task or config.task
     with init_distributed(config.train.device):
@@ -50,8 +50,8 @@ def evaluate(
         return
     print_skipped(result.problems, len(result.problems), 5)
     if predictions is not None:
-        write_atomic(predictions, json_format.dumps(result.predictions()) + "\n")
-    _print(result.metrics(), json)
+        write_atomic(predictions, json_format.dumps(result.predictions) + "\n")
+    _print(result.metrics, json)
 
 
 def score(predictions: str, gold: str, *, task: str, json: bool = False, **overrides: DataKeys) -> None:

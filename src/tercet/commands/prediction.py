@@ -81,7 +81,7 @@ def explain(model: str, image: str, text: str, *, output: Path, layer: int | Non
             published; for an answer the last.
         answer: TEXT is a question: show what the model's answer to it rests on.
     """
-    from tercet.report.explain import draw_explanation
+    from tercet.report.figures import draw_explanation
 
     predictor = load_predictor(model)
     if not answer:

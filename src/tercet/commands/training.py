@@ -40,7 +40,7 @@ def _train_on_shapes(config: Config, overrides: dict[str, Any], folder: Path) ->
     Returns:
         The model's folder.
     """
-    from tercet.tasks.build import open_data
+    from tercet.tasks.task import open_data
     from tercet.train.loop import train as run_training
     from tercet.train.session import TOKENIZER, find_tokenizer
 

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from tercet.config import DataConfig
-from tercet.data.batches import TextBatch
 from tercet.data.tokenizer import clean_caption
 from tercet.errors import TercetError
 from tercet.model.hub import require_tokenizer
 from tercet.model.tercet import Tercet
-from tercet.tasks.rerank import EncodedTexts
-from tercet.tasks.retrieval import encode_texts
+from tercet.tasks.rerank import EncodedTexts, chunks_by_length
 
 BATCH = 64
 
 Clean = Callable[[str, int], str]
-
-
-@contextmanager
-def evaluating(model: Tercet) -> Iterator[torch.device]:
-    """The model in evaluation mode and without gradients; gives its device, and puts its mode back at the end."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield next(model.parameters()).device
-    finally:
-        model.train(training)
 
 
 def tokenise(
@@ -58,12 +43,21 @@ def encode_sentences(model: Tercet, texts: Sequence[str], data: DataConfig) -> E
         texts: the sentences, not yet cleaned.
         data: words and word pieces that are kept.
     """
-    device = next(model.parameters()).device
-    return encode_texts(model, _batches(model, texts, data), device)[0]
+    return encode_texts(model, *tokenise(model, texts, data))
 
 
-def _batches(model: Tercet, texts: Sequence[str], data: DataConfig) -> Iterator[TextBatch]:
-    for start in range(0, len(texts), BATCH):
-        chunk = list(texts[start : start + BATCH])
-        input_ids, attention_mask = tokenise(model, chunk, data)
-        yield TextBatch(input_ids, attention_mask, torch.arange(start, start + len(chunk)), chunk)
+@torch.no_grad()
+def encode_texts(model: Tercet, input_ids: Tensor, attention_mask: Tensor) -> EncodedTexts:
+    """Features and tokens of texts `[texts, tokens]`, on the host; those of similar length go through together."""
+    device = model.temperature.device
+    lengths = attention_mask.sum(dim=1).tolist()
+    feats = torch.empty(len(lengths), model.config.embed_dim)
+    embeds: dict[int, Tensor] = {}
+    for chunk in chunks_by_length(lengths):
+        longest = max(lengths[index] for index in chunk)
+        ids, mask = (part[chunk, :longest].to(device) for part in (input_ids, attention_mask))
+        text_embeds = model.encode_text(ids, mask)
+        feats[chunk] = model.project_text(text_embeds[:, 0]).cpu()
+        for index, tokens in zip(chunk, text_embeds.cpu(), strict=True):
+            embeds[index] = tokens[: lengths[index]].clone()
+    return EncodedTexts(feats, [embeds[index] for index in range(len(lengths))])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tercet.data.augment import Pixels
-from tercet.tasks.boxes import peak
+from tercet.tasks.grounding import peak
 from tercet.tasks.heatmaps import enlarge
 
 PIECE = "##"

@@ -28,7 +28,7 @@ from tercet.errors import TercetError
 from tercet.files import atomic_stream
 from tercet.model.hub import require_tokenizer
 from tercet.model.tercet import Tercet
-from tercet.tasks.encoding import evaluating
+from tercet.tasks.evaluation import evaluating
 
 Score = Literal["match", "similarity"]
 

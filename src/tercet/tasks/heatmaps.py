@@ -15,8 +15,7 @@ from tercet.errors import TercetError
 from tercet.model.layers import AttentionTap, SelfAttention
 from tercet.model.tercet import Tercet
 from tercet.model.text import CrossAttention, TextLayer
-from tercet.model.vision import VisionTransformer
-from tercet.tasks.answering import next_log_probabilities
+from tercet.tasks.answering import decoder_of, next_log_probabilities
 
 Mode = Literal["itm", "itc", "answer"]
 
@@ -34,9 +33,9 @@ def default_layer(model: Tercet, mode: Mode) -> int:
     return text.fusion_layer + (text.depth - text.fusion_layer) // 3
 
 
-def matching_heatmaps(
+def match_heatmaps(
     model: Tercet, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor, layer: int | None = None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Mode `itm`: where each token looks in the image, as far as that raises the logit of a match.
 
     Args:
@@ -48,24 +47,18 @@ def matching_heatmaps(
         layer: index in the whole text stack; default `default_layer`.
 
     Returns:
-        `[pairs, tokens, patches]`, averaged over heads; 0 at padding.  In the last layer the logit reads nothing but
-        `[CLS]`, so only that token has a map.
+        Maps `[pairs, tokens, patches]`, averaged over heads, 0 at padding (in the last layer the logit reads `[CLS]`
+        alone, so only that token has a map); and `itm_logits` `[pairs, 2]` of the same pass.
 
     Raises:
         TercetError: there is no fusion layer of that index.
     """
-    return matched_heatmaps(model, image_embeds, text_embeds, attention_mask, layer)[0]
+    layer = default_layer(model, "itm") if layer is None else layer
+    weights, gradient, logits = fusion_attention(model, image_embeds, text_embeds, attention_mask, layer)
+    return _token_maps(weights, gradient, image_embeds, attention_mask), logits
 
 
-def matched_heatmaps(
-    model: Tercet, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor, layer: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """`matching_heatmaps`, and `itm_logits` `[pairs, 2]` of the same pass."""
-    weights, gradient, logits = _matching_pass(model, image_embeds, text_embeds, attention_mask, layer)
-    return _weighted(weights, gradient, image_embeds, attention_mask), logits
-
-
-def answered_heatmaps(
+def answer_heatmaps(
     model: Tercet,
     image_embeds: Tensor,
     text_embeds: Tensor,
@@ -75,7 +68,7 @@ def answered_heatmaps(
 ) -> tuple[Tensor, Tensor]:
     """Mode `answer`: where each token of a question looks, as far as that makes the model's own answer likelier.
 
-    What is raised is the log-probability of the first word piece of the likeliest answer.
+    The score is the log-probability of the first word piece of the likeliest answer.
 
     Args:
         model: fine-tuned for questions, in evaluation mode.
@@ -86,23 +79,21 @@ def answered_heatmaps(
         pieces: what answers begin with, see `tercet.tasks.answering.first_pieces`; None: any word piece.
 
     Returns:
-        As `matched_heatmaps`: maps `[pairs, tokens, patches]`, and `itm_logits` `[pairs, 2]` of the same pass.
+        As `match_heatmaps`.
 
     Raises:
         TercetError: the model answers no questions, or there is no fusion layer of that index.
     """
-    model.require_heads(("answer",), "vqa")
-    decoder = model.answer_decoder
-    assert decoder is not None
+    decoder = decoder_of(model)
 
     def likelihood(fused: Tensor) -> Tensor:
         start = torch.full((fused.shape[0], 1), model.config.text.cls_id, device=fused.device)
-        chances = next_log_probabilities(decoder, start, decoder.project_kv(fused, attention_mask))
-        return (chances if pieces is None else chances[:, pieces]).amax(dim=-1)
+        log_probabilities = next_log_probabilities(decoder, start, decoder.project_kv(fused, attention_mask))
+        return (log_probabilities if pieces is None else log_probabilities[:, pieces]).amax(dim=-1)
 
     layer = default_layer(model, "answer") if layer is None else layer
-    weights, gradient, logits = _fusion_pass(model, image_embeds, text_embeds, attention_mask, layer, likelihood)
-    return _weighted(weights, gradient, image_embeds, attention_mask), logits
+    weights, gradient, logits = fusion_attention(model, image_embeds, text_embeds, attention_mask, layer, likelihood)
+    return _token_maps(weights, gradient, image_embeds, attention_mask), logits
 
 
 def contrast_heatmaps(model: Tercet, images: Tensor, text_feats: Tensor, layer: int | None = None) -> Tensor:
@@ -120,42 +111,68 @@ def contrast_heatmaps(model: Tercet, images: Tensor, text_feats: Tensor, layer: 
     Raises:
         TercetError: there is no block of that index.
     """
+    layer = default_layer(model, "itc") if layer is None else layer
     weights, gradient = contrast_attention(model, images, text_feats, layer)
     own = weights[:, None, :, 0, 1:].float() * gradient[:, :, :, 0, 1:].float().clamp(min=0)
     return own.mean(dim=2).flatten(0, 1)
 
 
-def matching_attention(
-    model: Tercet, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor, layer: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Cross-attention of a fusion layer and the gradient of the logit of a match with respect to it.
+def fusion_attention(
+    model: Tercet,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    attention_mask: Tensor,
+    layer: int,
+    score: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-attention of a fusion layer, the gradient of a score with respect to it, and `itm_logits` `[pairs, 2]`.
 
-    Arguments as of `matching_heatmaps`.
+    Arguments are those of `match_heatmaps`; `score` makes `[pairs]` of the fused texts `[pairs, tokens, width]`, by
+    default the logit of a match.
 
     Returns:
-        `[pairs, heads, tokens, image_tokens]` both, of the tokens that the fusion encoder reads.
+        `[pairs, heads, tokens, image_tokens]` twice, of the image tokens that the fusion encoder reads; the logits.
     """
-    return _matching_pass(model, image_embeds, text_embeds, attention_mask, layer)[:2]
+    text = model.config.text
+    if not text.fusion_layer <= layer < text.depth:
+        raise TercetError(
+            f"layer {layer} has no cross-attention; the fusion layers are {text.fusion_layer} to {text.depth - 1}"
+        )
+    chosen = model.fusion.layers[layer - text.fusion_layer]
+    assert isinstance(chosen, TextLayer)
+    with _differentiable(), _tapped(chosen.cross_attention) as tap:
+        memory = model.project_kv(_without_graph(image_embeds))
+        # Whatever parameters are frozen, the graph starts here.
+        texts = _without_graph(text_embeds).requires_grad_()
+        fused = model.fuse(texts, attention_mask, memory)
+        logits = model.itm_head(fused[:, 0])
+        weights = _read(tap)
+        scores = logits[:, 1] if score is None else score(fused)
+        (gradient,) = torch.autograd.grad(scores.sum(), weights)
+    pairs = texts.shape[0]
+    return _unfold(weights.detach(), pairs), _unfold(gradient, pairs), logits.detach()
 
 
-def contrast_attention(
-    model: Tercet, images: Tensor, text_feats: Tensor, layer: int | None = None
-) -> tuple[Tensor, Tensor]:
+def contrast_attention(model: Tercet, images: Tensor, text_feats: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     """Self-attention of a ViT block and the gradients of the similarities, over the temperature, with respect to it.
 
-    Arguments as of `contrast_heatmaps`.
+    Arguments are those of `contrast_heatmaps`.
 
     Returns:
         `[images, heads, 1 + patches, 1 + patches]`, and the same for each text of an image,
         `[images, texts, heads, 1 + patches, 1 + patches]`.
     """
-    attention = _block_attention(model.vision, default_layer(model, "itc") if layer is None else layer)
+    blocks = model.vision.blocks
+    if not 0 <= layer < len(blocks):
+        raise TercetError(f"no ViT block {layer}; the blocks are 0 to {len(blocks) - 1}")
+    attention = blocks[layer].attention
+    assert isinstance(attention, SelfAttention)
     group = text_feats.shape[0] // images.shape[0]
     with _differentiable(), _tapped(attention) as tap:
-        pixels = _plain(model.vision.normalise(images)).requires_grad_()
+        pixels = _without_graph(model.vision.normalise(images)).requires_grad_()
         image_feats = model.project_image(model.encode_image(pixels)[:, 0])
         weights = _read(tap)
-        feats = _plain(text_feats).unflatten(0, (images.shape[0], group))
+        feats = _without_graph(text_feats).unflatten(0, (images.shape[0], group))
         logits = torch.einsum("ie,ige->gi", image_feats, feats) / model.temperature.detach()
         # One backward pass for each text of an image, over the blocks above the tapped one alone.
         gradients = [
@@ -168,7 +185,7 @@ def average_words(maps: Tensor, attention_mask: Tensor, published: bool = False)
     """One map a text: the mean over its tokens.
 
     Args:
-        maps: `[pairs, tokens, patches]` from `matching_heatmaps`.
+        maps: `[pairs, tokens, patches]` from `match_heatmaps`.
         attention_mask: bool `[pairs, tokens]`.
         published: divide by all tokens, padding included, so that the map's scale depends on the rest of the batch.
 
@@ -187,7 +204,7 @@ def to_grid(maps: Tensor, height: int, width: int) -> Tensor:
 
 
 def blur(maps: Tensor, weight: float) -> Tensor:
-    """`[batch, rows, columns]` in which each patch takes those beside it along, across and down, by `weight`.
+    """`[batch, rows, columns]` in which each patch adds its neighbours, across and down, by `weight`.
 
     Nothing lies beyond the edge.
     """
@@ -200,41 +217,7 @@ def enlarge(maps: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(maps[:, None], size=(height, width), mode="bicubic", align_corners=False)[:, 0]
 
 
-def _matching_pass(
-    model: Tercet, image_embeds: Tensor, text_embeds: Tensor, attention_mask: Tensor, layer: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `matching_attention` gives, and `itm_logits` `[pairs, 2]`."""
-    layer = default_layer(model, "itm") if layer is None else layer
-    return _fusion_pass(model, image_embeds, text_embeds, attention_mask, layer, None)
-
-
-def _fusion_pass(
-    model: Tercet,
-    image_embeds: Tensor,
-    text_embeds: Tensor,
-    attention_mask: Tensor,
-    layer: int,
-    score: Callable[[Tensor], Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-attention of a fusion layer, the gradient of a score with respect to it, and `itm_logits` `[pairs, 2]`.
-
-    `score` makes `[pairs]` of the fused texts `[pairs, tokens, width]`; None: the logit of a match.
-    """
-    cross_attention = _fusion_attention(model, layer)
-    with _differentiable(), _tapped(cross_attention) as tap:
-        memory = model.project_kv(_plain(image_embeds))
-        # Whatever parameters are frozen, the graph starts here.
-        text = _plain(text_embeds).requires_grad_()
-        fused = model.fuse(text, attention_mask, memory)
-        logits = model.itm_head(fused[:, 0])
-        weights = _read(tap)
-        scores = logits[:, 1] if score is None else score(fused)
-        (gradient,) = torch.autograd.grad(scores.sum(), weights)
-    pairs = text.shape[0]
-    return _unfold(weights.detach(), pairs), _unfold(gradient, pairs), logits.detach()
-
-
-def _weighted(weights: Tensor, gradient: Tensor, image_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+def _token_maps(weights: Tensor, gradient: Tensor, image_embeds: Tensor, attention_mask: Tensor) -> Tensor:
     """Attention to the patches times its positive gradient, averaged over heads, in fp32; 0 at padding."""
     maps = (weights.float() * gradient.float().clamp(min=0))[..., 1 - image_embeds.shape[1] :].mean(dim=1)
     return maps * attention_mask[..., None]
@@ -247,7 +230,7 @@ def _differentiable() -> Iterator[None]:
         yield
 
 
-def _plain(values: Tensor) -> Tensor:
+def _without_graph(values: Tensor) -> Tensor:
     """`values` without their graph; a tensor of inference mode is copied, since no graph can hold it."""
     return values.clone() if values.is_inference() else values.detach()
 
@@ -264,25 +247,6 @@ def _tapped(attention: SelfAttention | CrossAttention) -> Iterator[AttentionTap]
 def _read(tap: AttentionTap) -> Tensor:
     assert tap.weights is not None
     return tap.weights
-
-
-def _fusion_attention(model: Tercet, layer: int) -> CrossAttention:
-    text = model.config.text
-    if not text.fusion_layer <= layer < text.depth:
-        raise TercetError(
-            f"layer {layer} has no cross-attention; the fusion layers are {text.fusion_layer} to {text.depth - 1}"
-        )
-    chosen = model.fusion.layers[layer - text.fusion_layer]
-    assert isinstance(chosen, TextLayer)
-    return chosen.cross_attention
-
-
-def _block_attention(vision: VisionTransformer, layer: int) -> SelfAttention:
-    if not 0 <= layer < len(vision.blocks):
-        raise TercetError(f"no ViT block {layer}; the blocks are 0 to {len(vision.blocks) - 1}")
-    attention = vision.blocks[layer].attention
-    assert isinstance(attention, SelfAttention)
-    return attention
 
 
 def _unfold(weights: Tensor, pairs: int) -> Tensor:

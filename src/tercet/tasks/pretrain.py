@@ -21,7 +21,7 @@ from tercet.objectives.loss import distilled_cross_entropy
 from tercet.objectives.masking import MaskedTexts, mask_tokens
 from tercet.objectives.matching import Negatives, gumbel_noise, matching, sample_negatives
 from tercet.objectives.state import FeatureQueue, Teacher
-from tercet.tasks.task import Task
+from tercet.tasks.task import Task, TaskOutput
 
 ENCODERS = ("vision", "text", "vision_projection", "text_projection")
 PUBLISHED_RETRIEVAL_REGIONS = 4  # along a side, whatever the image's size
@@ -82,7 +82,7 @@ class TeacherOutput:
 
 
 @dataclass
-class PairOutput:
+class PairOutput(TaskOutput):
     """What a step gives.
 
     Attributes:

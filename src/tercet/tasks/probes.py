@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,16 +13,16 @@ from tercet.config import Config, DataConfig
 from tercet.data.images import decode
 from tercet.data.inputs import to_batch
 from tercet.data.json_rows import choose_layout, image_root
-from tercet.data.loader import dealt
 from tercet.data.probe_files import Benchmark, Probe, read_probes
 from tercet.data.sources import find_files
 from tercet.data.storage import is_url, missing, read_image
 from tercet.device import cosines
-from tercet.distributed import Ranks
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
-from tercet.tasks.encoding import encode_sentences, evaluating
+from tercet.tasks.encoding import encode_sentences
+from tercet.tasks.evaluation import TaskResult, map_over_ranks, require_some
 from tercet.tasks.rerank import score_image
+from tercet.tasks.task import TaskSpec
 
 SCORERS = ("similarity", "matching")
 FEWEST_OF_A_KIND = 25  # rows of a kind whose accuracy is worth a number, where there are many kinds
@@ -51,15 +50,15 @@ class ProbeSet:
     folders: list[str]
     suffixes: list[str]
 
-    def pixels(self, index: int, place: int, pixel_limit: int) -> np.ndarray:
-        """Image `place` of row `index`, uint8 `[height, width, 3]`, cut to the row's part of it.
+    def pixels(self, index: int, slot: int, pixel_limit: int) -> np.ndarray:
+        """Image `slot` of row `index`, uint8 `[height, width, 3]`, cut to the row's part of it.
 
         Raises:
             TercetError: it cannot be read or decoded; begins with the row.
             BoxOutsideError: no pixel of it lies in the row's box.
         """
         probe = self.probes[index]
-        location = f"{self.folders[index].rstrip('/')}/{probe.images[place]}{self.suffixes[index]}"
+        location = f"{self.folders[index].rstrip('/')}/{probe.images[slot]}{self.suffixes[index]}"
         try:
             image = decode(read_image(location), location, pixel_limit)
         except FileNotFoundError as error:
@@ -70,7 +69,7 @@ class ProbeSet:
             return image
         height, width = image.shape[:2]
         left, top, right, bottom = (round(side) for side in probe.crop)
-        cut = image[top:bottom, left:right]  # what reaches over an edge of the image is left out
+        cut = image[top:bottom, left:right]  # what reaches over an edge of the image is cut off
         if cut.size == 0:
             raise BoxOutsideError(
                 f"{probe.where}: the box ({left}, {top}, {right}, {bottom}) lies outside {location}, "
@@ -119,42 +118,6 @@ def _find_images(file: str, probes: list[Probe], data: DataConfig) -> tuple[str,
     return f"{root.rstrip('/')}/{inside}", suffix
 
 
-@dataclass
-class ProbeResult:
-    """Scores of every row that could be read.
-
-    Attributes:
-        benchmark: which one.
-        probes: the rows.
-        scores: for each of `SCORERS`, of each row `[images, texts]`.
-        problems: why other rows were left out.
-    """
-
-    benchmark: Benchmark
-    probes: list[Probe] = field(default_factory=list)
-    scores: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in SCORERS})
-    problems: list[str] = field(default_factory=list)
-
-    def metrics(self) -> dict[str, dict[str, float]]:
-        """Percentages by scorer: see `choice_scores`, for Winoground `winoground_scores`."""
-        kinds = [probe.kind for probe in self.probes]
-        measure = winoground_scores if self.benchmark == "winoground" else choice_scores
-        return {name: measure(scores, kinds) for name, scores in self.scores.items()}
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """How many rows were scored."""
-        return {"samples": len(self.probes)}
-
-    def predictions(self) -> list[dict[str, Any]]:
-        """The scores of each row."""
-        rows = []
-        for index, probe in enumerate(self.probes):
-            row: dict[str, Any] = {"row": probe.where, "texts": list(probe.texts)}
-            rows.append(row | {name: scores[index].tolist() for name, scores in self.scores.items()})
-        return rows
-
-
 def choice_scores(scores: Sequence[Tensor], kinds: Sequence[str]) -> dict[str, float]:
     """How often the first text, the true one, scores higher than every other; a tie counts as wrong.
 
@@ -192,86 +155,68 @@ def winoground_scores(scores: Sequence[Tensor], kinds: Sequence[str]) -> dict[st
     return result
 
 
-def evaluate_probes(model: Tercet, probes: ProbeSet, config: Config) -> ProbeResult:
-    """Score every row by the dual encoder and by the fusion encoder; rows whose image is broken are left out.
+def evaluate_probes(model: Tercet, probes: ProbeSet, config: Config) -> TaskResult:
+    """Score every row by the dual encoder and by the fusion encoder; rows whose image is broken are skipped.
 
-    The rows are shared out over the ranks, and every rank gets all scores.
+    Returns:
+        Metrics are percentages by scorer, see `choice_scores` and, for Winoground, `winoground_scores`; predictions are
+        the scores of each row.
 
     Raises:
         TercetError: a box lies outside its image, no row can be read, or the model has no tokenizer.
     """
-    result = ProbeResult(probes.benchmark)
-    ranks = Ranks()
-    rows = range(len(probes.probes))[: config.evaluate.limit]
-    done: list[_Chunk | BoxOutsideError] = []
-    with evaluating(model):
-        try:
-            for chunk, images in _chunks(probes, rows, config, model.config.vision.image_size, ranks):
-                done.append(chunk)
-                if images is not None:
-                    _score(model, probes, chunk, images, config)
-        except BoxOutsideError as error:
-            done.append(error)
-    for found in ranks.gather_interleaved(done):
-        if isinstance(found, BoxOutsideError):
-            raise found
-        result.probes += [probes.probes[row] for row in found.rows]
-        result.problems += found.problems
-        for name, scores in found.scores.items():
-            result.scores[name] += scores
-    if not result.probes:
-        raise TercetError(f"none of {len(rows)} rows can be read; the first: {result.problems[0]}")
-    return result
 
-
-@dataclass
-class _Chunk:
-    """Some rows: those that could be read, their scores as in `ProbeResult`, and why others were left out."""
-
-    rows: list[int] = field(default_factory=list)
-    scores: dict[str, list[Tensor]] = field(default_factory=lambda: {name: [] for name in SCORERS})
-    problems: list[str] = field(default_factory=list)
-
-
-def _score(model: Tercet, probes: ProbeSet, chunk: _Chunk, images: Tensor, config: Config) -> None:
-    """Fill in the scores of a chunk's rows, whose images are `[images, 3, size, size]`."""
-    device = next(model.parameters()).device
-    encoded = encode_sentences(model, [text for row in chunk.rows for text in probes.probes[row].texts], config.data)
-    image_embeds = model.encode_image(images.to(device))
-    image_feats = model.project_image(image_embeds[:, 0]).cpu()
-    image, text = 0, 0
-    for row in chunk.rows:
-        probe = probes.probes[row]
-        ours = slice(image, image + len(probe.images))
-        said = slice(text, text + len(probe.texts))
-        embeds = [tokens.to(device) for tokens in encoded.text_embeds[said]]
-        matching = [score_image(model, own, embeds).cpu() for own in image_embeds[ours]]
-        chunk.scores["similarity"].append(cosines(image_feats[ours], encoded.text_feats[said]))
-        chunk.scores["matching"].append(torch.stack(matching))
-        image, text = ours.stop, said.stop
-
-
-def _chunks(
-    probes: ProbeSet, rows: range, config: Config, size: int, ranks: Ranks
-) -> Iterator[tuple[_Chunk, Tensor | None]]:
-    """Some rows at a time with their images `[images, 3, size, size]`, None where none can be read; those chunks that
-    are dealt to this rank."""
-    batch = config.evaluate.batch_size
-    for number in dealt(-(-len(rows) // batch), ranks):
-        chunk = _Chunk()
-        images: list[np.ndarray] = []
-        for row in rows[number * batch : (number + 1) * batch]:
-            probe = probes.probes[row]
+    def score(rows: Sequence[int]) -> tuple[list[tuple[int, dict[str, Tensor]]], list[str]]:
+        images: dict[int, list[np.ndarray]] = {}
+        problems: list[str] = []
+        for row in rows:
             try:
-                own = [probes.pixels(row, place, config.data.pixel_limit) for place in range(len(probe.images))]
+                slots = range(len(probes.probes[row].images))
+                images[row] = [probes.pixels(row, slot, config.data.pixel_limit) for slot in slots]
             except BoxOutsideError:
                 raise
             except TercetError as error:
-                chunk.problems.append(str(error))
-                continue
-            chunk.rows.append(row)
-            images += own
-        yield chunk, to_batch(images, size) if images else None
+                problems.append(str(error))
+        return _score_rows(model, probes, images, config) if images else [], problems
+
+    rows = range(len(probes.probes))[: config.evaluate.limit]
+    parts = map_over_ranks(score, rows, config.evaluate.batch_size)
+    found = [(probes.probes[row], scores) for part, _ in parts for row, scores in part]
+    problems = [problem for _, part in parts for problem in part]
+    require_some(found, len(rows), "rows", problems)
+    measure = winoground_scores if probes.benchmark == "winoground" else choice_scores
+    kinds = [probe.kind for probe, _ in found]
+    return TaskResult(
+        metrics={name: measure([scores[name] for _, scores in found], kinds) for name in SCORERS},
+        sizes={"samples": len(found)},
+        problems=problems,
+        predictions=[
+            {"row": probe.where, "texts": list(probe.texts)} | {name: own.tolist() for name, own in scores.items()}
+            for probe, scores in found
+        ],
+    )
+
+
+def _score_rows(
+    model: Tercet, probes: ProbeSet, images: dict[int, list[np.ndarray]], config: Config
+) -> list[tuple[int, dict[str, Tensor]]]:
+    """For each row, whose decoded `images` are given, and by each scorer, `[images, texts]`."""
+    device = model.temperature.device
+    texts = encode_sentences(model, [text for row in images for text in probes.probes[row].texts], config.data)
+    batch = to_batch([image for own in images.values() for image in own], model.config.vision.image_size)
+    image_embeds = model.encode_image(batch.to(device))
+    image_feats = model.project_image(image_embeds[:, 0]).cpu()
+    scored: list[tuple[int, dict[str, Tensor]]] = []
+    image, text = 0, 0
+    for row, own in images.items():
+        shown = slice(image, image + len(own))
+        asked = slice(text, text + len(probes.probes[row].texts))
+        tokens = [embeds.to(device) for embeds in texts.text_embeds[asked]]
+        matching = torch.stack([score_image(model, embeds, tokens).cpu() for embeds in image_embeds[shown]])
+        similarity = cosines(image_feats[shown], texts.text_feats[asked])
+        scored.append((row, {"similarity": similarity, "matching": matching}))
+        image, text = shown.stop, asked.stop
+    return scored
 
 
 def _by_kind(right: Sequence[bool], kinds: Sequence[str]) -> dict[str, list[bool]]:
@@ -283,3 +228,6 @@ def _by_kind(right: Sequence[bool], kinds: Sequence[str]) -> dict[str, list[bool
 
 def _percent(right: Sequence[bool]) -> float:
     return 100.0 * sum(right) / len(right)
+
+
+TASKS = {"probes": TaskSpec(open=open_probes, evaluate=evaluate_probes)}

@@ -13,30 +13,24 @@ What `tercet evaluate --predictions FILE` writes is read, and the forms of the o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import PurePosixPath
 from typing import Any
 
-import torch
-
 from tercet.config import DataConfig
-from tercet.data.entailment_files import LABELS
 from tercet.data.grounding_files import open_expressions
 from tercet.data.json_rows import read_objects
-from tercet.data.nlvr_files import TRUTHS
-from tercet.data.samples import Sample, SampleSource
+from tercet.data.samples import SampleSource
 from tercet.data.sources import open_sources
 from tercet.data.storage import read_text
 from tercet.data.tokenizer import clean_caption
+from tercet.data.vqa_files import read_gold, read_results
 from tercet.errors import TercetError
-from tercet.tasks.entailment import EntailmentResult, open_entailments
-from tercet.tasks.grounding import Found, as_box, grounding_scores
-from tercet.tasks.labelling import Guesses
-from tercet.tasks.nlvr import StatementResult, open_statements
+from tercet.tasks.classification import ENTAILMENT, NLVR, ClassHead, open_entailments, open_statements
+from tercet.tasks.evaluation import Metrics
+from tercet.tasks.grounding import Localization, as_box, grounding_metrics
 from tercet.tasks.retrieval import RANKS
-from tercet.tasks.vqa_score import score_files
-
-Metrics = dict[str, dict[str, float]]
+from tercet.tasks.vqa import vqa_accuracy
 
 # A root that no image is ever read from: of a URL the readers do not ask whether the first images are there.
 _NO_IMAGES = "memory://"
@@ -93,37 +87,59 @@ def score_retrieval(predictions: str, gold: str, data: DataConfig) -> Metrics:
         if missing is not None:
             raise TercetError(f"{predictions}: no results for {missing[:60]!r}; every query of {gold} needs them")
         for rank in RANKS:
-            result[f"{way}_r{rank}"] = 100.0 * sum(place < rank for place in ranks[way]) / len(ranks[way])
+            result[f"{way}_r{rank}"] = 100.0 * sum(rank_found < rank for rank_found in ranks[way]) / len(ranks[way])
     if not result:
         raise TercetError(f"{predictions}: no results in it")
     return {"recall": result}
 
 
 def score_questions(predictions: str, gold: str, data: DataConfig) -> Metrics:
-    """The official accuracy of answers."""
+    """The official accuracy of answers; like the official evaluation, it refuses unequal sets of questions."""
     del data  # annotations name no columns
-    return score_files(predictions, gold).metrics()
+    answers, golds = read_results(predictions), read_gold(gold)
+    missing = [question for question in golds if question not in answers]
+    if missing:
+        raise TercetError(
+            f"{predictions}: no answer to question {missing[0]} ({len(missing)} of {len(golds)} questions have none); "
+            "every question needs one"
+        )
+    unknown = [question for question in answers if question not in golds]
+    if unknown:
+        raise TercetError(
+            f"{predictions}: question {unknown[0]} is not among the annotated ones ({len(unknown)} are not); "
+            "give the annotations of the same split"
+        )
+    return {"accuracy": vqa_accuracy((answers[question], gold) for question, gold in golds.items())}
 
 
 def score_entailment(predictions: str, gold: str, data: DataConfig) -> Metrics:
     """Accuracy and confusion of labels."""
-    source = open_entailments([gold], data, "test")
-    rows = _matched(read_objects(predictions), source, "id", predictions, lambda sample: sample.target["id"])
-    chosen = [_label(row, where, {label: place for place, label in enumerate(LABELS)}) for where, row in rows]
-    return EntailmentResult(_guesses(chosen, source, len(LABELS))).metrics()
+    return _score_labels(ENTAILMENT, read_objects(predictions), predictions, open_entailments([gold], data, "test"))
 
 
 def score_statements(predictions: str, gold: str, data: DataConfig) -> Metrics:
     """Accuracy and consistency of verdicts."""
-    source = open_statements([gold], data, "test")
-    rows = _matched(_verdicts(predictions), source, "identifier", predictions, lambda sample: sample.target["id"])
-    return StatementResult(_guesses([_label(row, where, TRUTHS) for where, row in rows], source, 2)).metrics()
+    return _score_labels(NLVR, _verdicts(predictions), predictions, open_statements([gold], data, "test"))
+
+
+def _score_labels(
+    head: ClassHead, rows: Iterable[tuple[str, dict[str, Any]]], file: str, source: SampleSource
+) -> Metrics:
+    matched = _matched(rows, source, head.id_key, file, "id")
+    numbers = {name.lower(): number for number, name in enumerate(head.classes)}
+    chosen = []
+    for where, row in matched:
+        label = str(row.get("label"))
+        if label.lower() not in numbers:
+            raise TercetError(f"{where}: the label {label!r} is none of {', '.join(head.classes)}")
+        chosen.append(numbers[label.lower()])
+    return head.metrics(chosen, [source.sample(index).target for index in range(source.sample_count)])
 
 
 def score_grounding(predictions: str, gold: str, data: DataConfig) -> Metrics:
     """Pointing and chosen boxes."""
     source = open_expressions([gold], data, "test")
-    rows = _matched(read_objects(predictions), source, "ref_id", predictions, lambda sample: sample.target["ref_id"])
+    rows = _matched(read_objects(predictions), source, "ref_id", predictions, "ref_id")
     found = []
     for index, (where, row) in enumerate(rows):
         sample = source.sample(index)
@@ -132,14 +148,14 @@ def score_grounding(predictions: str, gold: str, data: DataConfig) -> Metrics:
             raise TercetError(f"{where}: neither 'point' [x, y] nor 'box' [left, top, right, bottom]")
         size = sample.target["size"]
         found.append(
-            Found(
+            Localization(
                 sample,
                 None if size is None else (size[0], size[1]),
                 None if point is None else (point[0], point[1]),
                 None if box is None else as_box(box),
             )
         )
-    return grounding_scores(found)
+    return grounding_metrics(found)
 
 
 SCORERS: dict[str, Callable[[str, str, DataConfig], Metrics]] = {
@@ -156,37 +172,37 @@ def _matched(
     source: SampleSource,
     id_key: str,
     file: str,
-    id_of: Callable[[Sample], Any],
+    target_key: str,
 ) -> list[tuple[str, dict[str, Any]]]:
     """The prediction of each sample, in the order of the source, found by `sample` or else by the official id."""
     samples = [source.sample(index) for index in range(source.sample_count)]
-    by_name = {_row_name(sample.key): place for place, sample in enumerate(samples)}
+    by_name = {_row_name(sample.key): index for index, sample in enumerate(samples)}
     by_id: dict[str, list[int]] = {}
-    for place, sample in enumerate(samples):
-        by_id.setdefault(str(id_of(sample)), []).append(place)
+    for index, sample in enumerate(samples):
+        by_id.setdefault(str(sample.target[target_key]), []).append(index)
     found: dict[int, tuple[str, dict[str, Any]]] = {}
     for where, row in rows:
         if isinstance(row.get("sample"), str):
-            place = by_name.get(_row_name(row["sample"]))
+            index = by_name.get(_row_name(row["sample"]))
             name = row["sample"]
         elif row.get(id_key) is not None:
             name = f"{id_key} {row[id_key]}"
-            places = by_id.get(str(row[id_key]), [])
-            if len(places) > 1:
-                raise TercetError(f"{where}: {len(places)} samples have the {name}; name one by 'sample'")
-            place = places[0] if places else None
+            named = by_id.get(str(row[id_key]), [])
+            if len(named) > 1:
+                raise TercetError(f"{where}: {len(named)} samples have the {name}; name one by 'sample'")
+            index = named[0] if named else None
         else:
             raise TercetError(f"{where}: neither 'sample' nor {id_key!r} says which sample it is of")
-        if place is None:
+        if index is None:
             raise TercetError(f"{where}: {name} is not among the annotations; give those of the same split")
-        if place in found:
-            raise TercetError(f"{where}: a second prediction of {name}; the first is {found[place][0]}")
-        found[place] = where, row
-    for place, sample in enumerate(samples):
-        if place not in found:
+        if index in found:
+            raise TercetError(f"{where}: a second prediction of {name}; the first is {found[index][0]}")
+        found[index] = where, row
+    for index, sample in enumerate(samples):
+        if index not in found:
             missing = len(samples) - len(found)
             raise TercetError(f"{file}: no prediction of {sample.key} ({missing} of {len(samples)} have none)")
-    return [found[place] for place in range(len(samples))]
+    return [found[index] for index in range(len(samples))]
 
 
 def _verdicts(file: str) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -201,26 +217,6 @@ def _verdicts(file: str) -> Iterable[tuple[str, dict[str, Any]]]:
         if not comma:
             raise TercetError(f"{file} line {number}: {line[:60]!r} is not 'identifier,label'")
         yield f"{file} line {number}", {"identifier": identifier.strip(), "label": label.strip()}
-
-
-def _label(row: dict[str, Any], where: str, places: dict[str, int]) -> int:
-    label = row.get("label")
-    name = str(label) if str(label) in places else str(label).lower()
-    if name not in places:
-        raise TercetError(f"{where}: the label {label!r} is none of {', '.join(places)}")
-    return places[name]
-
-
-def _guesses(chosen: Sequence[int], source: SampleSource, classes: int) -> Guesses:
-    samples = [source.sample(index) for index in range(source.sample_count)]
-    targets = [sample.target for sample in samples]
-    return Guesses(
-        torch.nn.functional.one_hot(torch.tensor(chosen), classes).float(),
-        torch.tensor([target["label"] for target in targets]),
-        targets,
-        [sample.key for sample in samples],
-        list(source.problems),
-    )
 
 
 def _numbers(row: dict[str, Any], key: str, count: int, where: str) -> list[float] | None:

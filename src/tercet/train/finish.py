@@ -13,9 +13,9 @@ from tercet.distributed import is_sharded
 from tercet.files import write_atomic
 from tercet.model.hub import CARD, empty_model, save_model
 from tercet.model.tercet import Tercet
-from tercet.tasks.build import evaluate_task, kind_of
+from tercet.tasks.evaluation import TaskResult
 from tercet.tasks.retrieval import RetrievalResult
-from tercet.tasks.task import TaskResult
+from tercet.tasks.task import evaluate_task, get_task
 from tercet.train.card import run_card
 from tercet.train.checkpoint import Best
 from tercet.train.pictures import GALLERY, HEATMAPS, SIMILARITY, gallery_entries, heatmaps, similarity_matrix
@@ -62,7 +62,7 @@ def save_student(session: Session, name: str) -> None:
 def validate(session: Session, tracker: Tracker, gallery: bool = False) -> None:
     """Evaluate on the validation source, and keep checkpoint and model where they are the best so far."""
     result = evaluate_split(session, tracker, "validation", gallery)
-    judged = None if result is None else headline(result, kind_of(session.config.task).judged_by)
+    judged = None if result is None else headline(result, get_task(session.config.task).selection_metrics)
     if judged is None:
         return
     best, (metric, value) = session.checkpoints.best, judged
@@ -77,7 +77,7 @@ def validate(session: Session, tracker: Tracker, gallery: bool = False) -> None:
 
 def headline(result: TaskResult, judged_by: Sequence[str]) -> tuple[str, float] | None:
     """Name and value of the first of `judged_by` that there is, such as `reranked.r_mean`."""
-    metrics = result.metrics()
+    metrics = result.metrics
     for name in judged_by:
         group, _, metric = name.partition(".")
         if metric in metrics.get(group, {}):
@@ -99,8 +99,8 @@ def evaluate_split(
     if result is None:
         return None
     space = {"space": result.space} if isinstance(result, RetrievalResult) else {}
-    tracker.log_evaluation(session.step, split, result.metrics() | space | {"size": result.sizes})
-    for name, metrics in result.metrics().items():
+    tracker.log_evaluation(session.step, split, result.metrics | space | {"size": result.sizes})
+    for name, metrics in result.metrics.items():
         words = " ".join(f"{key} {value:.1f}" for key, value in metrics.items())
         tracker.event(session.step, f"{split}, {name}: {words}")
     for problem in result.problems[:5]:

@@ -16,9 +16,9 @@ from tercet.data.loader import picture
 from tercet.data.sources import Source
 from tercet.model.hub import require_tokenizer
 from tercet.model.tercet import Tercet
-from tercet.tasks.encoding import evaluating
-from tercet.tasks.heatmaps import average_words, contrast_heatmaps, matching_heatmaps, to_grid
-from tercet.tasks.retrieval import RetrievalResult, ranks
+from tercet.tasks.evaluation import evaluating
+from tercet.tasks.heatmaps import average_words, contrast_heatmaps, match_heatmaps, to_grid
+from tercet.tasks.retrieval import RetrievalResult, query_ranks
 
 GALLERY, SIMILARITY, HEATMAPS = "gallery.json", "similarity.json", "heatmaps.json"
 GALLERY_QUERIES = 24
@@ -33,7 +33,7 @@ Json = dict[str, Any]
 
 def gallery_entries(result: RetrievalResult, source: Source, pixel_limit: int) -> list[Json]:
     """Queries spread over the captions, each with its best images and where the right one came."""
-    _, image_ranks = ranks(result.scores, result.image_of_text)
+    _, image_ranks = query_ranks(result.scores, result.image_of_text)
     entries: list[Json] = []
     for text in _spread(len(result.captions), GALLERY_QUERIES):
         right = int(result.image_of_text[text])
@@ -87,7 +87,7 @@ def heatmaps(model: Tercet, result: RetrievalResult, source: Source, pixel_limit
             text_embeds = model.encode_text(input_ids.to(device), mask)
             words: list[Json] = []
             if fused:
-                maps = matching_heatmaps(model, model.encode_image(pixels), text_embeds, mask)
+                maps, _ = match_heatmaps(model, model.encode_image(pixels), text_embeds, mask)
                 whole = average_words(maps, mask)[0]
                 words = [
                     {"word": word, "overlay": overlay(image, to_grid(own.cpu(), size, size))}

@@ -24,8 +24,19 @@ from tercet.model.hub import load_model, require_tokenizer
 from tercet.model.layers import set_grad_checkpointing
 from tercet.model.tercet import Tercet
 from tercet.model.vision import resize_position_embed
-from tercet.tasks.build import build_loader, build_task, further_texts, kind_of, open_data, words_of
-from tercet.tasks.task import Loader, StepBatch, Task, TaskData, within_positions
+from tercet.tasks.evaluation import within_positions
+from tercet.tasks.task import (
+    Loader,
+    StepBatch,
+    Task,
+    TaskData,
+    build_loader,
+    build_task,
+    further_texts,
+    get_task,
+    open_data,
+    tokenizer_texts,
+)
 from tercet.train.checkpoint import Checkpoints, Position, list_checkpoints
 from tercet.train.compilation import compile_encoders, compiled_models
 from tercet.train.lock import FolderLock
@@ -123,7 +134,7 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
     data = within_positions(config.data, student)
     config = config.model_copy(update={"model": student.config, "data": data, "output": str(folder)})
     student.tokenizer = tokenizer
-    adopt = kind_of(config.task).adopt
+    adopt = get_task(config.task).prepare_student
     if adopt is not None:
         messages += adopt(student, source, config)
     task, trained = _assemble(config, student, placement)
@@ -235,13 +246,13 @@ def _build_student(config: Config, source: TaskData, folder: Path, ranks: Ranks)
         size = config.model.vision.image_size
         if "vision" in config.model.model_fields_set and size != student.config.vision.image_size:
             resize_images(student, size)
-        made = student.add_heads([*config.model.heads, *kind_of(config.task).heads])
+        made = student.add_heads([*config.model.heads, *get_task(config.task).heads])
         new = f"; new in it: {', '.join(made)}" if made else ""
         return student, tokenizer, [f"starts from {config.init}{new}"]
     tokenizer, messages = ranks.on_rank0(lambda: find_tokenizer(config, source, folder / TOKENIZER))
     student = Tercet(_fitted(config.model, tokenizer, config.data.max_tokens))
     # Added and not built in, so that they start alike in a new run, a resumed one and a fine-tuning.
-    student.add_heads([*config.model.heads, *kind_of(config.task).heads])
+    student.add_heads([*config.model.heads, *get_task(config.task).heads])
     return student, tokenizer, messages
 
 
@@ -257,7 +268,7 @@ def find_tokenizer(config: Config, source: TaskData, saved: Path) -> tuple[Token
         return Tokenizer.load(saved), []
     if config.data.tokenizer is not None:
         return Tokenizer.load(config.data.tokenizer), []
-    texts = itertools.chain(words_of(config.task, source, config.data), further_texts(config.data))
+    texts = itertools.chain(tokenizer_texts(config.task, source, config.data), further_texts(config.data))
     tokenizer = Tokenizer.train(texts, config.data.tokenizer_size)
     return tokenizer, [f"trained a tokenizer of {tokenizer.vocabulary_size} word pieces on the texts"]
 
