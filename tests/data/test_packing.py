@@ -136,4 +136,4 @@ def test_only_the_pairs_that_a_filter_kept(
     assert [source.captions(index) for index in range(source.image_count)] == [["second 1"], ["second 3"]]
     (tmp_path / "kept.jsonl").write_text("nonsense\n")
     assert main(["data", "pack", str(annotations), "--output", str(out), *flags]) == 2
-    assert "kept.jsonl: not a line of JSON a pair" in capsys.readouterr().err
+    assert "kept.jsonl: not JSON lines" in capsys.readouterr().err

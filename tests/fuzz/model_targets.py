@@ -21,7 +21,7 @@ from tercet.model.convert import convert
 from tercet.model.hub import load_model, save_model
 from tercet.model.published import state_to_published
 from tercet.model.weights_file import read_weights
-from tercet.report.record import read_run
+from tercet.report.run import read_run
 from tercet.train.checkpoint import Checkpoints, Position, list_checkpoints
 from tiny_model import make_model
 

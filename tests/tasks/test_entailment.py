@@ -65,7 +65,7 @@ def test_the_command_line_measures_and_writes_predictions(
     assert main(["evaluate", str(run / "model"), *flags, "--task", "entailment"]) == 0
     table = capsys.readouterr().out
     assert f"{metrics['entailment']['accuracy']:.2f}" in table
-    assert "confusion: right, then chosen  contradiction" in table
+    assert "confusion: label, then predicted  contradiction" in table
     assert "entailment" in (run / "model" / "config.json").read_text()
 
 

@@ -75,7 +75,7 @@ def test_told_to_stop_it_leaves_a_checkpoint_and_goes_on(tmp_path: Path) -> None
     ("words", "place", "told"),
     [
         ("train demo --processes 0", {}, "--processes 0 would train nothing"),
-        ("train demo --processes=2", {"RANK": "0"}, "torchrun has started the processes; leave --processes out"),
+        ("train demo --processes=2", {"RANK": "0"}, "remove --processes"),
         ("demo", {"RANK": "0"}, "under torchrun use tercet train demo"),
     ],
 )

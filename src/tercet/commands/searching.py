@@ -46,10 +46,10 @@ def index(
     from tercet.search.build import build_index
     from tercet.search.index import Index
 
-    model = model or (Index.open(output).model if Index.exists(output) else None) or DEMO_MODEL
-    predictor = load_predictor(model)
-    path = Path(model).expanduser()
-    lasting = str(path.absolute()) if path.exists() else model  # valid in any working folder
+    name = model or (Index.open(output).model if Index.exists(output) else DEMO_MODEL)
+    predictor = load_predictor(name)
+    path = Path(name).expanduser()
+    lasting = str(path.absolute()) if path.exists() else name  # valid in any working folder
     with progress_bar("embedding", "images") as progress:
         embed = None
         if engine == "ray":
@@ -228,11 +228,11 @@ def _print_hits(hits: list[Hit], pictures: Sequence[RenderableType]) -> None:
 
 def _write_page(query: Query, index: Index, name: str, hits: list[Hit], path: Path) -> Path:
     from tercet.data.inputs import to_pixels
-    from tercet.report.search_page import FoundImage, write_search_page
+    from tercet.report.page import SearchResult, write_search_page
     from tercet.search.build import make_thumbnail
 
     thumbnails = index.thumbnails([hit.id for hit in hits] + ([query.like] if query.like else []))
-    asked = {
+    parts = {
         "words": query.text,
         "image": query.image,
         "like": query.like,
@@ -242,10 +242,10 @@ def _write_page(query: Query, index: Index, name: str, hits: list[Hit], path: Pa
     }
     image = make_thumbnail(to_pixels(query.image)) if query.image else thumbnails.get(query.like or "")
     found = [
-        FoundImage(hit.id, hit.uri, hit.caption, hit.cosine, hit.match, hit.dual_rank, thumbnails.get(hit.id, b""))
+        SearchResult(hit.id, hit.uri, hit.caption, hit.cosine, hit.match, hit.dual_rank, thumbnails.get(hit.id, b""))
         for hit in hits
     ]
-    return write_search_page(found, {key: str(value) for key, value in asked.items() if value}, path, image)
+    return write_search_page(found, {key: str(value) for key, value in parts.items() if value}, path, image)
 
 
 def _print_report(report: IndexReport, count: int, path: str) -> None:

@@ -1,1 +1,1 @@
-"""What a run gave, for people: one offline page a run folder, and pictures for the documentation."""
+"""Reports: a run, several runs, a search or an explanation, for people to look at."""

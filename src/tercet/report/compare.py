@@ -1,4 +1,4 @@
-"""Several runs on one page: what they reached, how they went, and in which settings they differ."""
+"""Several runs on one page: their results, their curves, and the settings in which they differ."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tercet.errors import TercetError
 from tercet.files import write_atomic
-from tercet.report.figures import RUN_COLOURS, curves_svg
-from tercet.report.page import CUTOFFS, LOSSES, MEASURES, OVER_TIME, UNSMOOTHED, html_page
-from tercet.report.record import RunRecord, finite, read_run
-from tercet.report.words import count, minutes, number, plural, text
+from tercet.report.figures import RUN_COLOURS, comparison_chart
+from tercet.report.html import figure, header, html_page, missing_section, number, plural, section
+from tercet.report.page import CUTOFFS, GROUPS, LOSSES, OVER_TIME, TRAINING, UNSMOOTHED, run_facts
+from tercet.report.run import Run, is_finite, read_run
 
-# Settings that name a run instead of shaping it.
-NAMES = ("name", "output")
-GROUPS = {"dual": "dual encoder", "reranked": "re-ranked"}
-METRICS = {
+NAMES = ("name", "output")  # settings that name a run instead of shaping it
+RECALLS = {
     "r_mean": "mean",
     **{f"text_r{k}": f"image → text R@{k}" for k in CUTOFFS},
     **{f"image_r{k}": f"text → image R@{k}" for k in CUTOFFS},
@@ -26,11 +26,11 @@ METRICS = {
 }
 LOWER_IS_BETTER = ("alignment", "image_uniformity", "text_uniformity", "modality_gap")
 
-Reached = dict[tuple[str, str, str], float]
+Runs = Mapping[str, Run]  # by the names that the page gives them
 
 
 def write_comparison(run_folders: Sequence[str | Path], file: str | Path) -> Path:
-    """Write one page that lays runs beside one another.
+    """Write one page that compares runs.
 
     Args:
         run_folders: two or more.
@@ -39,172 +39,134 @@ def write_comparison(run_folders: Sequence[str | Path], file: str | Path) -> Pat
     Raises:
         TercetError: fewer than two, no such run folder, or the file cannot be written.
     """
-    if len(run_folders) < 2:
-        raise TercetError("a comparison needs two runs at least")
-    if len({Path(folder).resolve() for folder in run_folders}) < len(run_folders):
-        raise TercetError("a run stands twice; name each once")
-    records = [read_run(folder) for folder in run_folders]
-    names = _names(records)
-    title = " and ".join(names) if len(names) == 2 else f"{len(names)} runs"
-    sections = (
-        f"<header><p class=kicker>Tercet runs</p><h1>{escape(title)}</h1></header>",
-        _missing(records, names),
-        _facts(records, names),
-        _reached(records, names),
-        _differences(records, names),
-        _curves(records, names, "Losses", LOSSES, "moving averages"),
-        _over_time(records, names),
-        _curves(records, names, "Training", MEASURES, "by step"),
-    )
-    return write_atomic(file, html_page(title, sections))
-
-
-def _names(records: Sequence[RunRecord]) -> list[str]:
-    """What each run is called here: its folder's name, with more of the path where that does not tell them apart."""
-    paths = [record.folder.resolve() for record in records]
-    depth = 1
+    paths = [Path(folder).resolve() for folder in run_folders]
+    if len(paths) < 2:
+        raise TercetError("a comparison needs at least two runs")
+    if len(set(paths)) < len(paths):
+        raise TercetError("a run is named twice; name each once")
+    depth = 1  # of the path, as much as tells the runs apart
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
-    return [str(Path(*path.parts[-depth:])) for path in paths]
-
-
-def _missing(records: Sequence[RunRecord], names: Sequence[str]) -> str:
-    sentences = [
-        f"<li>{escape(name)}: {escape(sentence)}</li>"
-        for record, name in zip(records, names, strict=True)
-        for sentence in record.missing
+    runs = {str(Path(*path.parts[-depth:])): read_run(folder) for path, folder in zip(paths, run_folders, strict=True)}
+    title = " and ".join(runs) if len(runs) == 2 else f"{len(runs)} runs"
+    sections = [
+        header("Tercet runs", title, {}),
+        missing_section((name, sentence) for name, run in runs.items() for sentence in run.missing),
+        _facts(runs),
+        _results(runs),
+        _differences(runs),
+        _charts(runs, "Losses", LOSSES, "moving averages"),
+        _over_time(runs),
+        _charts(runs, "Training", TRAINING, "by step"),
     ]
-    return f"<aside><h2>What is missing</h2><ul>{''.join(sentences)}</ul></aside>" if sentences else ""
+    return write_atomic(file, html_page(f"{title} – Tercet report", sections))
 
 
-def _table(names: Sequence[str], rows: str) -> str:
-    head = "".join(f"<th scope=col>{_key(place)}{escape(name)}</th>" for place, name in enumerate(names))
+def _table(runs: Runs, rows: str) -> str:
+    head = "".join(f"<th scope=col>{_key(index)}{escape(name)}</th>" for index, name in enumerate(runs))
     head = f"<thead><tr><td></td>{head}</tr></thead>"
-    return f"<div class=scroll><table class=runs>{head}<tbody>{rows}</tbody></table></div>"
+    return f"<div class=scroll><table class=runs>{head}<tbody>{rows}</tbody></table></div>" if rows else ""
 
 
-def _key(place: int) -> str:
-    return f'<i class=key style="background:var(--run-{place % len(RUN_COLOURS) + 1})"></i>'
-
-
-def _facts(records: Sequence[RunRecord], names: Sequence[str]) -> str:
-    facts = {
-        "Recipe": [text(record.facts.get("recipe")) for record in records],
-        "Pairs": [count(record.facts.get("pairs")) for record in records],
-        "Steps": [count(record.train[-1]["step"]) if record.train else None for record in records],
-        "Epochs": [number(record.train[-1].get("epoch")) if record.train else None for record in records],
-        "Minutes": [minutes(record.seconds) for record in records],
-        "Parameters": [count(record.facts.get("parameters")) for record in records],
-        "Machine": [text(record.facts.get("machine")) for record in records],
-    }
-    rows = "".join(_row(name, values) for name, values in facts.items() if any(values))
-    return f"<section><h2>Runs</h2>{_table(names, rows)}</section>"
+def _key(index: int) -> str:
+    return f'<i class=key style="background:var(--run-{index % RUN_COLOURS + 1})"></i>'
 
 
 def _row(name: str, values: Sequence[str | None], best: Sequence[bool] = ()) -> str:
-    marks = [" class=top" if place < len(best) and best[place] else "" for place in range(len(values))]
+    marks = [" class=top" if index < len(best) and best[index] else "" for index in range(len(values))]
     cells = "".join(f"<td{mark}>{value or '–'}</td>" for value, mark in zip(values, marks, strict=True))
     return f"<tr><th scope=row>{name}</th>{cells}</tr>"
 
 
-def _measured(record: RunRecord) -> Reached:
-    """The last evaluation of each data: `(data, group, metric)` to its value."""
-    latest = {str(line.get("data", "evaluation")): line for line in record.evaluations}
-    return {
-        (data, group, metric): float(value)
-        for data, line in latest.items()
-        for group, numbers in line.items()
-        if isinstance(numbers, dict) and group != "size"
-        for metric, value in numbers.items()
-        if finite(value)
-    }
+def _facts(runs: Runs) -> str:
+    facts = [run_facts(run) for run in runs.values()]
+    rows = "".join(_row(name, [own[name] for own in facts]) for name in facts[0] if any(own[name] for own in facts))
+    return section("Runs", _table(runs, rows))
 
 
-def _reached(records: Sequence[RunRecord], names: Sequence[str]) -> str:
-    reached = [_measured(record) for record in records]
+def _results(runs: Runs) -> str:
+    """The last evaluation of every run on each data, number by number."""
+    measured: list[dict[tuple[str, str, str], float]] = [
+        {
+            (data, group, metric): float(value)
+            for data, line in run.last_evaluations.items()
+            for group, numbers in line.items()
+            if isinstance(numbers, dict) and group != "size"
+            for metric, value in numbers.items()
+            if is_finite(value)
+        }
+        for run in runs.values()
+    ]
     rows, heading = "", None
-    for key in dict.fromkeys(key for own in reached for key in own):
+    for key in dict.fromkeys(key for own in measured for key in own):
         data, group, metric = key
         if (data, group) != heading:
             heading = (data, group)
-            title = f"{data} data: {GROUPS.get(group, group)}"
-            rows += f"<tr class=group><th colspan={len(names) + 1}>{escape(title)}</th></tr>"
-        values = [own.get(key) for own in reached]
-        there = [value for value in values if value is not None]
-        best = min(there) if metric in LOWER_IS_BETTER else max(there)
-        tops = [value == best and len(set(there)) > 1 for value in values]
-        rows += _row(
-            escape(METRICS.get(metric, metric.replace("_", " "))),
-            [None if v is None else number(v) for v in values],
-            tops,
-        )
-    if not rows:
-        return ""
-    note = "the last evaluation of each; the best of a row is bold"
-    return f"<section><h2>Reached <small>{note}</small></h2>{_table(names, rows)}</section>"
+            title = f"{data} data: {GROUPS.get(group, group).lower()}"
+            rows += f"<tr class=group><th colspan={len(runs) + 1}>{escape(title)}</th></tr>"
+        values = [own.get(key) for own in measured]
+        present = [value for value in values if value is not None]
+        best = min(present) if metric in LOWER_IS_BETTER else max(present)
+        tops = [value == best and len(set(present)) > 1 for value in values]
+        rows += _row(escape(RECALLS.get(metric, metric.replace("_", " "))), [number(value) for value in values], tops)
+    return section("Results", _table(runs, rows), "the last evaluation of each; the best of a row is bold")
 
 
-def _differences(records: Sequence[RunRecord], names: Sequence[str]) -> str:
-    settings = [dict(_leaves(record.config)) for record in records]
+def _differences(runs: Runs) -> str:
+    settings = [dict(_leaves(run.config)) for run in runs.values()]
     keys = dict.fromkeys(key for own in settings for key in own)
+    differing = [key for key in keys if len({repr(own.get(key)) for own in settings}) > 1]
     rows = "".join(
         _row(f"<code>{escape(key)}</code>", [_setting(own, key) for own in settings])
-        for key in keys
-        if key not in NAMES and len({repr(own.get(key)) for own in settings}) > 1
+        for key in differing
+        if key not in NAMES
     )
-    same = sum(len({repr(own.get(key)) for own in settings}) == 1 for key in keys)
+    same = len(keys) - len(differing)
     note = f"{plural(same, 'setting')} of the config {'is' if same == 1 else 'are'} the same"
-    body = _table(names, rows) if rows else "<p>None.</p>"
-    return f"<section><h2>Settings that differ <small>{note}</small></h2>{body}</section>"
+    return section("Settings that differ", _table(runs, rows) or "<p>None.</p>", note)
 
 
-def _leaves(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _setting(own: Mapping[str, Any], key: str) -> str:
+def _setting(own: Mapping[str, Any], key: str) -> str | None:
     if key not in own:
-        return "–"
+        return None
     value = own[key]
     shown = ", ".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
     return f"<code>{escape(shown)}</code>"
 
 
-def _curves(
-    records: Sequence[RunRecord], names: Sequence[str], title: str, wanted: Mapping[str, str], note: str
-) -> str:
+def _charts(runs: Runs, title: str, names: Mapping[str, str], note: str) -> str:
     panels = []
-    for key, name in wanted.items():
-        curves = [(place, *record.series(key)) for place, record in enumerate(records)]
-        shown = [curve for curve in curves if len(curve[1])]
-        if shown:
-            svg = curves_svg(shown, f"{name} by step", smoothed=key not in UNSMOOTHED)
-            panels.append(f"<figure><figcaption><span>{name} <code>{key}</code></span></figcaption>{svg}</figure>")
-    return _section(names, title, note, panels)
+    for key, name in names.items():
+        curves = _curves(run.curve(key) for run in runs.values())
+        if curves:
+            svg = comparison_chart(curves, f"{name} by step", smoothed=key not in UNSMOOTHED)
+            panels.append(figure(name, key, svg))
+    return _panels(runs, title, note, panels)
 
 
-def _over_time(records: Sequence[RunRecord], names: Sequence[str]) -> str:
+def _over_time(runs: Runs) -> str:
     panels = []
-    for data in dict.fromkeys(str(line.get("data")) for record in records for line in record.evaluations):
+    for data in dict.fromkeys(data for run in runs.values() for data in run.last_evaluations):
         for (group, key), label in OVER_TIME.items():
-            curves = [(place, *record.evaluation_series(data, group, key)) for place, record in enumerate(records)]
-            shown = [curve for curve in curves if len(curve[1])]
-            if any(len(curve[1]) > 1 for curve in shown):
-                svg = curves_svg(shown, f"{label}, {data}", smoothed=False)
-                caption = f"<span>{escape(label)}, {escape(data)}</span>"
-                panels.append(f"<figure><figcaption>{caption}</figcaption>{svg}</figure>")
-    return _section(names, "Evaluations over time", "by step", panels)
+            curves = _curves(run.evaluation_curve(data, group, key) for run in runs.values())
+            if any(len(steps) > 1 for _, steps, _ in curves):
+                name = f"{label}, {data}"
+                panels.append(figure(name, "", comparison_chart(curves, name, smoothed=False)))
+    return _panels(runs, "Evaluations over time", "by step", panels)
 
 
-def _section(names: Sequence[str], title: str, note: str, panels: Sequence[str]) -> str:
-    if not panels:
-        return ""
-    keys = " &nbsp; ".join(f"{_key(place)}{escape(name)}" for place, name in enumerate(names))
-    return (
-        f"<section><h2>{title} <small>{note}</small></h2><p class=legend>{keys}</p>"
-        f"<div class=panels>{''.join(panels)}</div></section>"
-    )
+def _curves(curves: Iterator[tuple[np.ndarray, np.ndarray]]) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    return [(index, steps, values) for index, (steps, values) in enumerate(curves) if len(steps)]
+
+
+def _panels(runs: Runs, title: str, note: str, panels: Sequence[str]) -> str:
+    keys = " &nbsp; ".join(f"{_key(index)}{escape(name)}" for index, name in enumerate(runs))
+    return section(title, f"<div class=panels>{''.join(panels)}</div>" if panels else "", note, keys)
