@@ -75,7 +75,8 @@ def line_chart(curves: Sequence[Curve], name: str, limits: tuple[float, float] |
     curves = [curve._replace(steps=_thin(curve.steps), values=_thin(curve.values)) for curve in curves]
     left, right = (limit(curve.steps[place] for curve in curves) for limit, place in ((min, 0), (max, -1)))
     low, high = limits or (min(curve.values.min() for curve in curves), max(curve.values.max() for curve in curves))
-    margin = 0.06 * (high - low) or 0.06 * abs(high) or 0.5
+    flat = high - low <= 1e-6 * max(abs(high), abs(low))  # nothing but rounding
+    margin = 0.06 * (abs(high) or 1.0 if flat else high - low)
     low, high = low - margin, high + margin
 
     def x(step: np.ndarray) -> np.ndarray:
@@ -86,13 +87,13 @@ def line_chart(curves: Sequence[Curve], name: str, limits: tuple[float, float] |
 
     parts = []
     ticks = _ticks(low, high, 4)
-    for tick, down in zip(ticks, y(ticks), strict=True):
+    for label, down in zip(_labels(ticks), y(ticks), strict=True):
         parts.append(f'<path d="M{LEFT} {down:.1f}H{WIDTH - RIGHT}" class="grid"/>')
-        parts.append(f'<text x="{LEFT - 4}" y="{down + 3:.1f}" text-anchor="end">{_short(tick)}</text>')
+        parts.append(f'<text x="{LEFT - 4}" y="{down + 3:.1f}" text-anchor="end">{label}</text>')
     ticks = _ticks(left, right, 5, whole=True)
-    for tick, across in zip(ticks, x(ticks), strict=True):
+    for label, across in zip(_labels(ticks), x(ticks), strict=True):
         parts.append(f'<path d="M{across:.1f} {TOP}V{HEIGHT - BOTTOM}" class="grid"/>')
-        parts.append(f'<text x="{across:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{_short(tick)}</text>')
+        parts.append(f'<text x="{across:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{label}</text>')
     for curve in curves:
         points = list(zip(x(curve.steps), y(curve.values), strict=True))
         line = " ".join(f"{across:.1f},{down:.1f}" for across, down in points)
@@ -101,8 +102,8 @@ def line_chart(curves: Sequence[Curve], name: str, limits: tuple[float, float] |
         if curve.markers:
             dot = f'r="2.2" style="fill:var({curve.colour})"'
             parts += [f'<circle cx="{across:.1f}" cy="{down:.1f}" {dot}/>' for across, down in points]
-    label = escape(name, quote=True)
-    return f'<svg role="img" aria-label="{label}" viewBox="0 0 {WIDTH} {HEIGHT}">{"".join(parts)}</svg>'
+    title = escape(name, quote=True)
+    return f'<svg role="img" aria-label="{title}" viewBox="0 0 {WIDTH} {HEIGHT}">{"".join(parts)}</svg>'
 
 
 def smooth(values: np.ndarray, fraction: float = 0.025) -> np.ndarray:
@@ -137,17 +138,26 @@ def _ticks(low: float, high: float, count: int, *, whole: bool = False) -> np.nd
     return step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
 
 
-def _short(value: float) -> str:
-    """An axis label of few characters: 0.25, 12k, 1e-4."""
+def _labels(ticks: np.ndarray) -> list[str]:
+    """Ticks in few characters, such as 0.25, 12k and 1e-4, with as many digits as tell them apart."""
+    labels = []
+    for digits in range(3, 8):
+        labels = [_short(float(tick), digits) for tick in ticks]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
+def _short(value: float, digits: int) -> str:
     size = abs(value)
     if size >= 1e6:
-        return f"{value / 1e6:.3g}M"
+        return f"{value / 1e6:.{digits}g}M"
     if size >= 1e4:
-        return f"{value / 1e3:.3g}k"
+        return f"{value / 1e3:.{digits}g}k"
     if 0 < size < 1e-3:
-        digits, _, exponent = f"{value:.2e}".partition("e")
-        return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
-    return f"{value:.4g}"
+        number, _, exponent = f"{value:.{digits - 1}e}".partition("e")
+        return f"{number.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"{value:.{max(digits, 4)}g}"
 
 
 INK, SOFT, LINE, BAR = "#1d2329", "#5c6670", "#d7dade", "#c4452f"
