@@ -3,7 +3,7 @@
     python benchmarks/serve.py            # 60 s of each load in turn and 60 s of all together: some minutes
     python benchmarks/serve.py --quick    # 5 s of each: under two minutes on 2 idle cores
 
-Two servers are started over one index of drawn scenes with a model of random weights (speed does not depend on
+Two servers are started over one index of synthetic scenes with a model of random weights (speed does not depend on
 them): one takes requests together, the other one after another.  Each load goes to both in turn, in short slices, so
 that both see the same machine.
 """
@@ -20,9 +20,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -32,9 +32,6 @@ from tercet.data.scenes import SceneSource
 from tercet.data.tokenizer import Tokenizer, clean_caption
 from tercet.model.hub import save_model
 from tercet.model.tercet import Tercet
-
-if TYPE_CHECKING:
-    from tercet.serve.api import Service
 
 CLIENTS = 50
 MIXED = "mixed"
@@ -73,8 +70,8 @@ class Load:
         }
 
 
-def draw_scenes(folder: Path, count: int) -> None:
-    """A folder of drawn scenes with their captions."""
+def write_scenes(folder: Path, count: int) -> None:
+    """A folder of synthetic scenes with captions."""
     folder.mkdir()
     scenes = SceneSource(count, "test")
     for index in range(count):
@@ -168,7 +165,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_model(folder / "model", arguments.size)
-        draw_scenes(folder / "scenes", arguments.images)
+        write_scenes(folder / "scenes", arguments.images)
         command = [sys.executable, "-m", "tercet", "index", str(folder / "scenes"), "--model", str(folder / "model")]
         subprocess.run([*command, "--output", str(folder / "index")], check=True, stdout=subprocess.DEVNULL)
         servers = {"batched": start_server(folder / "index", 64), "one_by_one": start_server(folder / "index", 1)}
@@ -204,14 +201,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def measure_engine(size: str, images: int, loads: list[str], jobs: int = 32, rounds: int = 3) -> dict[str, object]:
-    """The model's part alone, without HTTP: processor time of jobs together over that of each by itself."""
+def measure_calls(size: str, images: int, loads: list[str], jobs: int = 32, rounds: int = 3) -> dict[str, object]:
+    """The model's part alone, without HTTP: processor time of jobs one by one over that of all together."""
     from tercet import load
     from tercet.data.images import resize
     from tercet.search.build import build_index
-    from tercet.search.search import Query
-    from tercet.serve.api import Service
-    from tercet.serve.settings import ServeSettings
+    from tercet.search.search import Query, Searcher
 
     torch.set_num_threads(1)
     scenes = SceneSource(jobs, "validation")
@@ -220,38 +215,37 @@ def measure_engine(size: str, images: int, loads: list[str], jobs: int = 32, rou
         folder = Path(temporary)
         make_model(folder / "model", size)
         predictor = load(folder / "model")
-        draw_scenes(folder / "scenes", images)
+        write_scenes(folder / "scenes", images)
         index, _ = build_index([str(folder / "scenes")], predictor, "model", str(folder / "index"))
-        service, side = Service(predictor, index, ServeSettings()), predictor.model.config.vision.image_size
-        pairs = [(resize(scenes.array(number), side), text) for number, text in enumerate(captions)]
-        kinds: dict[str, tuple[tuple, list]] = {
-            "match": (("match",), [(pixels, [text]) for pixels, text in pairs]),
-            "classify": (("classify", ("circle", "star"), None), [(pixels,) for pixels, _ in pairs]),
-            "ask": (("ask", None), [(pixels, "what colour is it?") for pixels, _ in pairs]),
-            "explain": (("explain", "itm"), pairs),
-            "embed": (("embed_texts",), captions),
-            # Tokens of images are kept from the first round, which is not counted.
-            "search": (("search",), [Query(text) for text in captions]),
-            "search_dual": (("search",), [Query(text, rerank=0) for text in captions]),
+        searcher, side = Searcher(index, predictor), predictor.model.config.vision.image_size
+        pictures = [resize(scenes.array(number), side) for number in range(jobs)]
+        labels, questions = ["circle", "star"], ["what colour is it?"] * jobs
+        calls: dict[str, tuple[Callable[..., object], tuple[list, ...]]] = {
+            "match": (predictor.match_each, (pictures, [[caption] for caption in captions])),
+            "classify": (lambda own: predictor.classify(own, labels), (pictures,)),
+            "ask": (predictor.answer, (pictures, questions)),
+            "explain": (predictor.explain, (pictures, captions)),
+            "embed": (predictor.embed_texts, (captions,)),
+            # Image tokens are cached in the first round, which is not counted.
+            "search": (searcher.search_many, ([Query(caption) for caption in captions],)),
+            "search_dual": (searcher.search_many, ([Query(caption, rerank=0) for caption in captions],)),
         }
-        ratios = {name: compare_batches(service, *kinds[name], rounds) for name in loads or kinds}
+        ratios = {name: compare_batches(*calls[name], rounds) for name in loads or calls}
     machine = {"processor": processor_name(), "threads": 1, "torch": torch.__version__}
-    return {
-        **{"name": "serve_engine", "size": size, "jobs": jobs, "images": images},
-        **{"ratio": ratios, "machine": machine},
-    }
+    return {"name": "serve_calls", "size": size, "jobs": jobs, "images": images, "ratio": ratios, "machine": machine}
 
 
-def compare_batches(service: Service, kind: tuple, asked: list, rounds: int) -> float:
-    """Processor time of jobs each by itself over that of them together, in turn, after one round of each unmeasured."""
-    spent: dict[int, list[float]] = {1: [], len(asked): []}
+def compare_batches(call: Callable[..., object], columns: tuple[list, ...], rounds: int) -> float:
+    """Processor time of jobs one by one over that of all together, in turn, after one round of each unmeasured."""
+    jobs = len(columns[0])
+    spent: dict[int, list[float]] = {1: [], jobs: []}
     for _ in range(rounds + 1):
         for batch, times in spent.items():
             began = time.process_time()
-            for start in range(0, len(asked), batch):
-                service.run(kind, asked[start : start + batch])
+            for start in range(0, jobs, batch):
+                call(*(column[start : start + batch] for column in columns))
             times.append(time.process_time() - began)
-    return round(statistics.median(spent[1][1:]) / statistics.median(spent[len(asked)][1:]), 2)
+    return round(statistics.median(spent[1][1:]) / statistics.median(spent[jobs][1:]), 2)
 
 
 def main() -> None:
@@ -259,13 +253,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="5 s of each load")
     parser.add_argument("--seconds", type=float, help="of each load, in place of 60 or 5")
-    parser.add_argument("--images", type=int, default=500, help="drawn scenes in the index, up to 500")
+    parser.add_argument("--images", type=int, default=500, help="synthetic scenes in the index, up to 500")
     parser.add_argument("--size", default="tiny", help="of the model: tiny, small or base")
     parser.add_argument("--loads", nargs="*", help="some of the loads; default all")
-    parser.add_argument("--engine", action="store_true", help="the model's part alone, in processor time")
+    parser.add_argument("--calls", action="store_true", help="the model's part alone, in processor time")
     arguments = parser.parse_args()
-    if arguments.engine:
-        print(json.dumps(measure_engine(arguments.size, arguments.images, arguments.loads or [])))
+    if arguments.calls:
+        print(json.dumps(measure_calls(arguments.size, arguments.images, arguments.loads or [])))
     else:
         print(json.dumps(measure(arguments)))
 

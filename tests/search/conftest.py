@@ -7,19 +7,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tercet.model.hub import save_model
-from tercet.model.tercet import Tercet
+from tercet.predictor import Predictor
 from tiny_model import SCENES, TEXTS, make_model
 
 
 @pytest.fixture(scope="session")
-def model() -> Tercet:
-    return make_model()
+def predictor() -> Predictor:
+    return Predictor(make_model())
 
 
 @pytest.fixture(scope="session")
-def model_folder(model: Tercet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(model, tmp_path_factory.mktemp("models") / "model")
+def model_folder(predictor: Predictor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return predictor.save(tmp_path_factory.mktemp("models") / "model")
 
 
 @pytest.fixture

@@ -13,15 +13,14 @@ import torch
 from PIL import Image
 
 from tercet.errors import TercetError
-from tercet.model.tercet import Tercet
 from tercet.predictor import Predictor
 from tercet.search.build import IndexReport, build_index, embed_local, lock_index
 from tercet.search.index import Index
 from tiny_model import SCENES, TEXTS, make_model
 
 
-def build(model: Tercet, path: Path, *specs: object) -> tuple[Index, IndexReport]:
-    return build_index([str(spec) for spec in specs], Predictor(model), "a/model", str(path))
+def build(predictor: Predictor, path: Path, *specs: object) -> tuple[Index, IndexReport]:
+    return build_index([str(spec) for spec in specs], predictor, "a/model", str(path))
 
 
 def by_name(index: Index) -> dict[str, dict]:
@@ -32,8 +31,8 @@ def counts(report: IndexReport) -> tuple[int, int, int, int, int]:
     return report.added, report.changed, report.unchanged, report.removed, len(report.skipped)
 
 
-def test_a_folder_becomes_a_table(model: Tercet, pictures: Path, tmp_path: Path) -> None:
-    index, report = build(model, tmp_path / "index", pictures, pictures / "a.png")  # one image is named twice
+def test_a_folder_becomes_a_table(predictor: Predictor, pictures: Path, tmp_path: Path) -> None:
+    index, report = build(predictor, tmp_path / "index", pictures, pictures / "a.png")  # one image is named twice
     assert counts(report) == (4, 0, 0, 0, 0)
     assert index.count == 4 and index.model == "a/model"
     rows = by_name(index)
@@ -44,7 +43,7 @@ def test_a_folder_becomes_a_table(model: Tercet, pictures: Path, tmp_path: Path)
     assert int(row["modified"].timestamp() * 1e6) == pytest.approx(path.stat().st_mtime_ns // 1000, abs=1)
     assert row["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert rows["c.png"]["caption"] == 'it\'s a "c"' and rows["b.jpg"]["caption"] is None
-    feats = Predictor(model).embed_images([row["uri"] for row in rows.values()])
+    feats = predictor.embed_images([row["uri"] for row in rows.values()])
     torch.testing.assert_close(torch.tensor([row["embedding"] for row in rows.values()]), feats)
     assert index.image(row["id"]) == path.read_bytes()
     assert index.entry(row["id"]).uri == str(path)
@@ -52,76 +51,76 @@ def test_a_folder_becomes_a_table(model: Tercet, pictures: Path, tmp_path: Path)
     assert Image.open(tmp_path / "thumbnail.jpg").size == (124, 64)
 
 
-def test_only_new_and_changed_images_are_read(model: Tercet, pictures: Path, tmp_path: Path) -> None:
+def test_only_new_and_changed_images_are_read(predictor: Predictor, pictures: Path, tmp_path: Path) -> None:
     path = tmp_path / "index"
-    ids = {name: row["id"] for name, row in by_name(build(model, path, pictures)[0]).items()}
-    assert counts(build(model, path, pictures)[1]) == (0, 0, 4, 0, 0)
+    ids = {name: row["id"] for name, row in by_name(build(predictor, path, pictures)[0]).items()}
+    assert counts(build(predictor, path, pictures)[1]) == (0, 0, 4, 0, 0)
 
     Image.fromarray(SCENES.array(3)).save(pictures / "a.png")
     (pictures / "b.jpg").unlink()
     (pictures / "d.txt").write_text("a new caption")
     Image.fromarray(SCENES.array(1)).save(pictures / "e.png")
-    index, report = build(model, path, pictures)
+    index, report = build(predictor, path, pictures)
     assert counts(report) == (1, 2, 1, 1, 0)
     rows = by_name(index)
     assert set(rows) == {"a.png", "c.png", "d.webp", "e.png"} and rows["d.webp"]["caption"] == "a new caption"
     assert all(row["id"] == ids[name] for name, row in rows.items() if name in ids)
     torch.testing.assert_close(
-        torch.tensor(rows["a.png"]["embedding"]), Predictor(model).embed_images(str(pictures / "a.png"))
+        torch.tensor(rows["a.png"]["embedding"]), predictor.embed_images(str(pictures / "a.png"))
     )
 
 
-def test_images_from_elsewhere_stay(model: Tercet, pictures: Path, tmp_path: Path) -> None:
+def test_images_from_elsewhere_stay(predictor: Predictor, pictures: Path, tmp_path: Path) -> None:
     path, others = tmp_path / "index", tmp_path / "others"
     shutil.copytree(pictures, others)
-    build(model, path, pictures)
-    index, report = build(model, path, others)
+    build(predictor, path, pictures)
+    index, report = build(predictor, path, others)
     assert counts(report) == (4, 0, 0, 0, 0) and index.count == 8
     shutil.rmtree(others / "more")
     (pictures / "a.png").unlink()
-    index, report = build(model, path, others)
+    index, report = build(predictor, path, others)
     assert counts(report) == (0, 0, 3, 1, 0) and index.count == 7
     # An empty folder is more likely a disk that is not mounted than a wish to forget its images.
     shutil.rmtree(others)
     others.mkdir()
     with pytest.raises(TercetError, match=str(others)):
-        build(model, path, others)
+        build(predictor, path, others)
     assert Index.open(str(path)).count == 7
 
 
-def test_broken_images_are_counted_and_named(model: Tercet, pictures: Path, tmp_path: Path) -> None:
+def test_broken_images_are_counted_and_named(predictor: Predictor, pictures: Path, tmp_path: Path) -> None:
     (pictures / "x.jpg").write_bytes((pictures / "b.jpg").read_bytes()[:300])
     (pictures / "y.png").write_bytes(b"<svg></svg>")
     (pictures / "z.png").symlink_to(pictures / "nowhere.png")
-    index, report = build(model, tmp_path / "index", pictures)
+    index, report = build(predictor, tmp_path / "index", pictures)
     assert counts(report) == (4, 0, 0, 0, 3) and index.count == 4
     assert all(name in line for name, line in zip(["x.jpg", "y.png", "z.png"], report.skipped, strict=True))
     assert "SVG" in report.skipped[1]
 
 
-def test_an_interruption_keeps_what_was_embedded(model: Tercet, pictures: Path, tmp_path: Path) -> None:
+def test_an_interruption_keeps_what_was_embedded(predictor: Predictor, pictures: Path, tmp_path: Path) -> None:
     def interrupted(images: pa.Table) -> Iterator[pa.Table]:
-        yield from embed_local(Predictor(model), images.slice(0, 3))
+        yield from embed_local(predictor, images.slice(0, 3))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_index([str(pictures)], Predictor(model), "m", str(tmp_path / "index"), embed=interrupted)
+        build_index([str(pictures)], predictor, "m", str(tmp_path / "index"), embed=interrupted)
     assert Index.open(str(tmp_path / "index")).count == 3
-    assert counts(build(model, tmp_path / "index", pictures)[1]) == (1, 0, 3, 0, 0)
+    assert counts(build(predictor, tmp_path / "index", pictures)[1]) == (1, 0, 3, 0, 0)
 
 
-def test_another_model_is_refused(model: Tercet, pictures: Path, tmp_path: Path) -> None:
-    build(model, tmp_path / "index", pictures)
-    other = make_model()
-    other.vision_projection.weight.data.mul_(2)
+def test_another_model_is_refused(predictor: Predictor, pictures: Path, tmp_path: Path) -> None:
+    build(predictor, tmp_path / "index", pictures)
+    other = Predictor(make_model())
+    other.model.vision_projection.weight.data.mul_(2)
     with pytest.raises(TercetError, match="another model, a/model"):
         build(other, tmp_path / "index", pictures)
-    same = make_model()  # the text encoder has no part in an index
-    same.text_projection.weight.data.mul_(2)
+    same = Predictor(make_model())  # the text encoder has no part in an index
+    same.model.text_projection.weight.data.mul_(2)
     build(same, tmp_path / "index", pictures)
 
 
-def test_one_writer_at_a_time(model: Tercet, pictures: Path, tmp_path: Path) -> None:
+def test_one_writer_at_a_time(predictor: Predictor, pictures: Path, tmp_path: Path) -> None:
     with lock_index(str(tmp_path / "index")), pytest.raises(TercetError, match="another process"):
-        build(model, tmp_path / "index", pictures)
-    build(model, tmp_path / "index", pictures)
+        build(predictor, tmp_path / "index", pictures)
+    build(predictor, tmp_path / "index", pictures)

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pytest
 
 from tercet.cli import main
-from tercet.model.tercet import Tercet
 from tercet.predictor import Predictor
 from tercet.search.build import build_index
 from tercet.search.cluster import embed_on_cluster
@@ -38,15 +37,17 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def test_the_same_table_though_a_worker_is_killed(cluster: None, model: Tercet, pictures: Path, tmp_path: Path) -> None:
+def test_the_same_table_though_a_worker_is_killed(
+    cluster: None, predictor: Predictor, pictures: Path, tmp_path: Path
+) -> None:
     for number in range(COPIES):
         (pictures / f"{number}.png").write_bytes(SCENES.image(number % 4))
     (pictures / "broken.png").write_bytes(b"no image")
-    here, _ = build_index([str(pictures)], Predictor(model), "m", str(tmp_path / "here"))
+    here, _ = build_index([str(pictures)], predictor, "m", str(tmp_path / "here"))
     killed: list[int] = []
 
     def embed(listed: pa.Table) -> Iterator[pa.Table]:
-        stream = embed_on_cluster(Predictor(model), listed)
+        stream = embed_on_cluster(predictor, listed)
         yield next(stream)
         for process in psutil.process_iter(["pid", "cmdline"]):
             if "MapWorker" in " ".join(process.info["cmdline"] or []) and not killed:
@@ -54,7 +55,7 @@ def test_the_same_table_though_a_worker_is_killed(cluster: None, model: Tercet, 
                 killed.append(process.info["pid"])
         yield from stream
 
-    there, report = build_index([str(pictures)], Predictor(model), "m", str(tmp_path / "there"), embed=embed)
+    there, report = build_index([str(pictures)], predictor, "m", str(tmp_path / "there"), embed=embed)
     assert killed
     assert report.added == COPIES + 4 and len(report.skipped) == 1 and "broken.png" in report.skipped[0]
     tables = [index.table.to_arrow().sort_by("id") for index in (here, there)]

@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from tercet.errors import TercetError
-from tercet.model.tercet import Tercet
 from tercet.predictor import Predictor
 from tercet.search.build import build_index
 from tercet.search.index import Index, checked_filter
 
 
 @pytest.fixture
-def index(model: Tercet, pictures: Path, tmp_path: Path) -> Index:
-    return build_index([str(pictures)], Predictor(model), "m", str(tmp_path / "index"))[0]
+def index(predictor: Predictor, pictures: Path, tmp_path: Path) -> Index:
+    return build_index([str(pictures)], predictor, "m", str(tmp_path / "index"))[0]
 
 
 def test_open_what_is_no_index(index: Index, pictures: Path, tmp_path: Path) -> None:

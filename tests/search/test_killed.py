@@ -43,7 +43,7 @@ def test_killed_at_random_moments(model_folder: Path, tmp_path: Path) -> None:
         (folder / f"{number:05d}.png").write_bytes(data[number % 4])
     path = tmp_path / "index"
     command = [sys.executable, "-c", INDEX, "index", str(folder), "--model", str(model_folder), "--output", str(path)]
-    model = tercet.load(model_folder)
+    predictor = tercet.load(model_folder)
     rng = random.Random(0)
     committed = 0
     ids: set[str] = set()
@@ -70,7 +70,7 @@ def test_killed_at_random_moments(model_folder: Path, tmp_path: Path) -> None:
         assert ids <= set(found)
         ids = set(found)
         if ids:
-            assert len(Searcher(index, model).search(Query(text="a red circle", k=5))) == min(5, len(ids))
+            assert len(Searcher(index, predictor).search(Query(text="a red circle", k=5))) == min(5, len(ids))
             assert index.thumbnail(found[0])
         if len(ids) == PICTURES:
             shutil.rmtree(path)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tercet.model.tercet import Tercet
 from tercet.predictor import Predictor
 from tercet.search.build import build_index
 from tercet.search.index import Index
@@ -43,19 +42,19 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         server.stop()
 
 
-def test_an_index_in_object_storage(bucket: str, model: Tercet, pictures: Path, tmp_path: Path) -> None:
+def test_an_index_in_object_storage(bucket: str, predictor: Predictor, pictures: Path, tmp_path: Path) -> None:
     remote, here = f"{bucket}/my.index", str(tmp_path / "index")
     for path in (remote, here):
-        index, report = build_index([str(pictures)], Predictor(model), "model", path)
+        index, report = build_index([str(pictures)], predictor, "model", path)
         assert (report.added, index.count) == (4, 4)
     query = Query(text=TEXTS[0], k=3)
-    found, expected = (Searcher(Index.open(path), Predictor(model)).search(query) for path in (remote, here))
+    found, expected = (Searcher(Index.open(path), predictor).search(query) for path in (remote, here))
     assert [hit.id for hit in found] == [hit.id for hit in expected]
     np.testing.assert_allclose([hit.cosine for hit in found], [hit.cosine for hit in expected], atol=1e-6)
     assert Index.open(remote).thumbnail(found[0].id) == Index.open(here).thumbnail(found[0].id)
 
     (pictures / "a.png").unlink()
     (pictures / "b.jpg").write_bytes((pictures / "more/c.png").read_bytes())
-    index, report = build_index([str(pictures)], Predictor(model), "model", remote)
+    index, report = build_index([str(pictures)], predictor, "model", remote)
     assert (report.removed, report.changed, report.unchanged, index.count) == (1, 1, 2, 3)
     assert {Path(entry.uri).name for entry in index.newest(10)} == {"b.jpg", "c.png", "d.webp"}

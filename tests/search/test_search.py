@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from tercet.data.scenes import SceneSource
 from tercet.errors import TercetError
-from tercet.model.tercet import Tercet
 from tercet.predictor import Predictor
 from tercet.search.build import build_index
 from tercet.search.index import Hit, Index
@@ -21,18 +20,18 @@ from tiny_model import TEXTS, make_model
 
 
 @pytest.fixture(scope="module")
-def index(model: Tercet, tmp_path_factory: pytest.TempPathFactory) -> Index:
+def index(predictor: Predictor, tmp_path_factory: pytest.TempPathFactory) -> Index:
     folder = tmp_path_factory.mktemp("scenes")
     scenes = SceneSource(120, "validation")
     for number in range(scenes.image_count):
         (folder / f"{number}.png").write_bytes(scenes.image(number))
         (folder / f"{number}.txt").write_text(scenes.captions(number)[0])
-    return build_index([str(folder)], Predictor(model), "m", str(tmp_path_factory.mktemp("index")))[0]
+    return build_index([str(folder)], predictor, "m", str(tmp_path_factory.mktemp("index")))[0]
 
 
 @pytest.fixture(scope="module")
-def searcher(model: Tercet, index: Index) -> Searcher:
-    return Searcher(index, Predictor(model))
+def searcher(predictor: Predictor, index: Index) -> Searcher:
+    return Searcher(index, predictor)
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +44,20 @@ def ids(hits: list[Hit]) -> list[str]:
     return [hit.id for hit in hits]
 
 
-def test_text_by_the_dual_encoder(model: Tercet, searcher: Searcher, feats: tuple[list[str], torch.Tensor]) -> None:
+def test_text_by_the_dual_encoder(
+    predictor: Predictor, searcher: Searcher, feats: tuple[list[str], torch.Tensor]
+) -> None:
     names, vectors = feats
-    best = (vectors @ Predictor(model).embed_texts(TEXTS[0])).topk(5)
+    best = (vectors @ predictor.embed_texts(TEXTS[0])).topk(5)
     hits = searcher.search(Query(text=TEXTS[0], k=5, rerank=0))
     assert ids(hits) == [names[row] for row in best.indices]
     assert [hit.cosine for hit in hits] == pytest.approx(best.values.tolist(), abs=1e-5)
     assert [hit.dual_rank for hit in hits] == [1, 2, 3, 4, 5] and all(hit.match is None for hit in hits)
 
 
-def test_the_fusion_encoder_re_ranks(model: Tercet, searcher: Searcher, index: Index) -> None:
+def test_the_fusion_encoder_re_ranks(predictor: Predictor, searcher: Searcher, index: Index) -> None:
     dual = searcher.search(Query(text=TEXTS[1], k=30, rerank=0))
-    chances = Predictor(model).match([index.image(hit.id) for hit in dual[:20]], TEXTS[1])
+    chances = predictor.match([index.image(hit.id) for hit in dual[:20]], TEXTS[1])
     assert isinstance(chances, torch.Tensor)
     for _ in range(2):  # the second time from cached tokens
         hits = searcher.search(Query(text=TEXTS[1], k=30, rerank=20))
@@ -69,7 +70,7 @@ def test_the_fusion_encoder_re_ranks(model: Tercet, searcher: Searcher, index: I
 
 
 def test_image_like_and_mixed(
-    model: Tercet, searcher: Searcher, index: Index, feats: tuple[list[str], torch.Tensor], tmp_path: Path
+    predictor: Predictor, searcher: Searcher, index: Index, feats: tuple[list[str], torch.Tensor], tmp_path: Path
 ) -> None:
     names, vectors = feats
     own = index.image(names[7])
@@ -82,21 +83,21 @@ def test_image_like_and_mixed(
     assert names[7] not in ids(like) and ids(like)[:2] == ids(hits)[1:]
     assert [hit.dual_rank for hit in like] == [1, 2, 3]
 
-    mixed = F.normalize(Predictor(model).embed_texts(TEXTS[2]) + vectors[7], dim=0)
+    mixed = F.normalize(predictor.embed_texts(TEXTS[2]) + vectors[7], dim=0)
     hits = searcher.search(Query(text=TEXTS[2], image=own, k=4, rerank=0))
     assert ids(hits) == [names[row] for row in (vectors @ mixed).topk(4).indices]
 
 
-def test_without(model: Tercet, searcher: Searcher, index: Index, feats: tuple[list[str], torch.Tensor]) -> None:
+def test_without(predictor: Predictor, searcher: Searcher, index: Index, feats: tuple[list[str], torch.Tensor]) -> None:
     """Images that show what must not be there sink, by both encoders."""
     names, vectors = feats
-    wanted, unwanted = Predictor(model).embed_texts([TEXTS[0], TEXTS[3]])
+    wanted, unwanted = predictor.embed_texts([TEXTS[0], TEXTS[3]])
     cosines = vectors @ F.normalize(wanted - 0.5 * unwanted, dim=0)
     hits = searcher.search(Query(text=TEXTS[0], without=TEXTS[3], k=9, rerank=0))
     assert ids(hits) == [names[row] for row in cosines.topk(9).indices]
 
     hits = searcher.search(Query(text=TEXTS[0], without=TEXTS[3], k=20, rerank=20))
-    chances = Predictor(model).match([index.image(hit.id) for hit in hits], [TEXTS[0], TEXTS[3]])
+    chances = predictor.match([index.image(hit.id) for hit in hits], [TEXTS[0], TEXTS[3]])
     assert isinstance(chances, torch.Tensor)
     score = chances[:, 0] * (1 - chances[:, 1])
     assert (score[:-1] >= score[1:] - 1e-6).all()
@@ -104,7 +105,7 @@ def test_without(model: Tercet, searcher: Searcher, index: Index, feats: tuple[l
 
 
 def test_many_queries_equal_each_alone(
-    model: Tercet, index: Index, feats: tuple[list[str], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    predictor: Predictor, index: Index, feats: tuple[list[str], torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Queries of every kind together give what each gives alone, and every image is encoded and projected once."""
     names, _ = feats
@@ -120,21 +121,20 @@ def test_many_queries_equal_each_alone(
         Query(like=names[8], text=TEXTS[1], without="red", where="caption like '%red%'", k=8),
         Query(text=TEXTS[0], where="width > 64"),
     ]
-    alone = [Searcher(index, Predictor(model)).search(query) for query in queries]
+    alone = [Searcher(index, predictor).search(query) for query in queries]
     assert len(alone[-2]) > 0 and all("red" in (hit.caption or "") for hit in alone[-2])
     candidates: set[str] = set()
     for query in queries:
         count = 64 if query.rerank is None else query.rerank
         if query.text is not None and count:
-            candidates |= {
-                hit.id for hit in Searcher(index, Predictor(model)).search(replace(query, rerank=0, k=count))
-            }
+            candidates |= {hit.id for hit in Searcher(index, predictor).search(replace(query, rerank=0, k=count))}
     encoded: list[int] = []
     projected: list[int] = []
-    encode, remember = model.encode_image, model.project_kv
+    model = predictor.model
+    encode, project = model.encode_image, model.project_kv
     monkeypatch.setattr(model, "encode_image", lambda images: encoded.append(len(images)) or encode(images))
-    monkeypatch.setattr(model, "project_kv", lambda embeds: projected.append(len(embeds)) or remember(embeds))
-    together = Searcher(index, Predictor(model)).search_many(queries)
+    monkeypatch.setattr(model, "project_kv", lambda embeds: projected.append(len(embeds)) or project(embeds))
+    together = Searcher(index, predictor).search_many(queries)
     assert sum(projected) == len(candidates) and sum(encoded) == len(candidates) + 2
     for hits, right in zip(together, alone, strict=True):
         assert [hit.match is None for hit in hits] == [hit.match is None for hit in right]
@@ -143,21 +143,21 @@ def test_many_queries_equal_each_alone(
         cosines = {hit.id: hit.cosine for hit in right}
         assert sum(hit.id not in cosines for hit in hits) <= 1
         assert all(hit.cosine == pytest.approx(cosines.get(hit.id, hit.cosine), abs=1e-5) for hit in hits)
-    assert together[-1] == [] and Searcher(index, Predictor(model)).search_many([]) == []
+    assert together[-1] == [] and Searcher(index, predictor).search_many([]) == []
 
 
-def test_an_image_that_is_gone_keeps_its_dual_rank(model: Tercet, pictures: Path, tmp_path: Path) -> None:
-    index, _ = build_index([str(pictures)], Predictor(model), "m", str(tmp_path / "index"))
+def test_an_image_that_is_gone_keeps_its_dual_rank(predictor: Predictor, pictures: Path, tmp_path: Path) -> None:
+    index, _ = build_index([str(pictures)], predictor, "m", str(tmp_path / "index"))
     (pictures / "a.png").unlink()
-    hits = Searcher(index, Predictor(model)).search(Query(text=TEXTS[0]))
+    hits = Searcher(index, predictor).search(Query(text=TEXTS[0]))
     assert len(hits) == 4
     assert [Path(hit.uri).name for hit in hits if hit.match is None] == ["a.png"]
 
 
 def test_a_model_without_matching_head_does_not_re_rank(index: Index) -> None:
-    dual = make_model()
-    dual.objectives = ["cma"]
-    hits = Searcher(index, Predictor(dual)).search(Query(text=TEXTS[0], k=5, rerank=20))
+    dual = Predictor(make_model())
+    dual.model.objectives = ["cma"]
+    hits = Searcher(index, dual).search(Query(text=TEXTS[0], k=5, rerank=20))
     assert [hit.match for hit in hits] == [None] * 5 and [hit.dual_rank for hit in hits] == [1, 2, 3, 4, 5]
 
 
@@ -181,10 +181,10 @@ def test_wrong_queries(searcher: Searcher, query: dict, named: str) -> None:
 
 
 def test_an_index_of_another_model(index: Index) -> None:
-    other = make_model()
-    other.vision.position_embed.data.add_(1)
+    other = Predictor(make_model())
+    other.model.vision.position_embed.data.add_(1)
     with pytest.raises(TercetError, match="another model, m"):
-        Searcher(index, Predictor(other))
+        Searcher(index, other)
 
 
 def test_the_cache_keeps_within_its_limit() -> None:

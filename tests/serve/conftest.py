@@ -1,4 +1,4 @@
-"""A real server on loopback over a real index of drawn scenes, with a model of random weights."""
+"""A real server on loopback over a real index of synthetic scenes, with a model of random weights."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+import tercet
 from tercet.data.scenes import SceneSource
-from tercet.model.hub import save_model
 from tercet.search.build import build_index
 from tercet.search.index import Index
-from tercet.serve.settings import ServeSettings
+from tercet.serve.limits import ServeSettings
 from tiny_model import make_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -27,12 +27,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_model()
     model.add_heads(["answer"])
     model.answers = ["red", "blue", "green", "yes", "no", "two"]
-    return save_model(model, tmp_path_factory.mktemp("serve") / "model")
+    return tercet.Predictor(model).save(tmp_path_factory.mktemp("serve") / "model")
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of drawn scenes with captions."""
+    """A folder of synthetic scenes with captions."""
     folder = tmp_path_factory.mktemp("pictures")
     source = SceneSource(PICTURES, "test", distinct=True)
     for number in range(PICTURES):
@@ -44,8 +44,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def index_folder(model_folder: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An index of these scenes."""
-    import tercet
-
     path = tmp_path_factory.mktemp("index") / "index"
     build_index([str(pictures)], tercet.load(model_folder), str(model_folder), str(path))
     return path
@@ -53,9 +51,7 @@ def index_folder(model_folder: Path, pictures: Path, tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="session")
 def server(index_folder: Path, model_folder: Path) -> Iterator[Serving]:
-    """The server that most tests share, with bounds small enough to reach."""
-    import tercet
-
+    """The server that most tests share, with limits low enough to reach."""
     settings = ServeSettings(port=0, body_bytes=300_000, pixel_limit=200_000, body_seconds=2.0)
     with serving(Index.open(str(index_folder)), tercet.load(model_folder), settings) as running:
         yield running
@@ -63,9 +59,7 @@ def server(index_folder: Path, model_folder: Path) -> Iterator[Serving]:
 
 @pytest.fixture
 def serve(index_folder: Path, model_folder: Path) -> Iterator[Callable[..., Serving]]:
-    """Starts servers of other settings over the same index; all stop when the test ends."""
-    import tercet
-
+    """Starts servers with other settings over the same index; all stop when the test ends."""
     with ExitStack() as stack:
 
         def start(**settings: object) -> Serving:

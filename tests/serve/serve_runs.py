@@ -12,9 +12,9 @@ import httpx
 
 from tercet.predictor import Predictor
 from tercet.search.index import Index
-from tercet.serve.api import create_app
+from tercet.serve.app import create_app
+from tercet.serve.limits import ServeSettings
 from tercet.serve.server import address, listen, make_server
-from tercet.serve.settings import ServeSettings
 
 PICTURES = 24
 
@@ -57,3 +57,13 @@ def serving(index: Index, predictor: Predictor, settings: ServeSettings) -> Iter
         finally:
             server.should_exit = True
             thread.join(60)
+
+
+def error_of(response: httpx.Response, *statuses: int) -> str:
+    """The message of an error, which has the one shape that all have and does not repeat what was sent."""
+    assert response.status_code in statuses, f"{response.status_code}: {response.text[:300]}"
+    assert response.headers["content-type"].startswith("application/json")
+    assert set(response.json()) == {"error"} and set(response.json()["error"]) == {"code", "message"}
+    message = response.json()["error"]["message"]
+    assert 0 < len(message) < 1000
+    return message

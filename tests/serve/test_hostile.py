@@ -1,4 +1,4 @@
-"""What a stranger may send: every answer is a clear 4xx in the one shape, and the server lives on within its memory."""
+"""What a stranger may send: every answer is a clear 4xx in the one shape, and the server stays up within its memory."""
 
 from __future__ import annotations
 
@@ -16,23 +16,12 @@ import httpx
 import psutil
 import pytest
 from PIL import Image
-from serve_runs import Serving
+from serve_runs import Serving, error_of
 
 JSON = {"content-type": "application/json"}
 POST = b"POST /v1/search HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-TEXTS = ("\u202e", "a" * 1000, "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "ﷺ" * 900, "[CLS][SEP][MASK]", "<script>", "'; --")
-KINDS = ("text/plain", "application/xml", "multipart/form-data; boundary=x", "", "application/jsonp")
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
 HTML = b"<!doctype html><html><script>alert(1)</script></html>"
-
-
-def fault(response: httpx.Response, *statuses: int) -> str:
-    """The message of an error, which has the one shape that all have."""
-    assert response.status_code in statuses, f"{response.status_code}: {response.text[:300]}"
-    error = response.json()["error"]
-    assert set(error) == {"code", "message"}
-    assert len(error["message"]) < 1000  # what was sent is not sent back
-    return error["message"]
 
 
 def as_base64(data: bytes) -> str:
@@ -64,21 +53,21 @@ def exchange(server: Serving, data: bytes, seconds: float = 10.0) -> bytes:
 
 
 @pytest.fixture(autouse=True)
-def lives_on(server: Serving) -> object:
+def stays_up(server: Serving) -> object:
     """After every test the server answers as before."""
     yield
     assert server.client.get("/readyz").status_code == 200
 
 
 class TestBodies:
-    def test_too_large_by_its_own_word(self, server: Serving) -> None:
+    def test_too_large_as_announced(self, server: Serving) -> None:
         response = server.client.post("/v1/search", content=b" " * 400_000, headers=JSON)
-        assert "more than 300000 bytes" in fault(response, 413)
+        assert "more than 300000 bytes" in error_of(response, 413)
 
-    def test_too_large_without_a_word(self, server: Serving) -> None:
+    def test_too_large_unannounced(self, server: Serving) -> None:
         chunks = (b" " * 50_000 for _ in range(20))
         response = server.client.post("/v1/search", content=chunks, headers=JSON)
-        assert "more than 300000 bytes" in fault(response, 413)
+        assert "more than 300000 bytes" in error_of(response, 413)
 
     def test_a_ten_megabyte_query(self, server: Serving) -> None:
         process = psutil.Process()
@@ -86,7 +75,7 @@ class TestBodies:
         server.client.post("/v1/search", content=body, headers=JSON)
         before = process.memory_info().rss
         response = server.client.post("/v1/search", content=body, headers=JSON)
-        assert "more than 300000 bytes" in fault(response, 413)
+        assert "more than 300000 bytes" in error_of(response, 413)
         assert process.memory_info().rss - before < 5 * 2**20
 
     def test_far_too_large_is_cut_off(self, server: Serving) -> None:
@@ -94,7 +83,7 @@ class TestBodies:
         assert received.startswith(b"HTTP/1.1 413") and b'"too_large"' in received
 
     def test_a_long_text_within_the_size(self, server: Serving) -> None:
-        assert "at most 1000 characters" in fault(server.post("/v1/search", {"text": "a" * 200_000}), 422)
+        assert "at most 1000 characters" in error_of(server.post("/v1/search", {"text": "a" * 200_000}), 422)
 
     @pytest.mark.parametrize(
         "body",
@@ -119,27 +108,27 @@ class TestBodies:
             b'{"text": "a", "__proto__": {}}',
         ],
     )
-    def test_json_that_is_none_or_another(self, server: Serving, body: bytes) -> None:
-        fault(server.client.post("/v1/search", content=body, headers=JSON), 400, 422)
+    def test_wrong_json(self, server: Serving, body: bytes) -> None:
+        error_of(server.client.post("/v1/search", content=body, headers=JSON), 400, 422)
 
     @pytest.mark.parametrize("text", ["a\0b", "\0", "\ud800", "a\udfff"])
-    def test_nulls_and_halves_of_characters(self, server: Serving, text: str) -> None:
+    def test_nulls_and_half_characters(self, server: Serving, text: str) -> None:
         body = json.dumps({"text": text}).encode()
-        message = fault(server.client.post("/v1/search", content=body, headers=JSON), 422)
+        message = error_of(server.client.post("/v1/search", content=body, headers=JSON), 422)
         assert "null character" in message or "half a character" in message or "unicode" in message
         body = json.dumps({"text": "a", "where": f"caption = '{text}'"}).encode()
-        fault(server.client.post("/v1/search", content=body, headers=JSON), 422)
+        error_of(server.client.post("/v1/search", content=body, headers=JSON), 422)
 
     @pytest.mark.parametrize(
         "text", ["\u202e", "a" * 1000, "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "ﷺ" * 900, "[CLS][SEP][MASK]", "<script>", "'; --"]
     )
-    def test_odd_texts_are_texts(self, server: Serving, text: str) -> None:
+    def test_odd_texts(self, server: Serving, text: str) -> None:
         assert server.post("/v1/search", {"text": text}).status_code in (200, 422)
 
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data; boundary=x", "", "application/jsonp"])
     def test_other_content_types(self, server: Serving, kind: str) -> None:
         response = server.client.post("/v1/search", content=b'{"text": "a"}', headers={"content-type": kind})
-        fault(response, 415)
+        error_of(response, 415)
 
 
 class TestImages:
@@ -157,23 +146,23 @@ class TestImages:
             (b"PK\x03\x04", "not an image of a known format"),
         ],
     )
-    def test_what_is_no_image(self, server: Serving, data: bytes, message: str) -> None:
+    def test_not_an_image(self, server: Serving, data: bytes, message: str) -> None:
         for path, more in (("match", {"texts": ["a"]}), ("search", {}), ("explain", {"text": "a"})):
             response = server.post(f"/v1/{path}", {"image": {"base64": as_base64(data)}, **more})
-            assert message in fault(response, 422)
+            assert message in error_of(response, 422)
 
     @pytest.mark.parametrize(
         "text", ["not base64!", "é", "AAA", "====", "data:image/png;base64,", "http://localhost/a.png"]
     )
-    def test_what_is_no_base64(self, server: Serving, text: str) -> None:
-        fault(server.post("/v1/search", {"image": {"base64": text}}), 422)
+    def test_not_base64(self, server: Serving, text: str) -> None:
+        error_of(server.post("/v1/search", {"image": {"base64": text}}), 422)
 
     def test_a_decompression_bomb(self, server: Serving) -> None:
         for width, height in ((20_000, 20_000), (4_000, 4_000)):
             data = bomb(width, min(height, 4_000)) if width == 4_000 else _claim(bomb(100, 100), width, height)
             process = psutil.Process()
             before = process.memory_info().rss
-            message = fault(server.post("/v1/search", {"image": {"base64": as_base64(data)}}), 422)
+            message = error_of(server.post("/v1/search", {"image": {"base64": as_base64(data)}}), 422)
             assert "pixel" in message
             assert process.memory_info().rss - before < 30 * 2**20  # the larger one would take 1.2 GB, the other 48 MB
 
@@ -181,16 +170,16 @@ class TestImages:
         stream = io.BytesIO()
         Image.effect_noise((200, 200), 50).save(stream, "PNG")
         data = stream.getvalue()
-        assert "damaged or cut short" in fault(
+        assert "damaged or cut short" in error_of(
             server.post("/v1/search", {"image": {"base64": as_base64(data[: len(data) // 2])}}), 422
         )
 
-    def test_paths_and_addresses_are_no_images(self, server: Serving) -> None:
-        for text in ("/etc/passwd", "file:///etc/passwd", "http://127.0.0.1/", "scenes:test#0", "../../x"):
-            fault(server.post("/v1/search", {"image": text}), 422)
-            fault(server.post("/v1/search", {"image": {"id": text}}), 404)
-            fault(server.post("/v1/match", {"image": {"id": text}, "texts": ["a"]}), 404)
-            fault(server.post("/v1/search", {"image": {"path": text}}), 422)
+    def test_paths_and_urls_are_not_images(self, server: Serving) -> None:
+        for text in ("/etc/passwd", "file:///etc/passwd", "http://127.0.0.1/", "../../x"):
+            error_of(server.post("/v1/search", {"image": text}), 422)
+            error_of(server.post("/v1/search", {"image": {"id": text}}), 404)
+            error_of(server.post("/v1/match", {"image": {"id": text}, "texts": ["a"]}), 404)
+            error_of(server.post("/v1/search", {"image": {"path": text}}), 422)
 
 
 class TestPaths:
@@ -220,19 +209,19 @@ class TestPaths:
             assert b"root:" not in body and set(json.loads(body)) == {"error"}
 
     def test_files_beside_the_page_are_not_served(self, server: Serving) -> None:
-        for name in ("api.py", "../api.py", "__init__.py", "index.html/../../api.py"):
-            fault(server.client.get(f"/static/{name}"), 404)
+        for name in ("app.py", "../app.py", "__init__.py", "index.html/../../app.py", ""):
+            error_of(server.client.get(f"/static/{name}"), 404)
 
     def test_an_indexed_file_that_became_something_else(self, server: Serving, first_id: str) -> None:
         path = Path(server.index.entry(first_id).uri)
         data = path.read_bytes()
         try:
             path.write_bytes(HTML)
-            message = fault(server.client.get(f"/v1/images/{first_id}"), 404)
+            message = error_of(server.client.get(f"/v1/images/{first_id}"), 404)
             assert str(path) not in message and "run `tercet index` again" in message
             path.unlink()
             path.symlink_to("/etc/passwd")
-            fault(server.client.get(f"/v1/images/{first_id}"), 404)
+            error_of(server.client.get(f"/v1/images/{first_id}"), 404)
         finally:
             path.unlink()
             path.write_bytes(data)
@@ -246,7 +235,7 @@ class TestConnections:
         assert received.startswith(b"HTTP/1.1 408") and b'"too_slow"' in received
         assert 1.5 < time.monotonic() - started < 8
 
-    def test_a_head_that_never_ends(self, server: Serving) -> None:
+    def test_an_endless_head(self, server: Serving) -> None:
         started = time.monotonic()
         assert exchange(server, b"GET / HTTP/1.1\r\nhost: local") == b""
         assert time.monotonic() - started < 8

@@ -161,9 +161,9 @@ def serve(
     except ImportError as error:
         raise TercetError(f"serving needs {error.name}; pip install 'tercet[serve]'") from error
     from tercet.search.index import Index
-    from tercet.serve.api import create_app
+    from tercet.serve.app import create_app
+    from tercet.serve.limits import ServeSettings, read_key
     from tercet.serve.server import address, listen, run_server
-    from tercet.serve.settings import ServeSettings, read_key
 
     settings = ServeSettings(
         host=host,

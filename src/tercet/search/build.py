@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def build_index(
         model_name: its folder or hub id, recorded in a new index.
         path: folder or URI of the index.
         progress: called as images are done.
-        embed: reads and embeds listed images; default `embed_local` with the model.
+        embed: reads and embeds listed images; default `embed_local` with `predictor`.
 
     Raises:
         TercetError: no image is found, the index was made by another model, another process writes to it, or the disk
@@ -113,9 +114,8 @@ def build_index(
         report.unchanged = pc.sum(pc.equal(state, "same")).as_py() or 0
         changed = listed.filter(pc.equal(state, "changed"))["id"]
         due = listed.filter(pc.not_equal(state, "same"))
-        _embed_and_commit(
-            index, due, changed, embed or (lambda images: embed_local(predictor, images)), report, progress
-        )
+        embed = embed or partial(embed_local, predictor)
+        _embed_and_commit(index, due, changed, embed, report, progress)
         gone = _missing(index, known, listed, specs)
         report.removed = len(gone)
         with lance_errors(f"cannot write {index.path}"):
@@ -210,7 +210,7 @@ def read_rows(listed: pa.Table, image_size: int) -> tuple[list[dict[str, Any]], 
 
 def embed_rows(predictor: Predictor, rows: list[dict[str, Any]], pixels: list[Pixels]) -> pa.Table:
     """What `read_rows` gave, with embeddings, as a table of `embedded_schema`."""
-    feats = iter(predictor.embed_images(pixels).numpy() if pixels else ())
+    feats = iter(predictor.embed_images(pixels).float().numpy() if pixels else ())
     for row in rows:
         if "error" not in row:
             row["embedding"] = next(feats)

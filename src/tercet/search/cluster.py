@@ -29,8 +29,7 @@ class Embedder:
         import ray
 
         device = "cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu"
-        model = ray.get(model) if isinstance(model, ray.ObjectRef) else model
-        self.predictor = Predictor(model.to(device))
+        self.predictor = Predictor((ray.get(model) if isinstance(model, ray.ObjectRef) else model).to(device))
 
     def __call__(self, listed: pa.Table) -> pa.Table:
         """Read and embed."""

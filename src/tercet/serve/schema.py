@@ -1,56 +1,62 @@
-"""The JSON of requests and responses; FastAPI makes the OpenAPI description of them."""
+"""The JSON of requests and responses, from which FastAPI makes the OpenAPI description."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from tercet.serve.settings import IMAGES, RERANK, RESULTS, TEXT_LENGTH, TEXTS
-
+TEXT_LENGTH = 1000  # characters of one text; the model reads the first few dozen words
 ID_LENGTH = 512
-_HALVES = range(0xD800, 0xE000)
+TEXTS = 64  # texts, labels or answers of one request
+IMAGES = 16  # images of one request
+RESULTS = 200  # of one search
+RERANK = 200  # candidates of one search that the fusion encoder re-ranks
 
 
-def _whole(text: str) -> str:
-    """Refuse what no text of people holds, and what could not be written back as UTF-8."""
+def _check_characters(text: str) -> str:
+    """Refuse characters that no text holds, and that cannot be written back as UTF-8."""
     if "\0" in text:
-        raise ValueError("holds a null character; leave it out")
-    if any(ord(character) in _HALVES for character in text):
+        raise ValueError("holds a null character; remove it")
+    if any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("holds half a character (a lone \\ud800 to \\udfff escape); send whole ones")
     return text
 
 
-Text = Annotated[str, Field(min_length=1, max_length=TEXT_LENGTH), AfterValidator(_whole)]
-Identifier = Annotated[str, Field(min_length=1, max_length=ID_LENGTH), AfterValidator(_whole)]
+Characters = AfterValidator(_check_characters)
+Text = Annotated[str, Field(min_length=1, max_length=TEXT_LENGTH), Characters]
+Texts = Annotated[list[Text], Field(max_length=TEXTS)]
+Identifier = Annotated[str, Field(min_length=1, max_length=ID_LENGTH), Characters]
+Filter = Annotated[str, Field(min_length=1, max_length=2000), Characters]
 
 
 class Body(BaseModel):
-    """A request; a key that is not known is a mistake, and so is a number that is none."""
+    """A request.  Unknown keys and values of another type are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
-class Picture(Body):
+class ImageInput(Body):
     """An image: one of the index by its id, or a file's bytes (JPEG, PNG, WebP, ...) in base64."""
 
     id: Identifier | None = Field(default=None, description="id of an image of the index")
     base64: Annotated[str, Field(min_length=1)] | None = Field(default=None, description="a file's bytes in base64")
 
     @model_validator(mode="after")
-    def _one(self) -> Self:
+    def _check(self) -> Self:
         if (self.id is None) == (self.base64 is None):
             raise ValueError("give either id or base64")
         return self
 
 
 class SearchRequest(Body):
-    """What to look for: words, an image, or both."""
+    """What to look for: a text, an image, or both."""
 
-    text: Text | None = Field(default=None, description="words")
-    image: Picture | None = Field(default=None, description="an image whose like is sought")
-    without: Text | None = Field(default=None, description="words for what should not be seen")
-    where: Annotated[str, Field(min_length=1, max_length=2000), AfterValidator(_whole)] | None = Field(
+    text: Text | None = Field(default=None, description="what the image shows")
+    image: ImageInput | None = Field(default=None, description="an image that it looks like")
+    without: Text | None = Field(default=None, description="what the image does not show")
+    where: Filter | None = Field(
         default=None, description="a filter over the columns of the index, as in: width >= 800 and caption like '%dog%'"
     )
     k: int = Field(default=20, ge=1, le=RESULTS, description="results")
@@ -58,39 +64,39 @@ class SearchRequest(Body):
         default=None,
         ge=0,
         le=RERANK,
-        description="candidates that the fusion encoder ranks anew, where there are words; 0: none",
+        description="candidates that the fusion encoder re-ranks, where there is a text; 0: none",
     )
 
     @model_validator(mode="after")
-    def _something(self) -> Self:
+    def _check(self) -> Self:
         if self.text is None and self.image is None:
             raise ValueError("give text, image or both")
         return self
 
 
-class Listed(BaseModel):
+class ListedImage(BaseModel):
     """An image of the index."""
 
     id: str
     name: str = Field(description="the last part of the URI")
-    uri: str | None = Field(description="where the image lies; null unless the server was started with --show_uris")
+    uri: str | None = Field(description="where the image is; null unless the server was started with --show-uris")
     caption: str | None
     width: int
     height: int
 
 
-class Hit(Listed):
+class Hit(ListedImage):
     """An image that was found."""
 
     cosine: float = Field(description="similarity by the dual encoder, -1 to 1")
     match: float | None = Field(description="probability of a match by the fusion encoder; null: not re-ranked")
-    dual_rank: int = Field(description="place in the dual encoder's own order, from 1")
+    dual_rank: int = Field(description="rank by the dual encoder alone, from 1")
 
 
 class ImageList(BaseModel):
-    """Images of the index, those indexed last first."""
+    """Images of the index, the last indexed first."""
 
-    images: list[Listed]
+    images: list[ListedImage]
 
 
 class SearchResponse(BaseModel):
@@ -103,12 +109,12 @@ class SearchResponse(BaseModel):
 class MatchRequest(Body):
     """An image and texts that may fit it."""
 
-    image: Picture
+    image: ImageInput
     texts: Annotated[list[Text], Field(min_length=1, max_length=TEXTS)]
 
 
 class TextMatch(BaseModel):
-    """How a text fits the image."""
+    """How well a text fits the image."""
 
     text: str
     match: float = Field(description="probability that they belong together, by the fusion encoder")
@@ -124,15 +130,13 @@ class MatchResponse(BaseModel):
 class AskRequest(Body):
     """A question about an image."""
 
-    image: Picture
+    image: ImageInput
     question: Text
-    answers: Annotated[list[Text], Field(max_length=TEXTS)] = Field(
-        default=[], description="what to choose from; default: the model's own list, or else it writes freely"
-    )
+    answers: Texts = Field(default=[], description="what to choose from; default: the model's own list, or free text")
 
 
 class Scored(BaseModel):
-    """A word or sentence with its probability."""
+    """A text with its probability."""
 
     text: str
     score: float
@@ -149,7 +153,7 @@ class AskResponse(BaseModel):
 class ClassifyRequest(Body):
     """An image and the labels to choose from."""
 
-    image: Picture
+    image: ImageInput
     labels: Annotated[list[Text], Field(min_length=1, max_length=TEXTS)]
     templates: Annotated[list[Text], Field(max_length=8)] = Field(
         default=[], description="sentences with {} where the label goes"
@@ -157,23 +161,23 @@ class ClassifyRequest(Body):
 
 
 class ClassifyResponse(BaseModel):
-    """The labels, the likeliest first."""
+    """The labels, the most probable first."""
 
     labels: list[Scored]
 
 
 class ExplainRequest(Body):
-    """An image and a text whose place in it is sought."""
+    """An image and a text to find in it."""
 
-    image: Picture
+    image: ImageInput
     text: Text
     answer: bool = Field(
-        default=False, description="the text is a question: what the answer to it rests on, by the model that answers"
+        default=False, description="the text is a question: show what its answer rests on, by the model that answers"
     )
 
 
 class WordMap(BaseModel):
-    """Where a word looks."""
+    """Where a word is seen."""
 
     word: str
     heatmap: list[list[float]] = Field(description="rows of patches over the whole image, from 0 up")
@@ -193,11 +197,11 @@ class ExplainResponse(BaseModel):
 class EmbedRequest(Body):
     """Images and texts to embed."""
 
-    images: Annotated[list[Picture], Field(max_length=IMAGES)] = Field(default=[])
-    texts: Annotated[list[Text], Field(max_length=TEXTS)] = Field(default=[])
+    images: Annotated[list[ImageInput], Field(max_length=IMAGES)] = Field(default=[])
+    texts: Texts = Field(default=[])
 
     @model_validator(mode="after")
-    def _something(self) -> Self:
+    def _check(self) -> Self:
         if not self.images and not self.texts:
             raise ValueError("give images, texts or both")
         return self
@@ -223,30 +227,30 @@ class About(BaseModel):
 
 
 class State(BaseModel):
-    """Whether the server lives."""
+    """Whether the server is alive or ready."""
 
     status: str
 
 
-class Fault(BaseModel):
+class ErrorDetail(BaseModel):
     """What went wrong."""
 
     code: str = Field(description="a word for programs")
-    message: str = Field(description="what is wrong, and the mend")
+    message: str = Field(description="what is wrong, and how to fix it")
 
 
 class ErrorResponse(BaseModel):
-    """Every answer that is no success."""
+    """The shape of every error."""
 
-    error: Fault
+    error: ErrorDetail
 
 
-def tell_validation(errors: list[Any]) -> str:
-    """The first of pydantic's errors in one sentence that names the key, without what was sent."""
+def describe_validation(errors: Sequence[Any]) -> str:
+    """The first of pydantic's errors in one line that names the key, without what was sent."""
     first = errors[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
     if first["type"] == "json_invalid":
         return f"the body is not JSON ({first.get('ctx', {}).get('error', 'it cannot be read')})"
-    said = first["msg"].removeprefix("Value error, ")
-    more = f" ({len(errors) - 1} more like it)" if len(errors) > 1 else ""
-    return f"{where or 'the body'}: {said[:1].lower()}{said[1:]}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"{where}: {message[:1].lower()}{message[1:]}{more}"

@@ -1,23 +1,20 @@
-"""Listening, and stopping so that no request is lost."""
+"""Listening, and stopping so that every request that was begun is answered."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import signal
 import socket
 import threading
-from typing import TYPE_CHECKING
 
+from fastapi import FastAPI
 from uvicorn import Config, Server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tercet.errors import TercetError
-from tercet.serve.refusals import error_body
-from tercet.serve.settings import ServeSettings
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
+from tercet.serve.limits import ServeSettings, error_content
 
 HEADER_BYTES = 32 * 1024
 CONNECTIONS = 1000
@@ -26,53 +23,49 @@ KEEP_ALIVE = 15  # seconds that a connection may be silent between requests
 log = logging.getLogger("tercet.serve")
 
 
-class PatientProtocol(H11Protocol):
-    """Uvicorn's protocol, with an end to its patience: whoever connects must send the head of a request in time."""
+class TimedProtocol(H11Protocol):
+    """Uvicorn's HTTP protocol, which closes connections that do not send the head of a request in time."""
 
     head_seconds = 10.0
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Start to wait for the first request."""
+        """Wait for the first request."""
         super().connection_made(transport)
-        self._wait_for_head()
+        self._start_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes; a request that begins after another is waited for anew."""
+        """Take bytes; they may begin the next request."""
         if self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
-            self._wait_for_head()
+            self._start_timer()
         super().data_received(data)
 
     def handle_events(self) -> None:
-        """Read what has come; a whole head ends the wait."""
+        """Parse what has arrived; a complete head stops the timer."""
         before = self.cycle
         super().handle_events()
         if self.cycle is not before:
-            self._stop_waiting()
+            self._stop_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the wait."""
-        self._stop_waiting()
+        """Stop the timer."""
+        self._stop_timer()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, in the shape of every error."""
-        body = error_body(400, f"{msg.rstrip('.')}; this is an HTTP/1.1 server")
+        body = json.dumps(error_content(400, f"{msg.rstrip('.')}; this is an HTTP/1.1 server")).encode()
         head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
         self.transport.close()
 
-    def _wait_for_head(self) -> None:
-        self._head_timer = self.loop.call_later(self.head_seconds, self._give_up)
+    def _start_timer(self) -> None:
+        self._head_timer = self.loop.call_later(self.head_seconds, self.transport.close)
 
-    def _stop_waiting(self) -> None:
+    def _stop_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
-
-    def _give_up(self) -> None:
-        self._head_timer = None
-        self.transport.close()
 
 
 def listen(settings: ServeSettings) -> socket.socket:
@@ -92,7 +85,7 @@ def listen(settings: ServeSettings) -> socket.socket:
 
 
 def address(sock: socket.socket) -> str:
-    """Where a browser finds the page."""
+    """The URL of the page."""
     name: tuple[str, int] = sock.getsockname()[:2]
     host, port = name
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -100,11 +93,10 @@ def address(sock: socket.socket) -> str:
 
 
 def make_server(app: FastAPI, settings: ServeSettings) -> Server:
-    """A server that is not yet started; it stops at SIGTERM or Ctrl-C when what was asked is answered."""
-    protocol = type("Protocol", (PatientProtocol,), {"head_seconds": settings.body_seconds})
+    """A server that is not yet started; on SIGTERM or Ctrl-C it answers what was asked and stops."""
     config = Config(
         app,
-        http=protocol,
+        http=type("Protocol", (TimedProtocol,), {"head_seconds": settings.body_seconds}),
         ws="none",
         lifespan="on",
         log_config=None,
