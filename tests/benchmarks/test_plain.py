@@ -10,8 +10,9 @@ from fixtures import Fixture, assert_close_to_norm, load_fixture, load_student, 
 
 from plain import PlainModel, from_plain, plain_scores, to_plain
 from plain_step import PlainBatch, PlainPretraining, sum_of_losses
+from published_names import published_queues, published_teacher
 from tercet.config import ObjectivesConfig
-from tercet.model.published import published_queues, published_teacher, published_to_state
+from tercet.model.names import published_to_state
 from tercet.objectives.loss import total
 from tercet.tasks.pretrain import Pretraining
 from tercet.tasks.rerank import score_image

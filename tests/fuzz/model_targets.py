@@ -19,8 +19,8 @@ from tercet.data.sources import find_files
 from tercet.data.tokenizer import Tokenizer
 from tercet.model.convert import convert
 from tercet.model.hub import load_model, save_model
-from tercet.model.published import state_to_published
-from tercet.model.weights_file import read_weights
+from tercet.model.names import state_to_published
+from tercet.model.weights import read_weights
 from tercet.report.run import read_run
 from tercet.train.checkpoint import Checkpoints, Position, list_checkpoints
 from tiny_model import make_model

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from published_names import published_queues, published_teacher
 from tercet.config import HeadName, ModelConfig, ObjectivesConfig
-from tercet.model.published import published_queues, published_teacher, published_to_state
+from tercet.model.names import published_to_state
 from tercet.model.tercet import Tercet
 from tercet.objectives.masking import masked_positions
 from tercet.objectives.matching import Negatives

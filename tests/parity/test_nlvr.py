@@ -8,8 +8,9 @@ import pytest
 import torch
 from fixtures import Fixture, assert_close_to_norm, load_fixture, load_labels, load_student
 
+from published_names import published_teacher
 from tercet.config import ObjectivesConfig
-from tercet.model.published import published_teacher, published_to_state
+from tercet.model.names import published_to_state
 from tercet.objectives.matching import Assignment, assignment_similarity
 from tercet.tasks.classification import (
     NLVR,

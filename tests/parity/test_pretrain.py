@@ -9,9 +9,10 @@ import torch
 from fixtures import Fixture, assert_close_to_norm, load_fixture, load_student, load_task, read_batch
 from torch import Tensor
 
+from published_names import published_teacher
 from tercet.config import ObjectivesConfig, OptimConfig
 from tercet.model import layers
-from tercet.model.published import published_teacher, published_to_state
+from tercet.model.names import published_to_state
 from tercet.objectives.contrast import contrast, gather_candidates, same_image, similarity
 from tercet.objectives.local import local_global
 from tercet.objectives.loss import total

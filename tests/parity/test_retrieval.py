@@ -9,7 +9,7 @@ import torch
 from fixtures import assert_close_to_norm, load_fixture, load_student, load_task, read_batch, teacher_state
 
 from tercet.config import ObjectivesConfig
-from tercet.model.published import published_to_state
+from tercet.model.names import published_to_state
 from tercet.objectives.loss import total
 from tercet.tasks.rerank import EncodedTexts, candidate_pairs
 from tercet.tasks.retrieval import RANKS, Scores, recall, rerank

@@ -10,11 +10,11 @@ import torch
 from fixtures import Fixture, assert_close_to_norm, load_fixture, model_config
 from torch import Tensor
 
+from published_names import is_teacher, published_teacher
 from tercet.config import ModelConfig, ObjectivesConfig
-from tercet.model.convert import convert
+from tercet.model.convert import convert, published_config
 from tercet.model.hub import empty_model, load_model
-from tercet.model.published import is_teacher, published_teacher, published_to_state, state_to_published
-from tercet.model.sizes import published_config
+from tercet.model.names import published_to_state, state_to_published
 from tercet.model.tercet import Tercet
 from tercet.tasks.answering import AnswerList, decoder_of, fuse_questions, rank_answers
 from tercet.tasks.vqa import AnswerBatch, QuestionAnswering, answer_logits
@@ -172,9 +172,9 @@ def test_a_converted_checkpoint_answers_as_published(fixture: Fixture, tmp_path:
     torch.save({"model": state}, tmp_path / "vqa.pth")
     report = convert(tmp_path / "vqa.pth", tmp_path / "model", vision_heads=4, text_heads=4)
     used = [name for names in report.used.values() for name in names]
-    left = [name for names in report.left_over.values() for name in names]
+    left = [name for names in report.skipped.values() for name in names]
     assert sorted(used + left) == sorted(state)
-    assert set(report.left_over) == {"the momentum teacher", "second names of tied tensors", "position numbers"}
+    assert set(report.skipped) == {"the momentum teacher", "second names of tied tensors", "position numbers"}
     model = load_model(tmp_path / "model")
     states, mask = fused_questions(fixture, model), fixture.tensors["in.question_mask"]
     ranked = rank_answers(decoder_of(model), states, mask, answer_list(fixture), 8, published=True)

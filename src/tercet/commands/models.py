@@ -65,12 +65,12 @@ def convert(
 
 def _write_published(model: str, file: Path, style: Literal["pretraining", "downstream"] | None) -> None:
     from tercet.model.hub import load_model
-    from tercet.model.published_file import write_published
+    from tercet.model.weights import write_published
 
     written = write_published(load_model(model), file, style)
     print(f"{written.entries} tensors in the published form of {written.style} are in {written.file}.")
-    if written.left_out:
-        print(f"Note: that form cannot hold {', '.join(written.left_out)}.")
+    if written.skipped:
+        print(f"Note: that form cannot hold {', '.join(written.skipped)}.")
 
 
 def export(model: str, *, output: Path, format: Literal["all", "onnx", "program"] = "all", checks: int = 10) -> None:
