@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.installed  ## train a small model on drawn scenes and write its report
+demo: $(VENV)/.installed  ## train a small model on synthetic scenes and write its report
 	@$(BIN)/tercet demo
 
 # Threads that spin while they wait slow down the processes that tests start beside one another.

@@ -103,7 +103,7 @@ class TestMistakes:
             ("evaluate ./none --data x", "no model folder at ./none"),
             ("convert", "FILE, --output"),
             ("convert x --outptu y", "--outptu; did you mean --output?"),
-            ("convert x --output y --layout published --text-heads 2", "--text_heads"),
+            ("convert x --output y --layout published --text-heads 2", "--text-heads"),
             ("tokenizer --output x", "CAPTION"),
             ("tokenizer x --output x --size many", "--size: invalid int value: 'many'"),
             ("data pack x --output y --quality 101", "--quality"),

@@ -22,13 +22,13 @@ def box(x: int, y: int, width: int, height: int, title: str, below: str, colour:
     return (
         f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{colour}" fill-opacity="0.10" '
         f'stroke="{colour}" stroke-width="1.6"{dash}/>'
-        + words(middle, y + height / 2 - 2, title, colour, 14, "600")
-        + words(middle, y + height / 2 + 16, below, SOFT, 11)
+        + label(middle, y + height / 2 - 2, title, colour, 14, "600")
+        + label(middle, y + height / 2 + 16, below, SOFT, 11)
     )
 
 
-def words(x: float, y: float, text: str, colour: str = INK, size: int = 12, weight: str = "400") -> str:
-    """Centred words."""
+def label(x: float, y: float, text: str, colour: str = INK, size: int = 12, weight: str = "400") -> str:
+    """Centred text."""
     return (
         f'<text x="{x:g}" y="{y:g}" text-anchor="middle" fill="{colour}" font-size="{size}" '
         f'font-weight="{weight}">{escape(text)}</text>'
@@ -46,7 +46,7 @@ def objective(x: int, y: int, name: str, meaning: str) -> str:
     colour = OBJECTIVES[name]
     return (
         f'<rect x="{x}" y="{y}" width="44" height="22" rx="11" fill="{colour}"/>'
-        + words(x + 22, y + 15.5, name, "#ffffff", 12, "700")
+        + label(x + 22, y + 15.5, name, "#ffffff", 12, "700")
         + f'<text x="{x + 54}" y="{y + 15.5}" fill="{INK}" font-size="12">{escape(meaning)}</text>'
     )
 
@@ -54,16 +54,16 @@ def objective(x: int, y: int, name: str, meaning: str) -> str:
 def draw() -> str:
     """The whole figure as SVG."""
     parts = [
-        words(75, 78, "an image", INK, 13, "600"),
-        words(75, 94, "in two views", SOFT, 11),
-        words(75, 248, "its caption", INK, 13, "600"),
-        words(75, 264, "whole and with", SOFT, 11),
-        words(75, 279, "hidden words", SOFT, 11),
+        label(75, 78, "an image", INK, 13, "600"),
+        label(75, 94, "in two views", SOFT, 11),
+        label(75, 248, "its caption", INK, 13, "600"),
+        label(75, 264, "whole and with", SOFT, 11),
+        label(75, 279, "masked tokens", SOFT, 11),
         box(170, 50, 150, 62, "image encoder", "ViT over patches", IMAGE),
         box(170, 220, 150, 62, "text encoder", "lower half of BERT", TEXT),
         box(170, 135, 150, 62, "teacher", "moving average of both", TEACHER, dashed=True),
-        box(440, 50, 190, 62, "image memory", "keys, values; once an image", FUSION),
-        box(440, 220, 190, 62, "fusion encoder", "upper half, looks at the image", FUSION),
+        box(440, 50, 190, 62, "keys and values", "of cross-attention, once per image", FUSION),
+        box(440, 220, 190, 62, "fusion encoder", "upper half, reads the image", FUSION),
         arrow("M 125 82 L 164 82"),
         arrow("M 125 251 L 164 251"),
         arrow("M 245 112 L 245 130", TEACHER, dashed=True),
@@ -72,23 +72,23 @@ def draw() -> str:
         arrow("M 320 251 L 434 251"),
         arrow("M 570 112 L 570 214"),
         arrow("M 320 166 L 362 166", TEACHER, dashed=True),
-        words(455, 162, "soft targets, and the features", SOFT, 11),
-        words(455, 177, "of earlier batches in a queue", SOFT, 11),
+        label(455, 162, "soft targets, and the features", SOFT, 11),
+        label(455, 177, "of earlier batches in a queue", SOFT, 11),
         objective(690, 62, "cma", "an image and its text, both ways"),
         objective(690, 98, "imc", "an image and its other view, a text and its twin"),
         objective(690, 134, "lmi", "the whole and its own regions or words"),
-        words(860, 46, "compared by the dual encoder and the teacher", SOFT, 11),
+        label(860, 46, "compared by the dual encoder and the teacher", SOFT, 11),
         objective(690, 226, "itm", "do they belong together? against hard negatives"),
-        objective(690, 262, "mlm", "hidden words, from text and image"),
-        words(860, 212, "read from the fused text", SOFT, 11),
+        objective(690, 262, "mlm", "masked tokens, from text and image"),
+        label(860, 212, "read from the fused text", SOFT, 11),
         f'<line x1="40" y1="318" x2="{WIDTH - 40}" y2="318" stroke="#d8d6cf"/>',
-        words(WIDTH / 2, 344, "What remains after training", INK, 13, "600"),
-        words(200, 370, "search: compare unit vectors", IMAGE, 12, "600"),
-        words(200, 387, "image_feats · text_feats", SOFT, 11),
-        words(540, 370, "re-rank and match: fuse the best", FUSION, 12, "600"),
-        words(540, 387, "itm_logits, from the image memory", SOFT, 11),
-        words(880, 370, "answer, ground, classify", OBJECTIVES["mlm"], 12, "600"),
-        words(880, 387, "heads that fine-tuning adds", SOFT, 11),
+        label(WIDTH / 2, 344, "What remains after training", INK, 13, "600"),
+        label(200, 370, "search: compare unit vectors", IMAGE, 12, "600"),
+        label(200, 387, "image_feats · text_feats", SOFT, 11),
+        label(540, 370, "re-rank and match: fuse the best", FUSION, 12, "600"),
+        label(540, 387, "itm_logits, from the keys and values", SOFT, 11),
+        label(880, 370, "answer, ground, classify", OBJECTIVES["mlm"], 12, "600"),
+        label(880, 387, "heads that fine-tuning adds", SOFT, 11),
     ]
     head = (
         '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'

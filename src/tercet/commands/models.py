@@ -47,11 +47,17 @@ def convert(
         text_heads: attention heads of the text stack; default: what a config.json beside FILE says, else 64 channels a
             head.
     """
-    sizes = {"image_size": image_size, "vision_heads": vision_heads, "text_heads": text_heads}
     if layout == "published":
-        foreign = [name for name, value in {"base": base, "tokenizer": tokenizer, **sizes}.items() if value is not None]
-        if foreign:
-            raise TercetError(f"--{foreign[0]} is for checkpoints of others; remove it, or --layout published")
+        flags = {
+            "--base": base,
+            "--tokenizer": tokenizer,
+            "--image-size": image_size,
+            "--vision-heads": vision_heads,
+            "--text-heads": text_heads,
+        }
+        for flag, value in flags.items():
+            if value is not None:
+                raise TercetError(f"{flag} is for checkpoints of others; remove it, or --layout published")
         _write_published(file, output, style)
         return
     if style is not None:
@@ -59,7 +65,16 @@ def convert(
 
     from tercet.model.convert import convert as convert_weights
 
-    print(convert_weights(Path(file), output, base=base, tokenizer=tokenizer, **sizes).summary())
+    result = convert_weights(
+        Path(file),
+        output,
+        base=base,
+        tokenizer=tokenizer,
+        image_size=image_size,
+        vision_heads=vision_heads,
+        text_heads=text_heads,
+    )
+    print(result.summary())
     print(f"The model is {output}.")
 
 

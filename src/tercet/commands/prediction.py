@@ -41,7 +41,8 @@ def classify(
         model: model folder, run folder, or hub id.
         json: print the numbers as one JSON object.
     """
-    (probabilities,) = load_predictor(model).classify([image], labels, templates)
+    probabilities = load_predictor(model).classify(image, labels, templates)
+    assert not isinstance(probabilities, list)
     if json:
         print(json_format.dumps(probabilities))
     else:
@@ -60,7 +61,8 @@ def ask(
         model: model folder, run folder, or hub id.
         json: print the answer as one JSON object.
     """
-    (found,) = load_predictor(model).answer([image], [question], answers)
+    found = load_predictor(model).answer(image, question, answers)
+    assert not isinstance(found, list)
     if json:
         others = [{"answer": text, "score": score} for text, score in found.others]
         print(json_format.dumps({"answer": found.text, "score": found.score, "others": others}))
@@ -86,5 +88,6 @@ def explain(model: str, image: str, text: str, *, output: Path, layer: int | Non
     predictor = load_predictor(model)
     if not answer:
         warn_untrained_matching(predictor, "the heatmaps mean nothing")
-    (explanation,) = predictor.explain([image], [text], layer, "answer" if answer else "itm")
+    explanation = predictor.explain(image, text, layer, "answer" if answer else "itm")
+    assert not isinstance(explanation, list)
     print(draw_explanation(explanation, output))
