@@ -51,7 +51,7 @@ $(BIN)/python:
 # The stamps are newer than what they were made from, so a second call installs nothing.
 $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (once; this takes a few minutes)"
-	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[hub-data,track]'
+	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[track]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt

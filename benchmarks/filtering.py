@@ -15,34 +15,24 @@ import numpy as np
 
 from tercet import load
 from tercet.config import Config
-from tercet.data.rows import Problems
+from tercet.data.drawn import drawn_table
 from tercet.data.scenes import SceneSource
-from tercet.data.sources import JoinedSource, Source
+from tercet.data.table import SampleTable, concatenate
 from tercet.tasks.filtering import FilterReport, Score, filter_pairs
 
 
-class Exchanged:
-    """A source whose captions at some places have gone round by one."""
+class Exchanged(SampleTable):
+    """A table whose captions at some places have gone round by one."""
 
-    def __init__(self, source: Source, places: np.ndarray) -> None:
-        self.source = source
-        self.problems = Problems()
-        self.image_count = source.image_count
+    def __init__(self, source: SampleTable, places: np.ndarray) -> None:
+        super().__init__(source.parts)
         self.caption_counts = np.ones(source.image_count, np.int64)
         self._owner = np.arange(source.image_count)
         self._owner[places] = np.roll(places, 1)
 
-    def image(self, index: int) -> bytes:
-        """The image."""
-        return self.source.image(index)
-
     def captions(self, index: int) -> list[str]:
         """One caption, its own or another's."""
-        return self.source.captions(int(self._owner[index]))[:1]
-
-    def key(self, index: int) -> str:
-        """The image's name."""
-        return self.source.key(index)
+        return super().captions(int(self._owner[index]))[:1]
 
 
 def area_under_curve(scores: np.ndarray, right: np.ndarray) -> float:
@@ -58,7 +48,8 @@ def area_under_curve(scores: np.ndarray, right: np.ndarray) -> float:
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
     """Exchange, score, compare."""
     count = 100 if arguments.quick else 500
-    scenes = JoinedSource([SceneSource(count, split, distinct=True) for split in ("validation", "test")])
+    splits = ("validation", "test")
+    scenes = concatenate([drawn_table(SceneSource(count, split, distinct=True)) for split in splits])
     rng = np.random.default_rng(0)
     wrong = rng.permutation(scenes.image_count)[: round(arguments.wrong * scenes.image_count)]
     right = np.ones(scenes.image_count, bool)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import torch
 
 import pipeline
@@ -32,10 +33,9 @@ from machine import processor_name
 from tercet.config import DataConfig
 from tercet.data.loader import TrainLoader, cleaned_captions
 from tercet.data.order import PairOrder
-from tercet.data.packed import PackedStrings
-from tercet.data.shard_index import ShardContent, index_path, save_index
-from tercet.data.shard_source import ShardSource
-from tercet.data.sources import open_sources
+from tercet.data.readers import open_sources
+from tercet.data.shards import SCHEMA, index_path, save_index
+from tercet.data.table import TEXTS
 from tercet.data.tokenizer import Tokenizer
 
 ENTRIES, SHARDS = 10_000_000, 500
@@ -81,8 +81,8 @@ def write_entries(folder: Path, entries: int, shards: int) -> None:
     """Indexes of `entries` pairs, and sparse files in place of the shards."""
     each = entries // shards
     offsets = 512 + np.arange(each, dtype=np.int64) * (IMAGE_BYTES // 512 * 512 + 2048)
-    captions = np.frombuffer(CAPTION * each, np.uint8)
-    key_ends = np.arange(each + 1, dtype=np.int64) * KEY_LENGTH
+    captions = pa.array([[CAPTION.decode()]] * each, TEXTS)
+    empty = np.zeros(each, np.int64)
     for shard in range(shards):
         path = folder / f"{shard:05d}.tar"
         with path.open("wb") as stream:
@@ -95,21 +95,11 @@ def write_entries(folder: Path, entries: int, shards: int) -> None:
             "caption_column": data.caption_column,
             "max_words": data.max_words,
         }
-        numbers = np.char.zfill((shard * each + np.arange(each)).astype("S9"), KEY_LENGTH)
-        content = ShardContent(
-            keys=PackedStrings(np.frombuffer(numbers.tobytes(), np.uint8), key_ends),
-            captions=PackedStrings(captions, np.arange(each + 1, dtype=np.int64) * len(CAPTION)),
-            offsets=offsets,
-            sizes=np.full(each, IMAGE_BYTES, np.int64),
-            marks=np.zeros(each, np.uint32),
-            counts=np.ones(each, np.int32),
-            image_ids=np.zeros(each, np.uint64),
-            splits=np.zeros(each, np.int32),
-            split_names=[""],
-            problems=[],
-            problem_count=0,
-        )
-        save_index(index_path(str(path)), state, content)
+        names = pa.array([b"%0*d" % (KEY_LENGTH, shard * each + number) for number in range(each)], pa.large_binary())
+        arrays = [names, captions, offsets, empty + IMAGE_BYTES, empty, empty, empty]
+        columns = [pa.array(array).cast(kind) for array, kind in zip(arrays, SCHEMA.types, strict=True)]
+        notes = {"rejected": [], "rejected_count": 0, "splits": {"": each}, "has_ids": False, "without_caption": 0}
+        save_index(index_path(str(path)), state, pa.RecordBatch.from_arrays(columns, schema=SCHEMA), notes)
 
 
 def peak_memory() -> float:
@@ -122,7 +112,6 @@ def open_entries(folder: str) -> None:
     before = peak_memory()
     started, processor = time.perf_counter(), time.process_time()
     source = open_sources([folder], DataConfig(), "train")
-    assert isinstance(source, ShardSource)
     order = PairOrder(source.caption_counts, 256, 0, block_size=source.block_size)
     order.step_indices(0, 0)
     seconds, processor_seconds = time.perf_counter() - started, time.process_time() - processor
@@ -157,7 +146,7 @@ def order_cost(pairs: int, steps: int = 40) -> float:
 
 
 def sequential_share(pairs: int, open_blocks: int = 64) -> float:
-    """Share of an epoch's reads that fall into a block that the disk is reading already, as `ShardSource` counts it."""
+    """Share of an epoch's reads that fall into a block that the disk is reading already, as `SampleTable` counts it."""
     order = PairOrder(np.ones(pairs, np.int32), 256, 0, block_size=1024)
     blocks: dict[int, None] = {}
     fetches = 0

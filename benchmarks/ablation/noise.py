@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tercet.config import DataConfig
-from tercet.data.sources import open_sources
+from tercet.data.readers import open_sources
 from tercet.files import write_atomic
 
 

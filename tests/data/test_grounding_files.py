@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tercet.config import DataConfig
-from tercet.data.grounding_files import ExpressionPairs, draw_expressions, open_expressions
+from tercet.data.grounding_files import draw_expressions, open_expressions
 from tercet.data.references import unpickle_plain
 from tercet.errors import TercetError
 
@@ -113,7 +113,6 @@ def test_albef_rows_find_boxes_and_candidates_by_ref_id(photo_folder: Path, data
 def test_training_reads_expressions_as_captions_and_needs_no_box(photo_folder: Path) -> None:
     rows = [{"image": f"images/{number}.jpg", "text": text} for number, text in ((1, "b"), (0, "a"), (1, "c"))]
     pairs = open_expressions([write(photo_folder, rows)], DataConfig(), "train")
-    assert isinstance(pairs, ExpressionPairs)
     found = {pairs.key(index): pairs.captions(index) for index in range(pairs.image_count)}
     assert found == {"images/1.jpg": ["b", "c"], "images/0.jpg": ["a"]}
     assert pairs.caption_counts.tolist() == [len(captions) for captions in found.values()]
@@ -128,7 +127,7 @@ def test_images_in_shards(tmp_path: Path, tar: Callable[..., Path], jpeg: Callab
     source = open_expressions([write(tmp_path, rows)], data, "test")
     assert source.sample_count == 1
     assert source.image(source.sample(0).images[0]) == jpeg(9)
-    assert list(source.problems) == [f"{tmp_path}/rows.json row 2: no image images/8.jpg in {tmp_path}/*.tar"]
+    assert list(source.rejected) == [f"{tmp_path}/rows.json row 2: no image images/8.jpg in {tmp_path}/*.tar"]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +153,7 @@ def test_real_phrases(data_dir: Path) -> None:
     file = data_dir / "flickr8k/grounding/phrases_val.json"
     shards = str(data_dir / "flickr8k/shards/flickr8k-val-*.tar")
     source = open_expressions([str(file)], DataConfig(image_root=shards), "test")
-    assert (source.sample_count, source.image_count, len(source.problems)) == (13123, 1000, 0)
+    assert (source.sample_count, source.image_count, len(source.rejected)) == (13123, 1000, 0)
     sample = source.sample(0)
     assert sample.text == "the boy"
     assert sample.target["kinds"] == ["people"]

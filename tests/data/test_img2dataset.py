@@ -14,7 +14,8 @@ import pytest
 
 from tercet.config import DataConfig
 from tercet.data.loader import TrainLoader, cleaned_captions
-from tercet.data.sources import Source, open_sources
+from tercet.data.readers import open_sources
+from tercet.data.table import SampleTable
 from tercet.data.tokenizer import Tokenizer
 
 MakeJpeg = Callable[..., bytes]
@@ -50,11 +51,11 @@ def write_metadata(folder: Path, shard: int, images: dict[int, bytes] | None = N
     (folder / f"{shard:05d}_stats.json").write_text(json.dumps({"count": 10, "failed_to_download": 2}))
 
 
-def opened(folder: Path, **data: object) -> Source:
+def opened(folder: Path, **data: object) -> SampleTable:
     return open_sources([str(folder)], DataConfig.model_validate(data), "train")
 
 
-def check(source: Source, jpeg: MakeJpeg, shards: int = 2) -> None:
+def check(source: SampleTable, jpeg: MakeJpeg, shards: int = 2) -> None:
     wanted = [number for number in range(10 * shards) if number not in FAILED]
     assert [source.captions(index) for index in range(source.image_count)] == [[f"picture number {n}"] for n in wanted]
     assert [source.image(index) for index in range(source.image_count)] == [jpeg(number) for number in wanted]
@@ -93,7 +94,7 @@ def test_parquet(tmp_path: Path, jpeg: MakeJpeg, monkeypatch: pytest.MonkeyPatch
         write_metadata(tmp_path, shard, {n: jpeg(n) for n in range(10 * shard, 10 * shard + 10) if n not in FAILED})
     source = opened(tmp_path, image_column="jpg")
     check(source, jpeg)
-    assert len(source.problems) == 2 and "row 4: 'jpg' is empty" in source.problems[0]
+    assert len(source.rejected) == 2 and "row 4: 'jpg' is empty" in source.rejected[0]
 
 
 def test_images_that_are_gone_are_left_out_and_counted(photo_folder: Path) -> None:
@@ -114,7 +115,10 @@ def test_workers_do_not_copy_the_captions(tmp_path: Path, tar: Callable[..., Pat
     text = ("a long caption of many words that is kept whole " * 100).encode()
     members: dict[str, bytes] = {}
     for index in range(number):
-        members |= {f"{index:06d}.jpg": stream.getvalue(), f"{index:06d}.txt": text + str(index).encode()}
+        members |= {
+            f"{index:06d}.jpg": stream.getvalue() + b"%d" % index,
+            f"{index:06d}.txt": text + str(index).encode(),
+        }
     source = opened(tar(tmp_path / "a.tar", members))
     tokenizer = Tokenizer.train(iter(["a long caption of many words"]), 100)
     loader = TrainLoader(source, tokenizer, DataConfig(workers=1, augment="none"), 16, 50, 0)

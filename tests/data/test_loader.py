@@ -17,14 +17,15 @@ from tercet.config import DataConfig
 from tercet.data.batches import Batch, SkipReport
 from tercet.data.images import decode, resize
 from tercet.data.loader import TrainLoader, caption_owners, cleaned_captions, image_batches, text_batches
-from tercet.data.sources import Source, open_sources
+from tercet.data.readers import open_sources
+from tercet.data.table import SampleTable
 from tercet.data.tokenizer import Tokenizer
 
 SIZE = 32
 
 
 @pytest.fixture
-def source(tmp_path: Path, tar: Callable[..., Path], jpeg: Callable[..., bytes]) -> Source:
+def source(tmp_path: Path, tar: Callable[..., Path], jpeg: Callable[..., bytes]) -> SampleTable:
     """23 photographs in a shard, with 1 to 3 captions each."""
     members: dict[str, bytes] = {}
     for number in range(23):
@@ -33,11 +34,11 @@ def source(tmp_path: Path, tar: Callable[..., Path], jpeg: Callable[..., bytes])
     return open_sources([str(tar(tmp_path / "s.tar", members))], DataConfig(), "train")
 
 
-def tokenizer_of(source: Source) -> Tokenizer:
+def tokenizer_of(source: SampleTable) -> Tokenizer:
     return Tokenizer.train(cleaned_captions(source, 30), 200)
 
 
-def loader_of(source: Source, batch_size: int = 5, seed: int = 3, workers: int = 0, **options) -> TrainLoader:
+def loader_of(source: SampleTable, batch_size: int = 5, seed: int = 3, workers: int = 0, **options) -> TrainLoader:
     data = DataConfig(workers=workers, **options.pop("data", {}))
     return TrainLoader(source, tokenizer_of(source), data, SIZE, batch_size, seed, **options)
 
@@ -63,7 +64,7 @@ def assert_same(first: Batch, second: Batch) -> None:
         assert torch.equal(one, other)
 
 
-def test_a_batch(source: Source) -> None:
+def test_a_batch(source: SampleTable) -> None:
     batch = next(loader_of(source).batches(2))
     assert batch.images.shape == (5, 3, SIZE, SIZE)
     assert batch.images.dtype == torch.uint8
@@ -82,7 +83,7 @@ def test_a_batch(source: Source) -> None:
         assert source.key(image_id) == key
 
 
-def test_one_view_is_the_first_of_two(source: Source) -> None:
+def test_one_view_is_the_first_of_two(source: SampleTable) -> None:
     data = {"augment": "full"}
     two, one = (next(loader_of(source, data=dict(data), views=views).batches(0)).to("cpu") for views in (2, 1))
     assert torch.equal(one.images, two.images)
@@ -91,7 +92,7 @@ def test_one_view_is_the_first_of_two(source: Source) -> None:
 
 
 @pytest.mark.parametrize("choice", ["random", "each"])
-def test_any_number_of_workers_gives_the_same_bits(source: Source, choice: str) -> None:
+def test_any_number_of_workers_gives_the_same_bits(source: SampleTable, choice: str) -> None:
     alone = loader_of(source, data={"caption_choice": choice})
     two = loader_of(source, workers=2, data={"caption_choice": choice})
     for epoch in (0, 1):  # the second by the same worker processes
@@ -102,14 +103,14 @@ def test_any_number_of_workers_gives_the_same_bits(source: Source, choice: str) 
     two.close()
 
 
-def test_resume_in_mid_epoch(source: Source) -> None:
+def test_resume_in_mid_epoch(source: SampleTable) -> None:
     whole = list(loader_of(source).batches(4))
     for first, second in zip(whole[2:], loader_of(source).batches(4, first_step=2), strict=True):
         assert_same(first, second)
     assert list(loader_of(source).batches(4, first_step=len(whole))) == []
 
 
-def test_an_epoch_left_early_does_not_disturb_the_next(source: Source) -> None:
+def test_an_epoch_left_early_does_not_disturb_the_next(source: SampleTable) -> None:
     alone, two = loader_of(source), loader_of(source, workers=2)
     iterator = two.batches(0)
     next(iterator)
@@ -119,14 +120,14 @@ def test_an_epoch_left_early_does_not_disturb_the_next(source: Source) -> None:
     two.close()
 
 
-def test_ranks_share_a_batch(source: Source) -> None:
+def test_ranks_share_a_batch(source: SampleTable) -> None:
     whole = next(loader_of(source, batch_size=6).batches(0))
     parts = [next(loader_of(source, batch_size=6, rank=rank, world=2).batches(0)) for rank in (0, 1)]
     assert whole.keys == parts[0].keys + parts[1].keys
     assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
 
 
-def test_epochs_and_seeds_differ(source: Source) -> None:
+def test_epochs_and_seeds_differ(source: SampleTable) -> None:
     first, other_epoch = (next(loader_of(source, batch_size=23).batches(epoch)) for epoch in (0, 1))
     other_seed = next(loader_of(source, batch_size=23, seed=4).batches(0))
     assert sorted(first.keys) == sorted(other_epoch.keys) == sorted(other_seed.keys)
@@ -136,13 +137,13 @@ def test_epochs_and_seeds_differ(source: Source) -> None:
     assert not torch.equal(first.images[0], other_epoch.images[place])
 
 
-def test_a_set_smaller_than_a_batch(source: Source) -> None:
+def test_a_set_smaller_than_a_batch(source: SampleTable) -> None:
     loader = loader_of(source, batch_size=64)
     assert loader.steps_per_epoch == 1
     assert [len(batch) for batch in loader.batches(0)] == [23]
 
 
-def test_the_last_batch(source: Source) -> None:
+def test_the_last_batch(source: SampleTable) -> None:
     assert [len(batch) for batch in loader_of(source).batches(0)] == [5] * 4
     assert [len(batch) for batch in loader_of(source, drop_last=False).batches(0)] == [5] * 4 + [3]
     each = loader_of(source, data={"caption_choice": "each"}, drop_last=False)
@@ -150,7 +151,7 @@ def test_the_last_batch(source: Source) -> None:
     assert sorted(captions) == sorted(cleaned_captions(source, 30))
 
 
-def test_no_augmentation_is_a_resize(source: Source) -> None:
+def test_no_augmentation_is_a_resize(source: SampleTable) -> None:
     batch = next(loader_of(source, data={"augment": "none"}, compat="published").batches(0))
     assert batch.second_views is not None
     for image, view, image_id in zip(batch.images, batch.second_views, batch.image_ids.tolist(), strict=True):
@@ -170,7 +171,7 @@ def png_with_too_many_pixels() -> bytes:
 
 
 @pytest.fixture
-def broken(photo_folder: Path, jpeg: Callable[..., bytes]) -> tuple[Source, set[str]]:
+def broken(photo_folder: Path, jpeg: Callable[..., bytes]) -> tuple[SampleTable, set[str]]:
     """Six good photographs, and images that are broken in every way, one of which is a folder and one is not there."""
     bad = {
         "cut.jpg": jpeg(1)[:200],
@@ -197,7 +198,7 @@ def png_bytes() -> bytes:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_images_are_left_out_and_named(broken: tuple[Source, set[str]], workers: int) -> None:
+def test_broken_images_are_left_out_and_named(broken: tuple[SampleTable, set[str]], workers: int) -> None:
     source, bad = broken
     loader = loader_of(source, batch_size=4, workers=workers, drop_last=False)
     batches = list(loader.batches(0))
@@ -217,7 +218,7 @@ def test_broken_images_are_left_out_and_named(broken: tuple[Source, set[str]], w
 
 
 def test_a_batch_of_broken_images_alone(tmp_path: Path, tar: Callable[..., Path]) -> None:
-    members = {f"{n}.{part}": b"not an image" for n in range(3) for part in ("jpg", "txt")}
+    members = {f"{n}.{part}": b"not an image %d" % n for n in range(3) for part in ("jpg", "txt")}
     source = open_sources([str(tar(tmp_path / "s.tar", members))], DataConfig(), "train")
     loader = loader_of(source, batch_size=3)
     (batch,) = loader.batches(0)
@@ -242,7 +243,7 @@ def test_the_report_keeps_twenty_messages() -> None:
     assert len(report.lines()) == 22
 
 
-def test_moving_a_batch(source: Source) -> None:
+def test_moving_a_batch(source: SampleTable) -> None:
     batch = next(loader_of(source).batches(0))
     moved = batch.to("meta")
     assert moved.images.device.type == "meta"
@@ -253,7 +254,7 @@ def test_moving_a_batch(source: Source) -> None:
 
 
 @pytest.mark.gpu
-def test_batches_on_the_gpu(source: Source) -> None:
+def test_batches_on_the_gpu(source: SampleTable) -> None:
     loader = loader_of(source, workers=2)
     for batch, wanted in zip(loader.batches(0), loader_of(source).batches(0), strict=True):
         assert batch.images.is_pinned()
@@ -266,7 +267,7 @@ def test_batches_on_the_gpu(source: Source) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_evaluation_batches(source: Source, workers: int) -> None:
+def test_evaluation_batches(source: SampleTable, workers: int) -> None:
     data = DataConfig(workers=workers)
     images = list(image_batches(source, data, SIZE, 4))
     assert torch.cat([batch.indices for batch in images]).tolist() == list(range(23))
@@ -282,7 +283,7 @@ def test_evaluation_batches(source: Source, workers: int) -> None:
     assert tokenizer.decode(texts[0].input_ids[0][texts[0].attention_mask[0]]) == texts[0].captions[0]
 
 
-def test_evaluation_on_the_first_images(source: Source) -> None:
+def test_evaluation_on_the_first_images(source: SampleTable) -> None:
     data = DataConfig(workers=0)
     assert sum(len(batch) for batch in image_batches(source, data, SIZE, 4, limit=7)) == 7
     owners = caption_owners(source, 7)
@@ -291,7 +292,7 @@ def test_evaluation_on_the_first_images(source: Source) -> None:
     assert torch.equal(texts[0].image_indices, owners)
 
 
-def test_evaluation_leaves_broken_images_out(broken: tuple[Source, set[str]]) -> None:
+def test_evaluation_leaves_broken_images_out(broken: tuple[SampleTable, set[str]]) -> None:
     source, bad = broken
     batches = list(image_batches(source, DataConfig(workers=0), SIZE, 5))
     assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(6))

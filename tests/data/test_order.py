@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tercet.data.order import WINDOW_BLOCKS, PairOrder, hash_each, mix, permute, shuffled
-from tercet.data.shard_source import BLOCKS_REMEMBERED
+from tercet.data.table import BLOCKS_REMEMBERED
 from tercet.errors import TercetError
 
 sizes = st.integers(1, 1100) | st.integers(1100, 9000)

@@ -18,12 +18,13 @@ from PIL import Image
 
 from tercet.cli import main
 from tercet.config import DataConfig
-from tercet.data.sources import Source, image_ids, open_sources
+from tercet.data.readers import open_sources
+from tercet.data.table import SampleTable
 
 MakeJpeg = Callable[..., bytes]
 
 
-def opened(path: Path | str) -> Source:
+def opened(path: Path | str) -> SampleTable:
     return open_sources([str(path)], DataConfig(), "train")
 
 
@@ -52,7 +53,7 @@ def test_what_goes_in_comes_out(
     source = opened(tmp_path / "out")
     assert [source.image(index) for index in range(5)] == [jpeg(number) for number in range(5)]
     assert [source.captions(index) for index in range(5)] == [[f"é {n}", f"second {n}"][: 1 + n % 2] for n in range(5)]
-    assert image_ids(source).tolist() == [0, 0, 2, 2, 4]
+    assert source.image_ids.tolist() == [0, 0, 2, 2, 4]
     first = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.tar")}
     assert main([*arguments[:4], str(tmp_path / "again"), *arguments[5:], "--data.workers", "0"]) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").glob("*.tar")} == first

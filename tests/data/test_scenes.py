@@ -233,7 +233,7 @@ def test_source_protocol() -> None:
     assert source.image_count == len(source) == 10
     assert source.caption_counts.tolist() == [3] * 10
     assert source.key(4) == "scenes:validation#4"
-    assert source.problems == []
+    assert source.rejected == []
     decoded = cv2.imdecode(np.frombuffer(source.image(4), np.uint8), cv2.IMREAD_COLOR)[:, :, ::-1]
     assert np.array_equal(decoded, source.array(4))
     copy = pickle.loads(pickle.dumps(source))

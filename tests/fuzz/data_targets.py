@@ -20,9 +20,9 @@ from tercet.data.entailment_files import read_entailments
 from tercet.data.grounding_files import open_expressions
 from tercet.data.images import EncodedImage, decode
 from tercet.data.nlvr_files import read_statements
-from tercet.data.samples import SampleSource
-from tercet.data.sources import open_sources
+from tercet.data.readers import open_sources
 from tercet.data.storage import read_bytes
+from tercet.data.table import SampleTable
 from tercet.data.vqa_files import open_questions, read_answer_list, read_gold, read_results
 from tercet.tasks.probes import open_probes
 from tercet.tasks.score import score_predictions
@@ -38,12 +38,12 @@ def read_pairs(name: str, **keys: Any) -> Callable[[Path], object]:
             with contextlib.suppress(OSError):  # the loader counts and names these
                 decode(source.image(index), source.key(index), data.pixel_limit)
             assert all(isinstance(caption, str) for caption in source.captions(index))
-        return list(source.problems)
+        return list(source.rejected)
 
     return read
 
 
-def read_samples(source: SampleSource) -> None:
+def read_samples(source: SampleTable) -> None:
     """All samples and the first pictures."""
     for index in range(source.sample_count):
         source.sample(index)

@@ -15,7 +15,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from fuzz.target import Target, as_json
 from tercet.config_io import dump_config, load_config
-from tercet.data.sources import find_files
+from tercet.data.readers import find_files
 from tercet.data.tokenizer import Tokenizer
 from tercet.model.convert import convert
 from tercet.model.hub import load_model, save_model

@@ -10,8 +10,9 @@ import pytest
 
 from tercet.cli import main
 from tercet.config import Config, DataConfig
+from tercet.data.readers import open_sources
 from tercet.data.scenes import SceneSource
-from tercet.data.sources import Source, image_ids, open_sources
+from tercet.data.table import SampleTable
 from tercet.errors import TercetError
 from tercet.model.hub import save_model
 from tercet.predictor import Predictor
@@ -37,7 +38,7 @@ def pairs(tmp_path: Path) -> Path:
     return tmp_path / "pairs.json"
 
 
-def opened(path: Path | str) -> Source:
+def opened(path: Path | str) -> SampleTable:
     return open_sources([str(path)], DataConfig(), "test")
 
 
@@ -73,7 +74,7 @@ def test_what_is_kept_is_a_source_with_the_same_ids(pairs: Path, tmp_path: Path)
     assert sum(row["similarity"] >= report.threshold for batch in every for row in batch["rows"]) == 5
     source = opened(tmp_path / "out" / "kept.jsonl")
     assert source.image(0) == opened(pairs).image(int(Path(rows[0]["image"]).stem))
-    assert len(set(image_ids(source).tolist())) == len({int(Path(row["image"]).stem) // 2 for row in rows})
+    assert len(set(source.image_ids.tolist())) == len({int(Path(row["image"]).stem) // 2 for row in rows})
 
 
 def test_another_threshold_needs_no_model(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ from tercet.config_io import load_config
 from tercet.data.grounding_files import draw_expressions, open_expressions
 from tercet.data.images import ViewTransform
 from tercet.data.loader import TrainLoader
-from tercet.data.samples import Sample
 from tercet.data.scenes import SceneSource
+from tercet.data.table import Sample
 from tercet.errors import TercetError
 from tercet.predictor import Predictor
 from tercet.tasks.explaining import Explanation

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tercet.config import Config, DataConfig, ModelConfig
+from tercet.data.readers import open_sources
 from tercet.data.scenes import SceneSource
-from tercet.data.sources import open_sources
 from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet

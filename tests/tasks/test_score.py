@@ -23,7 +23,7 @@ def write(folder: Path, rows: Any, name: str = "predictions.json") -> str:
 
 @pytest.mark.parametrize("task", ["retrieval", "entailment", "nlvr", "grounding"])
 def test_the_numbers_of_the_evaluation_itself(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tercet.data.sources.HELD_OUT_SCENES", 12)
+    monkeypatch.setattr("tercet.data.drawn.HELD_OUT_SCENES", 12)
     monkeypatch.setattr("tercet.data.samples.HELD_OUT_SCENES", 12)
     config = Config.model_validate({"data": {"workers": 0}, "evaluate": {"rerank": 4}})
     model = make_model()

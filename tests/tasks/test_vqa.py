@@ -16,7 +16,7 @@ from torch import Tensor
 from tercet.config import Config, ModelConfig, ObjectivesConfig
 from tercet.config_io import load_config
 from tercet.data.sample_loader import SampleLoader
-from tercet.data.samples import SampleSource
+from tercet.data.table import SampleTable
 from tercet.data.tokenizer import Tokenizer, clean_question
 from tercet.data.vqa_files import draw_questions, open_questions
 from tercet.errors import TercetError
@@ -50,12 +50,12 @@ def config(**sections: dict[str, Any]) -> Config:
 
 
 @pytest.fixture(scope="module")
-def source() -> SampleSource:
+def source() -> SampleTable:
     return open_data("vqa", ["scenes"], config().data, "train")
 
 
 @pytest.fixture(scope="module")
-def words(source: SampleSource) -> Tokenizer:
+def words(source: SampleTable) -> Tokenizer:
     return Tokenizer.train(tokenizer_texts("vqa", source, config().data), 200)
 
 
@@ -101,7 +101,7 @@ def test_the_loss_sums_over_pieces_and_answers_and_averages_over_questions() -> 
     )
 
 
-def test_a_question_s_loss_does_not_depend_on_its_batch(model: Tercet, source: SampleSource) -> None:
+def test_a_question_s_loss_does_not_depend_on_its_batch(model: Tercet, source: SampleTable) -> None:
     loader = loader_of(model, source, 6)
     batch = next(loader.batches(0))
     task = QuestionAnswering(model, ObjectivesConfig(queue_size=0)).eval()
@@ -121,7 +121,7 @@ def test_a_question_s_loss_does_not_depend_on_its_batch(model: Tercet, source: S
     assert together == pytest.approx(sum(alone) / 6, rel=1e-5)
 
 
-def test_questions_that_share_an_image_have_the_loss_that_they_have_alone(model: Tercet, source: SampleSource) -> None:
+def test_questions_that_share_an_image_have_the_loss_that_they_have_alone(model: Tercet, source: SampleTable) -> None:
     task = QuestionAnswering(model, ObjectivesConfig(queue_size=0)).eval()
     data = config().data.model_copy(update={"share_images": True})
     shared = next(SampleLoader(source, task_words(model), data, 32, 3, seed=0, clean=clean_question).batches(0))
@@ -136,12 +136,12 @@ def task_words(model: Tercet) -> Tokenizer:
     return model.tokenizer
 
 
-def loader_of(model: Tercet, source: SampleSource, batch_size: int) -> SampleLoader:
+def loader_of(model: Tercet, source: SampleTable, batch_size: int) -> SampleLoader:
     data = config().data
     return SampleLoader(source, task_words(model), data, 32, batch_size, seed=0, clean=clean_question)
 
 
-def test_what_the_task_does_not_read_takes_no_gradient(model: Tercet, source: SampleSource) -> None:
+def test_what_the_task_does_not_read_takes_no_gradient(model: Tercet, source: SampleTable) -> None:
     task = build_task(config(), model)
     assert isinstance(task, QuestionAnswering) and task.teacher is not None
     assert {name.split(".")[0] for name in task.teacher.model.state_dict()} == {

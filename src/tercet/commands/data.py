@@ -18,7 +18,7 @@ from tercet.errors import TercetError
 
 if TYPE_CHECKING:
     from tercet.data.packing import KeptPairs
-    from tercet.data.sources import Source
+    from tercet.data.table import SampleTable
 
 NAMED = 10  # groups of duplicates and broken images that are named
 
@@ -56,7 +56,7 @@ def data_pack(
     if shard_size < 1 or not 1 <= quality <= 100 or (resize is not None and resize < 1):
         raise TercetError("--shard-size and --resize must be 1 or more, --quality between 1 and 100")
     from tercet.data.packing import PackOptions, PackReport, pack
-    from tercet.data.sources import open_sources
+    from tercet.data.readers import open_sources
 
     data = default_config(overrides).data
     source = open_sources(sources, data, split)
@@ -101,7 +101,7 @@ def data_inspect(
     """
     from tercet.data.contact_sheet import write_sheet
     from tercet.data.inspection import Inspection, inspect_source
-    from tercet.data.sources import open_sources
+    from tercet.data.readers import open_sources
 
     data = default_config(overrides).data
     source = open_sources(sources, data, split)
@@ -157,7 +157,7 @@ def data_filter(
         split: which synthetic scenes the source `scenes` means.
         json: print the numbers as one JSON object.
     """
-    from tercet.data.sources import open_sources
+    from tercet.data.readers import open_sources
     from tercet.tasks.filtering import FilterReport, filter_pairs
 
     folder, config = model_and_config(model, overrides)
@@ -201,7 +201,7 @@ def tokenizer(captions: list[str], *, output: Path, size: int = 8192, **override
         size: tokens of the vocabulary.
     """
     from tercet.data.loader import cleaned_captions
-    from tercet.data.sources import open_sources
+    from tercet.data.readers import open_sources
     from tercet.data.tokenizer import Tokenizer
 
     data = default_config(overrides).data
@@ -220,8 +220,8 @@ def model_fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _print_rejected(source: Source) -> None:
-    for line in list(source.problems)[:NAMED]:
+def _print_rejected(source: SampleTable) -> None:
+    for line in list(source.rejected)[:NAMED]:
         print(f"rejected: {line}", file=sys.stderr)
 
 

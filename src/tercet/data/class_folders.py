@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tercet.config import DataConfig
-from tercet.data.annotations import IMAGE_SUFFIXES
-from tercet.data.packed import StringPacker, encode
-from tercet.data.rows import PairCollector, Problems
-from tercet.data.sources import JoinedSource, PairSource, Source, open_sources
-from tercet.data.storage import FileImages, is_url
+from tercet.data.builders import PairBuilder
+from tercet.data.readers import IMAGE_SUFFIXES, open_sources
+from tercet.data.rows import Rejected
+from tercet.data.storage import is_url
+from tercet.data.table import SampleTable, concatenate
 from tercet.errors import TercetError
 
 
-def open_labelled(specs: Sequence[str], data: DataConfig, split: str) -> Source:
+def open_labelled(specs: Sequence[str], data: DataConfig, split: str) -> SampleTable:
     """Labelled images as images with one caption, the label.
 
     Args:
@@ -26,14 +26,15 @@ def open_labelled(specs: Sequence[str], data: DataConfig, split: str) -> Source:
     Raises:
         TercetError: a file is missing or cannot be parsed, or gives no labelled image.
     """
-    parts = [
-        read_class_folders(Path(spec), data) if _has_class_folders(spec) else open_sources([spec], data, split)
-        for spec in ([specs] if isinstance(specs, str) else specs)
-    ]
-    return parts[0] if len(parts) == 1 else JoinedSource(parts)
+    return concatenate(
+        [
+            read_class_folders(Path(spec), data) if _has_class_folders(spec) else open_sources([spec], data, split)
+            for spec in ([specs] if isinstance(specs, str) else specs)
+        ]
+    )
 
 
-def labels_of(source: Source) -> list[str]:
+def labels_of(source: SampleTable) -> list[str]:
     """The label of each image.
 
     Raises:
@@ -51,19 +52,14 @@ def labels_of(source: Source) -> list[str]:
     return labels
 
 
-def read_class_folders(folder: Path, data: DataConfig) -> PairSource:
+def read_class_folders(folder: Path, data: DataConfig) -> SampleTable:
     """The images of the folders in `folder`, each labelled with the name of its own."""
-    problems = Problems()
-    collector = PairCollector(problems, data.max_words)
-    paths = StringPacker()
+    builder = PairBuilder(Rejected(), data.max_words)
     for part in sorted(part for part in folder.iterdir() if part.is_dir()):
         label = part.name.replace("_", " ")
         for image in sorted(image for image in part.rglob("*") if image.suffix.lower() in IMAGE_SUFFIXES):
-            name = str(image.relative_to(folder))
-            if collector.add(str(image), name, label):
-                paths.add(encode(name))
-    pairs = collector.finish()
-    return PairSource(pairs, FileImages(str(folder), paths.pack().take(pairs.rows)), problems)
+            builder.add(str(image), str(image.relative_to(folder)), label)
+    return builder.finish().in_files(str(folder), builder.rejected)
 
 
 def _has_class_folders(spec: str) -> bool:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tercet.data.loader import describe, picture
-from tercet.data.sources import Source
+from tercet.data.loader import describe
+from tercet.data.table import SampleTable
 from tercet.errors import TercetError
 from tercet.files import write_atomic
 
@@ -19,7 +19,7 @@ LINES, LINE_HEIGHT, FONT_SIZE = 3, 14, 11
 PAPER, INK, FAINT, BROKEN = (255, 255, 255), (32, 32, 32), (240, 240, 240), (176, 32, 32)
 
 
-def write_sheet(source: Source, path: Path, count: int, pixel_limit: int) -> Path:
+def write_sheet(source: SampleTable, path: Path, count: int, pixel_limit: int) -> Path:
     """Draw `count` images spread evenly over a source, and write them as a PNG.
 
     Raises:
@@ -36,7 +36,7 @@ def write_sheet(source: Source, path: Path, count: int, pixel_limit: int) -> Pat
         pen.rectangle((left, top, left + TILE - 1, top + TILE - 1), fill=FAINT)
         caption, ink = source.captions(index)[0], INK
         try:
-            tile = Image.fromarray(picture(source, index, pixel_limit))
+            tile = Image.fromarray(source.pixels(index, pixel_limit))
             tile = _fit(tile)
             sheet.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
         except (OSError, TercetError) as error:

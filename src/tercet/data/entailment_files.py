@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 
 from tercet.config import DataConfig
-from tercet.data.json_rows import choose_layout, image_root, read_objects, text_of
-from tercet.data.rows import Problems
-from tercet.data.samples import SampleCollector, SampleTable
+from tercet.data.builders import SampleBuilder
+from tercet.data.drawn import drawn_table
+from tercet.data.rows import choose_layout, image_root, read_objects, text_of
 from tercet.data.scene_tasks import entailments
 from tercet.data.scenes import SceneSource
+from tercet.data.table import SampleTable
 from tercet.errors import TercetError
 
 # In the order of the published classes.
@@ -33,29 +34,29 @@ def read_entailments(file: str, suffix: str | None, data: DataConfig) -> SampleT
     root = image_root(file, data)
     names = [_image_of(row, where) for where, row in first]
     layout = choose_layout(root, [[folder + name for name in names] for folder in FOLDERS])
-    collector = SampleCollector(Problems())
+    collector = SampleBuilder()
     for where, row in itertools.chain(first, rows):
         label = text_of(row, where, "gold_label", "label")
         if label == UNDECIDED:
-            collector.problems.add(f"{where}: its annotators did not agree on a label")
+            collector.rejected.add(f"{where}: its annotators did not agree on a label")
             continue
         if label not in LABELS:
             raise TercetError(f"{where}: the label {label!r} is none of {', '.join(LABELS)}")
         target = {"label": LABELS.index(label), "id": row.get("pairID")}
         sentence = text_of(row, where, "sentence2", "sentence")
         collector.add(where, [FOLDERS[layout] + _image_of(row, where)], sentence, target)
-    return collector.finish(file, data)
+    return collector.finish(file, image_root(file, data))
 
 
 def draw_entailments(count: int, split: str) -> SampleTable:
     """What `count` drawn scenes entail, contradict and leave open."""
     scenes = SceneSource(count, split)
-    collector = SampleCollector()
+    collector = SampleBuilder()
     for index in range(count):
         for number, (sentence, label) in enumerate(entailments(scenes.scene(index)), 1):
             target = {"label": LABELS.index(label), "id": None}
             collector.add(f"{scenes.key(index)} sentence {number}", [index], sentence, target)
-    return collector.finish_drawn(scenes)
+    return collector.finish_over(drawn_table(scenes))
 
 
 def _image_of(row: dict, where: str) -> str:

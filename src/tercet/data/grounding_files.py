@@ -17,19 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from tercet.config import DataConfig
-from tercet.data.images import decode
-from tercet.data.json_rows import choose_layout, image_root, read_objects, text_of
-from tercet.data.json_text import parse_json
+from tercet.data.builders import SampleBuilder, is_empty
+from tercet.data.drawn import drawn_table, open_samples
+from tercet.data.readers import TABLE_SUFFIXES, find_files, open_sources
 from tercet.data.references import Box, References, is_coordinate, read_references
-from tercet.data.rows import SplitFilter, is_empty
-from tercet.data.samples import SampleCollector, SampleSource, SampleTable, open_samples
+from tercet.data.rows import SplitFilter, choose_layout, image_root, parse_json, read_objects, text_of
 from tercet.data.scene_expressions import expressions
 from tercet.data.scenes import SceneSource
-from tercet.data.sources import TABLE_SUFFIXES, Source, find_files, open_sources
 from tercet.data.storage import read_text
+from tercet.data.table import SampleTable
 from tercet.errors import TercetError
 
 TEXT_KEYS = ("text", "phrase", "expression", "caption")
@@ -50,23 +47,22 @@ def open_expressions(specs: Sequence[str], data: DataConfig, split: str) -> Any:
     """
     training = split == "train"
 
-    def read(file: str, suffix: str | None, data: DataConfig) -> SampleSource:
+    def read(file: str, suffix: str | None, data: DataConfig) -> SampleTable:
         return read_expressions(file, suffix, data, need_boxes=not training)
 
-    samples = open_samples(specs, data, split, read, draw_expressions)
-    return ExpressionPairs(samples) if training else samples
+    return open_samples(specs, data, split, read, draw_expressions)
 
 
 def draw_expressions(count: int, split: str) -> SampleTable:
     """The phrases that each refer to one object of `count` drawn scenes; candidates are the boxes of all objects."""
     scenes = SceneSource(count, split, distinct=split != "train")
-    collector = SampleCollector()
+    collector = SampleBuilder()
     for index in range(count):
         scene = scenes.scene(index)
         for phrase in expressions(scene):
             target = _target([phrase.box], (scene.size, scene.size), [phrase.kind], candidates=scene.boxes)
             collector.add(f"{scenes.key(index)} expression {len(collector)}", [index], phrase.text, target)
-    return collector.finish_drawn(scenes)
+    return collector.finish_over(drawn_table(scenes))
 
 
 def read_expressions(file: str, suffix: str | None, data: DataConfig, need_boxes: bool) -> SampleTable:
@@ -88,7 +84,7 @@ def read_expressions(file: str, suffix: str | None, data: DataConfig, need_boxes
     if data.references is not None:
         references = read_references(data.references, data.instances)
     images = ImageFinder(file, data)
-    collector = SampleCollector()
+    collector = SampleBuilder()
     for where, row in read_objects(file, suffix):
         image, text = text_of(row, where, data.image_column), text_of(row, where, *TEXT_KEYS)
         _check_text(text, where, data)
@@ -125,7 +121,7 @@ def _read_official(
     layouts = ("", "train2014/")
     folder = layouts[choose_layout(root, [[f"{inside}{name}" for name in tried] for inside in layouts])]
     images = ImageFinder(file, data)
-    collector = SampleCollector()
+    collector = SampleBuilder()
     for ref_id, name in zip(chosen_ids, names, strict=True):
         where = f"{file} ref_id {ref_id}"
         place = images.find(f"{folder}{name}", where, collector)
@@ -151,83 +147,28 @@ class ImageFinder:
             keys = (self.source.key(index) for index in range(self.source.image_count))
             self._places = {_stem(key): index for index, key in enumerate(keys)}
 
-    def find(self, name: str, where: str, collector: SampleCollector) -> str | int | None:
-        """What `SampleCollector.add` takes for the image; None, and a problem noted, where an archive lacks it."""
+    def find(self, name: str, where: str, collector: SampleBuilder) -> str | int | None:
+        """What `SampleBuilder.add` takes for the image; None, and a problem noted, where an archive lacks it."""
         if self.source is None:
             return name
         place = self._places.get(PurePosixPath(name).stem, self._places.get(PurePosixPath(name).name))
         if place is None:
-            collector.problems.add(f"{where}: no image {name} in {self.data.image_root}")
+            collector.rejected.add(f"{where}: no image {name} in {self.data.image_root}")
         return place
 
-    def finish(self, collector: SampleCollector) -> SampleTable:
+    def finish(self, collector: SampleBuilder) -> SampleTable:
         """The samples, over these images.
 
         Raises:
             TercetError: there are none, or none of a few images is there.
         """
         if self.source is None:
-            return collector.finish(self.file, self.data)
+            return collector.finish(self.file, image_root(self.file, self.data))
         if not len(collector):
             raise TercetError(
-                f"{self.file}: none of its images is in {self.data.image_root}; the first: {collector.problems[0]}"
+                f"{self.file}: none of its images is in {self.data.image_root}; the first: {collector.rejected[0]}"
             )
-        return collector.finish_drawn(ArchivedImages(self.source, self.data.pixel_limit))
-
-
-class ArchivedImages:
-    """The images of a source, without its captions."""
-
-    def __init__(self, source: Source, pixel_limit: int) -> None:
-        self.source, self.pixel_limit = source, pixel_limit
-
-    @property
-    def image_count(self) -> int:
-        """How many images there are."""
-        return self.source.image_count
-
-    def array(self, index: int) -> np.ndarray:
-        """Image `index`: uint8 [height, width, 3]."""
-        return decode(self.source.image(index), self.source.key(index), self.pixel_limit)
-
-    def image(self, index: int) -> bytes:
-        """The encoded image."""
-        return self.source.image(index)
-
-    def key(self, index: int) -> str:
-        """What names image `index` in messages."""
-        return self.source.key(index)
-
-
-class ExpressionPairs:
-    """Expressions as captions of their images: what the weakly supervised training reads, without any box."""
-
-    def __init__(self, samples: SampleSource) -> None:
-        images = np.array([samples.sample(index).images[0] for index in range(samples.sample_count)], np.int64)
-        order = np.argsort(images, kind="stable")
-        self.problems = samples.problems
-        self._samples = samples
-        self._order = order
-        self._images, self.caption_counts = np.unique(images, return_counts=True)
-        self._starts = np.concatenate([[0], np.cumsum(self.caption_counts)]).astype(np.int64)
-
-    @property
-    def image_count(self) -> int:
-        """How many images have an expression."""
-        return len(self._images)
-
-    def image(self, index: int) -> bytes:
-        """The encoded image.  Raises OSError or TercetError when it cannot be read."""
-        return self._samples.image(int(self._images[index]))
-
-    def captions(self, index: int) -> list[str]:
-        """The expressions of image `index`."""
-        rows = self._order[self._starts[index] : self._starts[index + 1]]
-        return [self._samples.sample(int(row)).text for row in rows]
-
-    def key(self, index: int) -> str:
-        """What names image `index` in messages."""
-        return self._samples.key(int(self._images[index]))
+        return collector.finish_over(self.source)
 
 
 class Detections:
@@ -346,7 +287,7 @@ def _holds_references(file: str) -> bool:
     return "sentences" in first and "ann_id" in first
 
 
-def _open_archive(data: DataConfig) -> Source | None:
+def _open_archive(data: DataConfig) -> SampleTable | None:
     """The shards or tables that `data.image_root` names; None where it is a folder of files."""
     if data.image_root is None or (Path(data.image_root).is_dir() and not _holds_archives(data.image_root)):
         return None

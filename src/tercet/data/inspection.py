@@ -14,7 +14,7 @@ from tercet.data.augment import Pixels
 from tercet.data.images import EncodedImage, reduction_for
 from tercet.data.loader import describe, encoded_picture
 from tercet.data.rows import digest
-from tercet.data.sources import Source
+from tercet.data.table import SampleTable
 from tercet.data.tokenizer import clean_caption
 from tercet.data.workers import WorkerPool
 from tercet.errors import TercetError
@@ -53,7 +53,7 @@ class Measured:
 class Measurer:
     """Measures images number * CHUNK and following; copied to every worker process."""
 
-    def __init__(self, source: Source, pixel_limit: int, max_words: int) -> None:
+    def __init__(self, source: SampleTable, pixel_limit: int, max_words: int) -> None:
         self.source = source
         self.pixel_limit = pixel_limit
         self.max_words = max_words
@@ -148,7 +148,9 @@ class Inspection:
         return alike(self.measured.fingerprints[candidates], candidates)
 
 
-def inspect_source(source: Source, pixel_limit: int, max_words: int, workers: int) -> Iterator[tuple[int, Inspection]]:
+def inspect_source(
+    source: SampleTable, pixel_limit: int, max_words: int, workers: int
+) -> Iterator[tuple[int, Inspection]]:
     """Measure a source; yields how many images are done, and what was found when all of them are.
 
     Raises:
@@ -156,7 +158,7 @@ def inspect_source(source: Source, pixel_limit: int, max_words: int, workers: in
     """
     tasks = list(range(-(-source.image_count // CHUNK)))
     counts = np.asarray(source.caption_counts, np.int64)
-    refused = list(source.problems)[:MESSAGES_KEPT]
+    refused = list(source.rejected)[:MESSAGES_KEPT]
     parts: list[Measured] = []
     problems: list[str] = []
     pool: WorkerPool[Measured] = WorkerPool(Measurer(source, pixel_limit, max_words), workers)
@@ -166,13 +168,13 @@ def inspect_source(source: Source, pixel_limit: int, max_words: int, workers: in
             parts.append(part)
             done = min(len(parts) * CHUNK, source.image_count)
             if len(parts) < len(tasks):
-                yield done, Inspection(part, np.zeros(0, np.int64), refused, len(source.problems), max_words)
+                yield done, Inspection(part, np.zeros(0, np.int64), refused, len(source.rejected), max_words)
     whole = Measured(
         *(np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS),
         problems=problems,
     )
     owners = np.repeat(np.arange(len(counts)), counts)
-    yield source.image_count, Inspection(whole, owners, refused, len(source.problems), max_words)
+    yield source.image_count, Inspection(whole, owners, refused, len(source.rejected), max_words)
 
 
 COLUMNS = ("sizes", "digests", "fingerprints", "words", "texts")

@@ -17,7 +17,7 @@ from tercet.config import DataConfig
 from tercet.data.batches import Batch, ImageBatch, SkipReport, TextBatch
 from tercet.data.images import EncodedImage, ViewTransform, resize
 from tercet.data.order import PairOrder
-from tercet.data.sources import JoinedSource, Source, block_size, image_ids
+from tercet.data.table import SampleTable
 from tercet.data.tokenizer import Tokenizer, clean_caption, mentions_sides
 from tercet.data.workers import WorkerPool
 from tercet.distributed import Ranks
@@ -33,7 +33,7 @@ class TrainPlan:
 
     def __init__(
         self,
-        source: Source,
+        source: SampleTable,
         tokenizer: Tokenizer,
         data: DataConfig,
         image_size: int,
@@ -48,7 +48,7 @@ class TrainPlan:
         self.order = order
         self.compat: Literal["tercet", "published"] = compat
         self.views = views
-        self._image_ids = image_ids(source)
+        self._image_ids = source.image_ids
         self._transform = ViewTransform(image_size, data.augment, data.crop_scale, compat)
 
     def __call__(self, number: tuple[int, int]) -> Batch:
@@ -94,7 +94,7 @@ class TrainPlan:
 class ImagePlan:
     """Makes evaluation batch `number` of the images of a source."""
 
-    def __init__(self, source: Source, data: DataConfig, image_size: int, batch_size: int, count: int) -> None:
+    def __init__(self, source: SampleTable, data: DataConfig, image_size: int, batch_size: int, count: int) -> None:
         self.source = source
         self.data = data
         self.image_size = image_size
@@ -109,7 +109,7 @@ class ImagePlan:
         start = number * self.batch_size
         for index in range(start, min(start + self.batch_size, self.count)):
             try:
-                pixels = picture(self.source, index, self.data.pixel_limit)
+                pixels = self.source.pixels(index, self.data.pixel_limit)
             except (OSError, TercetError) as error:
                 problems.append(describe(self.source, index, error))
                 continue
@@ -145,7 +145,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        source: Source,
+        source: SampleTable,
         tokenizer: Tokenizer,
         data: DataConfig,
         image_size: int,
@@ -158,7 +158,7 @@ class TrainLoader:
         views: Literal[1, 2] = 2,
     ) -> None:
         counts = np.asarray(source.caption_counts)
-        block = block_size(source)
+        block = source.block_size
         if data.caption_choice == "each" and len(counts):
             block *= max(1, round(float(counts.mean())))
         self.order = PairOrder(
@@ -201,7 +201,7 @@ class TrainLoader:
 
 
 def image_batches(
-    source: Source,
+    source: SampleTable,
     data: DataConfig,
     image_size: int,
     batch_size: int,
@@ -228,7 +228,7 @@ def image_batches(
 
 
 def text_batches(
-    source: Source,
+    source: SampleTable,
     tokenizer: Tokenizer,
     data: DataConfig,
     batch_size: int,
@@ -255,44 +255,29 @@ def dealt(batches: int, ranks: Ranks | None) -> list[int]:
     return list(range(batches) if ranks is None else range(ranks.rank, batches, ranks.world))
 
 
-def caption_owners(source: Source, limit: int | None = None) -> Tensor:
+def caption_owners(source: SampleTable, limit: int | None = None) -> Tensor:
     """int64 [captions]: index of the image of each caption, in the order of `text_batches`."""
     counts = np.asarray(source.caption_counts, np.int64)[:limit]
     return torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
 
 
-def cleaned_captions(source: Source, max_words: int, limit: int | None = None) -> Iterator[str]:
+def cleaned_captions(source: SampleTable, max_words: int, limit: int | None = None) -> Iterator[str]:
     """Every caption of a source, cleaned, in order: what a tokenizer is trained on."""
     for index in range(min(source.image_count, limit or source.image_count)):
         for caption in source.captions(index):
             yield clean_caption(caption, max_words)
 
 
-def picture(source: Source, index: int, pixel_limit: int) -> np.ndarray:
-    """Image `index` decoded: uint8 [height, width, 3].
-
-    Raises:
-        OSError, TercetError: it cannot be read or decoded.
-    """
-    encoded = encoded_picture(source, index, pixel_limit)
-    return encoded.pixels() if isinstance(encoded, EncodedImage) else encoded
-
-
-def encoded_picture(source: Source, index: int, pixel_limit: int) -> EncodedImage | np.ndarray:
-    """Image `index`, its header read; or its pixels where it is drawn, not stored.
+def encoded_picture(source: SampleTable, index: int, pixel_limit: int) -> EncodedImage:
+    """Image `index`, its header read.
 
     Raises:
         OSError, TercetError: it cannot be read, or is no image.
     """
-    if isinstance(source, JoinedSource):
-        source, index = source.find(index)
-    array = getattr(source, "array", None)
-    if array is not None:  # no need to encode it first
-        return array(index)
     return EncodedImage(source.image(index), source.key(index), pixel_limit)
 
 
-def describe(source: Source, index: int, error: OSError | TercetError) -> str:
+def describe(source: SampleTable, index: int, error: OSError | TercetError) -> str:
     """Why image `index` was left out, beginning with its name."""
     key = source.key(index)
     file = getattr(error, "filename", None)

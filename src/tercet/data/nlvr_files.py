@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from tercet.config import DataConfig
-from tercet.data.json_rows import choose_layout, image_root, read_objects, text_of
-from tercet.data.samples import SampleCollector, SampleTable
+from tercet.data.builders import SampleBuilder
+from tercet.data.drawn import drawn_table
+from tercet.data.rows import choose_layout, image_root, read_objects, text_of
 from tercet.data.scene_pairs import PairStatement, pair_statement, shared_statements
 from tercet.data.scenes import SPLITS, encode_png
+from tercet.data.table import SampleTable
 from tercet.errors import TercetError
 
 TRUTHS = {"true": 1, "false": 0}
@@ -48,14 +50,14 @@ def read_statements(file: str, suffix: str | None, data: DataConfig) -> SampleTa
     root = image_root(file, data)
     named = [(where, row) for where, row in first if "images" not in row]
     layout = LAYOUTS[choose_layout(root, [[_official(*row, way)[0] for row in named] for way in LAYOUTS])]
-    collector = SampleCollector()
+    collector = SampleBuilder()
     for where, row in itertools.chain(first, rows):
         sentence = text_of(row, where, "sentence")
         images = _listed(row, where) if "images" in row else _official(where, row, layout)
         identifier = row.get("identifier")
         group = _group(identifier) if isinstance(identifier, str) else sentence
         collector.add(where, images, sentence, {"label": _truth(row, where), "group": group, "id": identifier})
-    return collector.finish(file, data)
+    return collector.finish(file, image_root(file, data))
 
 
 class PairDrawings:
@@ -109,7 +111,7 @@ def draw_statements(count: int, split: str, further: int = TRAINING_STATEMENTS) 
     Those to train on have some `further` ones each.
     """
     drawings = PairDrawings(count, split)
-    collector = SampleCollector()
+    collector = SampleBuilder()
     pairs = [drawings.statement(number) for number in range(count)]
     more = drawings.more_statements(pairs, further) if split == "train" else [[]] * count
     for number, (pair, others) in enumerate(zip(pairs, more, strict=True)):
@@ -120,7 +122,7 @@ def draw_statements(count: int, split: str, further: int = TRAINING_STATEMENTS) 
             target = {"label": int(truth), "group": group, "id": None}
             images = [2 * number, 2 * number + 1]
             collector.add(key if place == 0 else f"{key} statement {place + 1}", images, sentence, target)
-    return collector.finish_drawn(drawings)
+    return collector.finish_over(drawn_table(drawings))
 
 
 def _truth(row: dict, where: str) -> int:

@@ -25,7 +25,7 @@ from PIL import Image
 from tercet.data.images import EncodedImage
 from tercet.data.loader import describe, encoded_picture
 from tercet.data.rows import digest
-from tercet.data.sources import Source, image_ids, image_location
+from tercet.data.table import SampleTable
 from tercet.data.workers import WorkerPool
 from tercet.errors import TercetError
 from tercet.files import atomic_stream, only_writer, write_atomic
@@ -107,12 +107,12 @@ class KeptPairs:
 class ShardWriter:
     """Writes shard `number` of a source; copied to every worker process."""
 
-    def __init__(self, source: Source, folder: Path, options: PackOptions, kept: KeptPairs | None) -> None:
+    def __init__(self, source: SampleTable, folder: Path, options: PackOptions, kept: KeptPairs | None) -> None:
         self.source = source
         self.folder = folder
         self.options = options
         self.kept = kept
-        ids = image_ids(source)
+        ids = source.image_ids
         self._ids = ids if np.any(ids != np.arange(len(ids))) else None
 
     def __call__(self, number: int) -> PackReport:
@@ -155,7 +155,7 @@ class ShardWriter:
         captions = self.source.captions(index)
         if self.kept is None:
             return captions
-        image = image_location(self.source, index)
+        image = self.source.location(index)
         return [caption for caption in captions if (image, caption) in self.kept]
 
     def _encode(self, index: int) -> tuple[bytes, str, tuple[int, int]]:
@@ -185,7 +185,7 @@ class ShardWriter:
 
 
 def pack(
-    source: Source,
+    source: SampleTable,
     specs: list[str],
     folder: Path,
     options: PackOptions,

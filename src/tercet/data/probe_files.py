@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tercet.data.json_text import parse_json, parse_line
 from tercet.data.references import is_coordinate
+from tercet.data.rows import parse_json, parse_line
 from tercet.data.storage import read_text
 from tercet.errors import TercetError
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
-from tercet.data.json_text import parse_json
+from tercet.data.rows import parse_json
 from tercet.data.storage import read_bytes, read_text
 from tercet.errors import TercetError
 

@@ -1,48 +1,47 @@
-"""What every reader of annotations shares: refused rows with their reasons, the choice of a split, collected pairs."""
+"""What all readers of annotation files share: rejected rows, the choice of a split, and JSON that others wrote.
+
+Every mistake in a file is one message that names the file and the row.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import re
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import overload
+from pathlib import Path
+from typing import Any, overload
 
-import numpy as np
-
-from tercet.data.packed import PackedStrings, StringPacker, encode
-from tercet.data.tokenizer import clean_caption
+from tercet.config import DataConfig
+from tercet.data.storage import is_file, is_url, read_text
 from tercet.errors import TercetError
 
-MESSAGES_KEPT = 1000
-WORD = re.compile(r"\w")
+# What the parser raises: ValueError also for a number of thousands of digits, RecursionError for nested brackets.
+JSON_ERRORS = (ValueError, RecursionError)
 SPLIT_ALIASES = {"validation": "val", "dev": "val"}
+MESSAGES_KEPT = 1000
+_SPACE = re.compile(r"[ \t\r\n]*")
 
 
-class Problems(Sequence[str]):
-    """Messages of refused rows.  Its length counts all of them; only the first thousand are kept to be read."""
+class Rejected(Sequence[str]):
+    """Messages of rejected rows.  The length counts all of them; only the first thousand messages are kept."""
 
-    def __init__(self) -> None:
-        self._total = 0
-        self._messages: list[str] = []
+    def __init__(self, messages: Sequence[str] = (), total: int | None = None) -> None:
+        self._messages = list(messages)[:MESSAGES_KEPT]
+        self._total = len(messages) if total is None else total
 
     def add(self, message: str) -> None:
-        """Count one refused row."""
+        """Count one rejected row."""
         self._total += 1
         if len(self._messages) < MESSAGES_KEPT:
             self._messages.append(message)
 
     def extend(self, other: Sequence[str]) -> None:
-        """Count the refused rows of another source."""
+        """Count the rejected rows of another source."""
         self._messages += list(other)[: MESSAGES_KEPT - len(self._messages)]
         self._total += len(other)
-
-    def extend_counted(self, messages: Sequence[str], total: int) -> None:
-        """Count `total` refused rows, of which `messages` tell the first."""
-        self._messages += messages[: MESSAGES_KEPT - len(self._messages)]
-        self._total += total
 
     def __len__(self) -> int:
         return self._total
@@ -60,16 +59,14 @@ class Problems(Sequence[str]):
     def lines(self, limit: int = 20) -> list[str]:
         """What to print: the first `limit` messages and how many more there are."""
         shown = self._messages[:limit]
-        if len(self) > len(shown):
-            shown.append(f"and {len(self) - len(shown)} more")
-        return shown
+        return [*shown, f"and {len(self) - len(shown)} more"] if len(self) > len(shown) else shown
 
 
 class SplitFilter:
-    """Which rows of a file to take, by their `split` field: `flickr8k.json#test`, `coco.json#train+restval`, `#all`.
+    """Which rows of a file to take, by their `split`: `flickr8k.json#test`, `coco.json#train+restval`, `all.json#all`.
 
     Without a suffix every row is taken, unless the rows carry different splits: then training on the file would
-    silently train on its test rows, so that is refused.
+    silently train on its test rows, so that is an error.
     """
 
     def __init__(self, suffix: str | None) -> None:
@@ -80,12 +77,8 @@ class SplitFilter:
     def accepts(self, split: object) -> bool:
         """Whether a row with this `split` value (None: the row has none) is taken."""
         name = "" if split is None else str(split)
-        self.count(name, 1)
+        self.seen[name] += 1
         return self.wants(name)
-
-    def count(self, name: str, rows: int) -> None:
-        """Count rows of a split, '' for none."""
-        self.seen[name] += rows
 
     def wants(self, name: str) -> bool:
         """Whether rows of a split, '' for none, are taken."""
@@ -95,134 +88,168 @@ class SplitFilter:
         """Raise TercetError when the suffix matched no row, or none was given for rows of several splits."""
         there = ", ".join(f"{name or '(none)'} ({count})" for name, count in self.seen.items())
         if self.wanted is not None:
-            if self.seen and not any(_canonical(name) in self.wanted for name in self.seen):
+            if self.seen and not any(self.wants(name) for name in self.seen):
                 raise TercetError(f"{file}: no row of split {self.suffix!r}; the splits there are {there}")
         elif self.suffix != "all" and len(self.seen) > 1:
             first = next(name for name in self.seen if name)
             raise TercetError(
-                f"{file} holds several splits, {there}; say which, as in {file}#{first}, or {file}#all for every row"
+                f"{file} holds several splits, {there}; choose one, as in {file}#{first}, or {file}#all for every row"
             )
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Images of one source and their captions.
-
-    Attributes:
-        keys: name of each image [images].
-        captions: every caption [captions], those of one image beside each other.
-        first_caption: int64 [images + 1]; image i has the captions first_caption[i] to first_caption[i + 1].
-        image_ids: int64 [images]; equal for images that the file gives the same `image_id`.
-        rows: int64 [images]; which accepted row an image came from (the first, when several rows name it).
-    """
-
-    keys: PackedStrings
-    captions: PackedStrings
-    first_caption: np.ndarray
-    image_ids: np.ndarray
-    rows: np.ndarray
-
-
-class PairCollector:
-    """Takes rows one by one, refuses the bad ones with a reason, and gathers the rows of one image."""
-
-    def __init__(self, problems: Problems, max_words: int) -> None:
-        self.problems = problems
-        self._max_words = max_words
-        self._keys = StringPacker()
-        self._captions = StringPacker()
-        self._counts = array("q")
-        self._identities = array("Q")
-        self._given_ids = array("Q")
-
-    def __len__(self) -> int:
-        return len(self._counts)
-
-    def add(self, where: str, key: str, captions: object, image_id: object = None) -> bool:
-        """Take one row and say whether it was accepted.
-
-        Args:
-            where: names the row in messages: file and row number.
-            key: what tells the image from others of the source; rows with the same key are one image.
-            captions: a string or a list of strings; anything else is refused.
-            image_id: when given, images with equal ids count as the same for the targets of training.
-        """
-        texts = self._checked(where, captions)
-        if not texts:
-            return False
-        self._keys.add(key)
-        for text in texts:
-            self._captions.add(text.encode("utf-8", "replace"))
-        self._counts.append(len(texts))
-        identity = digest(encode(key))
-        self._identities.append(identity)
-        self._given_ids.append(identity if image_id is None else digest_of_id(image_id))
-        return True
-
-    def _checked(self, where: str, captions: object) -> list[str]:
-        given = captions if isinstance(captions, list) else [captions]
-        if not given:
-            self.problems.add(f"{where}: the list of captions is empty")
-        texts: list[str] = []
-        for caption in given:
-            if caption is None:
-                self.problems.add(f"{where}: no caption")
-            elif not isinstance(caption, str):
-                self.problems.add(f"{where}: the caption is {type(caption).__name__} {_short(caption)}, not text")
-            elif is_empty(caption, self._max_words):
-                self.problems.add(f"{where}: the caption {_short(caption)} is empty after cleaning")
-            else:
-                texts.append(caption)
-        return texts
-
-    def finish(self) -> Pairs:
-        """The accepted rows as images in the order of their first row."""
-        counts = np.array(self._counts, np.int64)
-        identities = np.array(self._identities, np.uint64)
-        _, first_row, image_of_row = np.unique(identities, return_index=True, return_inverse=True)
-        by_appearance = np.argsort(first_row)
-        rank = np.empty_like(by_appearance)
-        rank[by_appearance] = np.arange(len(by_appearance))
-        image_of_row = rank[image_of_row]
-        rows = first_row[by_appearance].astype(np.int64)
-        keys, captions = self._keys.pack(), self._captions.pack()
-        image_of_caption = np.repeat(image_of_row, counts)
-        if len(rows) < len(counts):
-            keys = keys.take(rows)
-            captions = captions.take(np.argsort(image_of_caption, kind="stable"))
-        per_image = np.bincount(image_of_caption, minlength=len(rows))
-        first_caption = np.concatenate([[0], np.cumsum(per_image)]).astype(np.int64)
-        given = np.array(self._given_ids, np.uint64)[rows]
-        _, first_image, group = np.unique(given, return_index=True, return_inverse=True)
-        return Pairs(keys, captions, first_caption, first_image[group].astype(np.int64), rows)
-
-
-def is_empty(caption: str, max_words: int) -> bool:
-    """Whether nothing is left of a caption after cleaning.  A letter or digit survives it, so most need no cleaning."""
-    return WORD.search(caption) is None and not clean_caption(caption, max_words)
-
-
-def described(row: object, column: str, where: str) -> str:
-    """The reason why `row` has no usable `column`."""
-    if not isinstance(row, dict):
-        return f"{where}: {type(row).__name__} {_short(row)} is not an object with an image and a caption"
-    there = ", ".join(map(str, row))
-    if column not in row:
-        return f"{where}: no {column!r}; the keys there are {there}"
-    return f"{where}: {column!r} is {type(row[column]).__name__} {_short(row[column])}, not a file name"
-
-
-def require_pairs(collector: PairCollector, file: str, looked_for: str) -> None:
-    """Raise TercetError, saying what was looked for and why rows were refused, when a file gave no pair at all."""
-    if len(collector):
-        return
-    problems = collector.problems
-    refused = f"; {len(problems)} refused, the first: {problems[0]}" if problems else ""
-    raise TercetError(f"{file}: no image with a caption found; looked for {looked_for}{refused}")
 
 
 def _canonical(split: str) -> str:
     return SPLIT_ALIASES.get(split, split)
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value that `text` holds; `where` names it in messages.
+
+    Raises:
+        TercetError: it is not JSON; names the line and column.
+    """
+    try:
+        return json.loads(text)
+    except JSON_ERRORS as error:
+        raise broken_json(where, text, error) from error
+
+
+def parse_line(line: str, where: str) -> Any:
+    """The value on one line of JSON lines; `where` names file and line in messages.
+
+    Raises:
+        TercetError: it is not JSON; names the column.
+    """
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise TercetError(f"{where}: not JSON: {error.msg} (column {error.colno})") from error
+    except JSON_ERRORS as error:
+        raise broken_json(where, line, error) from error
+
+
+def list_items(file: str, text: str, position: int) -> Iterator[Any]:
+    """The items of a JSON list whose text goes on at `position`, after its opening bracket, one in memory at a time.
+
+    Raises:
+        TercetError: it is not JSON; names the line and column.
+    """
+    decoder = json.JSONDecoder()
+    position = skip_space(text, position)
+    if text[position : position + 1] == "]":
+        return
+    while True:
+        try:
+            value, position = decoder.raw_decode(text, position)
+            position = skip_space(text, position)
+            mark = text[position : position + 1]
+            if mark not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+        except JSON_ERRORS as error:
+            raise broken_json(file, text, error) from error
+        yield value
+        if mark == "]":
+            return
+        position = skip_space(text, position + 1)
+
+
+def lines_of(file: str, text: str) -> Iterator[tuple[str, str]]:
+    """The lines of a text that are not empty, each with its file and number for messages.
+
+    Only line feeds end a line: `str.splitlines` would cut a caption at U+2028, which JSON allows inside a string.
+    """
+    for number, line in enumerate(io.StringIO(text, newline="\n"), 1):
+        if line.strip():
+            yield f"{file} line {number}", line
+
+
+def skip_space(text: str, position: int) -> int:
+    """The first position from `position` on that holds no white space."""
+    match = _SPACE.match(text, position)
+    return match.end() if match else position
+
+
+def broken_json(where: str, text: str, error: ValueError | RecursionError) -> TercetError:
+    """The error for a text that is not JSON."""
+    if isinstance(error, RecursionError):
+        return TercetError(f"{where}: nested too deep to be JSON of ours")
+    if not isinstance(error, json.JSONDecodeError):
+        return TercetError(f"{where}: not JSON that can be read: a number in it has thousands of digits")
+    at_end = text[error.pos :].strip() == "" or "Unterminated string" in error.msg
+    what = "the JSON ends too early; the file was cut short" if at_end else f"not JSON: {error.msg}"
+    return TercetError(f"{where}: {what} (line {error.lineno}, column {error.colno}, character {error.pos})")
+
+
+def read_objects(file: str, suffix: str | None = None, inside: str | None = None) -> Iterator[tuple[str, dict]]:
+    """The objects of a JSON list or of JSON lines, each with its file and row for messages.
+
+    Args:
+        file: path or URL.
+        suffix: take the rows of this `split` alone; needed where rows carry different ones.
+        inside: when the file is one object, the key that holds the list.
+
+    Raises:
+        TercetError: not JSON, cut short, or an entry that is no object.
+    """
+    chosen = SplitFilter(suffix)
+    for where, value in _values(file, read_text(file), inside):
+        if not isinstance(value, dict):
+            raise TercetError(f"{where}: {type(value).__name__} {str(value)[:60]!r} is no object with keys")
+        if chosen.accepts(value.get("split")):
+            yield where, value
+    chosen.check(file)
+
+
+def _values(file: str, text: str, inside: str | None) -> Iterator[tuple[str, Any]]:
+    start = skip_space(text, 0)
+    if text[start : start + 1] == "[":
+        for number, value in enumerate(list_items(file, text, start + 1), 1):
+            yield f"{file} row {number}", value
+    elif inside is not None:
+        whole = parse_json(text, file)
+        if not isinstance(whole, dict) or not isinstance(whole.get(inside), list):
+            raise TercetError(f"{file}: neither a list of objects nor an object with a list of {inside!r}")
+        for number, value in enumerate(whole[inside], 1):
+            yield f"{file} {inside} {number}", value
+    else:
+        for where, line in lines_of(file, text):
+            yield where, parse_line(line, where)
+
+
+def text_of(row: dict, where: str, *keys: str) -> str:
+    """The text under the first of `keys` that the row has.
+
+    Raises:
+        TercetError: it has none of them, or what it holds is no text; names file and row.
+    """
+    for key in keys:
+        if key in row:
+            if isinstance(row[key], str) and row[key]:
+                return row[key]
+            raise TercetError(f"{where}: {key!r} is {str(row[key])[:60]!r}, not a text")
+    raise TercetError(f"{where}: no {' or '.join(map(repr, keys))}; the keys there are {', '.join(map(str, row))}")
+
+
+def image_root(file: str, data: DataConfig) -> str:
+    """The folder that the image paths of `file` start from."""
+    if data.image_root is not None:
+        return data.image_root
+    return file.rsplit("/", 1)[0] if is_url(file) else str(Path(file).parent)
+
+
+def choose_layout(root: str, layouts: Sequence[Sequence[str]]) -> int:
+    """Which of several layouts of a data set's images this disk has.
+
+    Args:
+        root: the folder that paths start from.
+        layouts: for each layout, the paths of a few images.
+
+    Returns:
+        The first layout by which any of the images exists; 0 when there is none, or `root` is a URL.
+    """
+    if is_url(root):
+        return 0
+    found = (index for index, paths in enumerate(layouts) if any(is_file(Path(root) / path) for path in paths))
+    return next(found, 0)
 
 
 def digest(data: bytes) -> int:
@@ -231,10 +258,20 @@ def digest(data: bytes) -> int:
 
 
 def digest_of_id(image_id: object) -> int:
-    """64 bits that stand for an `image_id`, whatever JSON made of it."""
-    return digest(repr(image_id).encode("utf-8", "replace"))
+    """64 bits that stand for an `image_id`, whatever JSON made of it; never 0."""
+    return digest(repr(image_id).encode("utf-8", "replace")) or 1
 
 
-def _short(value: object) -> str:
+def shorten(value: object) -> str:
+    """A value in a message."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def describe_row(row: object, column: str, where: str) -> str:
+    """Why `row` has no usable `column`."""
+    if not isinstance(row, dict):
+        return f"{where}: {type(row).__name__} {shorten(row)} is not an object with an image and a caption"
+    if column not in row:
+        return f"{where}: no {column!r}; the keys there are {', '.join(map(str, row))}"
+    return f"{where}: {column!r} is {type(row[column]).__name__} {shorten(row[column])}, not a file name"

@@ -16,7 +16,7 @@ from tercet.data.batches import SampleBatch, SkipReport
 from tercet.data.images import ViewTransform, resize
 from tercet.data.loader import dealt, encode_captions, stack
 from tercet.data.order import PairOrder
-from tercet.data.samples import Sample, SampleSource
+from tercet.data.table import Sample, SampleTable
 from tercet.data.tokenizer import Tokenizer, clean_caption, mentions_sides
 from tercet.data.workers import WorkerPool
 from tercet.distributed import Ranks
@@ -32,7 +32,7 @@ class SampleTrainPlan:
 
     def __init__(
         self,
-        source: SampleSource,
+        source: SampleTable,
         tokenizer: Tokenizer,
         data: DataConfig,
         image_size: int,
@@ -102,7 +102,7 @@ class SamplePlan:
 
     def __init__(
         self,
-        source: SampleSource,
+        source: SampleTable,
         tokenizer: Tokenizer,
         data: DataConfig,
         image_size: int,
@@ -160,12 +160,8 @@ class SampleGroups:
         source: the samples.
     """
 
-    def __init__(self, source: SampleSource) -> None:
-        found: dict[tuple[int, ...], int] = {}
-        of_sample = [found.setdefault(source.sample(index).images, len(found)) for index in range(source.sample_count)]
-        groups = np.array(of_sample, np.int64)
-        self._order = np.argsort(groups, kind="stable")
-        self._starts = np.concatenate([[0], np.cumsum(np.bincount(groups))]).astype(np.int64)
+    def __init__(self, source: SampleTable) -> None:
+        self._order, self._starts = source.image_groups()
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -196,7 +192,7 @@ class SampleLoader:
 
     def __init__(
         self,
-        source: SampleSource,
+        source: SampleTable,
         tokenizer: Tokenizer,
         data: DataConfig,
         image_size: int,
@@ -236,7 +232,7 @@ class SampleLoader:
 
 
 def sample_batches(
-    source: SampleSource,
+    source: SampleTable,
     tokenizer: Tokenizer,
     data: DataConfig,
     image_size: int,
@@ -261,7 +257,7 @@ def sample_batches(
         pool.close()
 
 
-def _rows(places: list[list[int]], source: SampleSource) -> torch.Tensor:
+def _rows(places: list[list[int]], source: SampleTable) -> torch.Tensor:
     """`image_rows` of a batch, with the right shape for no samples as well."""
     return torch.tensor(places, dtype=torch.int64).view(len(places), source.images_per_sample)
 

@@ -106,7 +106,9 @@ class SceneSource:
         self.distinct = distinct
         self.size = size
         self.caption_counts = np.full(count, 1 if distinct else 3, np.int64)
-        self.problems: list[str] = []
+        self.rejected: list[str] = []
+        self.image_ids = np.arange(count)
+        self.block_size = 1
         self._seeds = _distinct_seeds(count, split, seed) if distinct else None
 
     def __len__(self) -> int:

@@ -1,32 +1,37 @@
-"""Bytes from where they lie: files, byte ranges of large files, and whatever fsspec reaches by URL."""
+"""Bytes from where they lie: files, ranges of large files, URLs through fsspec, and local copies of remote files."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import hashlib
 import os
 import re
+import shutil
 import stat
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
-import numpy as np
+from filelock import FileLock, Timeout
 
-from tercet.data.packed import PackedStrings
 from tercet.errors import TercetError
 
-# No photograph is larger; a name in a foreign file may lead to anything, a device without end among it.
-LARGEST_IMAGE = 1 << 30
+LARGEST_IMAGE = 1 << 30  # bytes; a name in a foreign file may lead to anything, an endless device among it
 URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://|^[a-zA-Z0-9]+::")
-PROBES = 16
+CHUNK = 4 << 20
+ATTEMPTS = 3
+PARTIAL, COPY = ".part", ".copy"
 
 
 def is_url(location: str) -> bool:
-    """Whether fsspec, not the file system, is to be asked for `location`."""
+    """Whether fsspec, not the file system, reads `location`."""
     return URL.match(location) is not None
 
 
 def cache_folder() -> Path:
-    """Where copies of remote and of repacked files are kept: TERCET_CACHE, or tercet in the user's cache folder."""
+    """Where copies of remote and repacked files are kept: TERCET_CACHE, or tercet in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tercet"
     return Path(os.environ.get("TERCET_CACHE", default))
 
@@ -39,53 +44,25 @@ def writable(folder: Path) -> bool:
         return False
 
 
+def is_file(location: str | Path) -> bool:
+    """Whether there is a file, also for names that no file can have, which `Path.is_file` raises on."""
+    return os.path.isfile(location)  # noqa: PTH113
+
+
 def read_bytes(location: str) -> bytes:
     """The whole content of a file or URL.
 
     Raises:
-        TercetError: it is not there or cannot be read; the message names the nearest file beside it.
+        TercetError: it is missing or cannot be read; the message names the nearest file beside it.
     """
     if is_url(location):
-        try:
-            with fsspec.open(location, "rb") as stream:
-                return stream.read()  # pyright: ignore[reportAttributeAccessIssue]
-        except Exception as error:  # each protocol has exceptions of its own, with no common base
-            raise TercetError(f"cannot read {location}: {reason_of(error)}") from error
+        return _read_url(location, -1)
     try:
         return Path(location).read_bytes()
     except FileNotFoundError as error:
         raise TercetError(missing(location)) from error
     except (OSError, ValueError) as error:
         raise TercetError(f"cannot read {location}: {reason_of(error)}") from error
-
-
-def read_image(location: str) -> bytes:
-    """The bytes of an image's file or URL, of at most `LARGEST_IMAGE`.
-
-    Raises:
-        OSError, TercetError: it is not there, cannot be read, is larger, or is no file (a folder, a pipe, a device).
-    """
-    if is_url(location):
-        try:
-            with fsspec.open(location, "rb") as stream:
-                data = stream.read(LARGEST_IMAGE + 1)  # pyright: ignore[reportAttributeAccessIssue]
-        except Exception as error:  # each protocol has exceptions of its own, with no common base
-            raise TercetError(f"cannot read {location}: {reason_of(error)}") from error
-    elif "\0" in location:
-        raise OSError("not a file name: it holds a null character")
-    else:
-        if not stat.S_ISREG(os.stat(location).st_mode):  # noqa: PTH116 - before a pipe is opened, which may block
-            raise OSError(f"not a file: {location}")
-        with Path(location).open("rb") as stream:
-            data = stream.read(LARGEST_IMAGE + 1)
-    if len(data) > LARGEST_IMAGE:
-        raise TercetError(f"{location}: larger than {LARGEST_IMAGE >> 30} GiB, which is no image")
-    return data
-
-
-def is_file(location: str | Path) -> bool:
-    """Whether there is a file, also for names that no file can have, which `Path.is_file` raises on."""
-    return os.path.isfile(location)  # noqa: PTH113
 
 
 def read_text(location: str) -> str:
@@ -104,112 +81,42 @@ def read_text(location: str) -> str:
         ) from error
 
 
-def local_copy(location: str) -> str:
-    """A path on this machine for `location`: itself, or for a URL a copy that stays in the cache folder.
+def read_image(location: str) -> bytes:
+    """The bytes of an image's file or URL, of at most `LARGEST_IMAGE`.
 
     Raises:
-        TercetError: the download failed.
+        OSError, TercetError: it is missing, cannot be read, is larger, or is no file (a folder, a pipe, a device).
     """
-    if not is_url(location):
-        return location
-    storage = str(cache_folder() / "downloads")
-    try:
-        return str(fsspec.open_local(f"filecache::{location}", filecache={"cache_storage": storage}))
-    except Exception as error:  # each protocol has exceptions of its own, with no common base
-        raise TercetError(f"cannot fetch {location}: {reason_of(error)}") from error
-
-
-def missing(location: str) -> str:
-    """The message for a file that is not there, with the nearest name beside it."""
     if is_url(location):
-        return f"no file at {location}"
-    path = Path(location)
-    there = os.path.isdir(path.parent)  # noqa: PTH112 - as in is_file
-    beside = [entry.name for entry in path.parent.iterdir()] if there else []
-    near = difflib.get_close_matches(path.name, beside, 1)
-    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-    if not there:
-        hint = f"; there is no folder {path.parent}"
-    return f"no file {location}{hint}"
+        data = _read_url(location, LARGEST_IMAGE + 1)
+    elif "\0" in location:
+        raise OSError("not a file name: it holds a null character")
+    else:
+        if not stat.S_ISREG(os.stat(location).st_mode):  # noqa: PTH116 - before a pipe is opened, which may block
+            raise OSError(f"not a file: {location}")
+        with Path(location).open("rb") as stream:
+            data = stream.read(LARGEST_IMAGE + 1)
+    if len(data) > LARGEST_IMAGE:
+        raise TercetError(f"{location}: larger than {LARGEST_IMAGE >> 30} GiB, which is no image")
+    return data
 
 
-class FileImages:
-    """Images that are files of their own, named relative to `root` or by URL."""
-
-    def __init__(self, root: str, names: PackedStrings) -> None:
-        self.root = root
-        self.names = names
-
-    def location(self, index: int) -> str:
-        """The file's absolute path, or its URL."""
-        name = os.fsdecode(self.names.raw(index))
-        if is_url(name):
-            return name
-        if is_url(self.root):
-            return f"{self.root.rstrip('/')}/{name}"
-        return os.path.abspath(Path(self.root) / name)  # noqa: PTH100 - links stay as they are
-
-    def read(self, index: int) -> bytes:
-        """The file's bytes.  Raises OSError or TercetError when it cannot be read."""
-        name = os.fsdecode(self.names.raw(index))
-        if is_url(name):
-            return read_image(name)
-        if is_url(self.root):
-            return read_image(f"{self.root.rstrip('/')}/{name}")
-        return read_image(str(Path(self.root) / name))
-
-    def require_some(self, file: str) -> None:
-        """Raise TercetError when none of a few images spread over the set is there: the folder is surely wrong."""
-        if is_url(self.root):
-            return
-        indices = np.unique(np.linspace(0, len(self.names) - 1, PROBES).astype(int))
-        names = [os.fsdecode(self.names.raw(index)) for index in indices]
-        if not any(is_url(name) or is_file(Path(self.root) / name) for name in names):
-            raise TercetError(
-                f"{file}: none of its images is there, such as {Path(self.root) / names[0]}; "
-                "set data.image_root to the folder that the names start from"
-            )
+def _read_url(url: str, size: int) -> bytes:
+    try:
+        with fsspec.open(url, "rb") as stream:
+            return stream.read(size)  # pyright: ignore[reportAttributeAccessIssue]
+    except Exception as error:  # each protocol has exceptions of its own, with no common base
+        raise TercetError(f"cannot read {url}: {reason_of(error)}") from error
 
 
-class RangeImages:
-    """Images that are byte ranges of a few large files, such as tar shards.
-
-    Attributes:
-        files: paths of the large files.
-        file_index: int32 [images]; which file.
-        offsets, sizes: int64 [images]; where in it.
-    """
-
-    def __init__(self, files: list[str], file_index: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> None:
-        self.files = files
-        self.file_index = file_index
-        self.offsets = offsets
-        self.sizes = sizes
-        self._handles: dict[int, int] = {}
-
-    def read(self, index: int) -> bytes:
-        """The image's bytes.  Raises OSError when the file is gone or has become shorter."""
-        file = int(self.file_index[index])
-        size = int(self.sizes[index])
-        if size > LARGEST_IMAGE:
-            raise OSError(f"{size} bytes in {self.files[file]} are no image")
-        data = read_range(self._handle(file), int(self.offsets[index]), size)
-        if len(data) < size:
-            raise OSError(f"{self.files[file]} is shorter than when it was opened")
-        return data
-
-    def _handle(self, file: int) -> int:
-        # A forked worker may share these handles: reads name their position, so no two disturb each other.
-        if file not in self._handles:
-            self._handles[file] = os.open(self.files[file], os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        return self._handles[file]
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_handles": {}}
-
-    def __del__(self) -> None:
-        for handle in self._handles.values():
-            os.close(handle)
+def open_to_read(location: str) -> int:
+    """A handle for `read_range`.  Raises TercetError when the file is missing or cannot be opened."""
+    try:
+        return os.open(location, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError as error:
+        raise TercetError(missing(location)) from error
+    except OSError as error:
+        raise TercetError(f"cannot read {location}: {error.strerror}") from error
 
 
 def read_range(handle: int, offset: int, size: int) -> bytes:
@@ -227,7 +134,182 @@ def read_range(handle: int, offset: int, size: int) -> bytes:
     return b"".join(parts)
 
 
+def missing(location: str) -> str:
+    """The message for a file that is missing, with the nearest name beside it."""
+    if is_url(location):
+        return f"no file at {location}"
+    path = Path(location)
+    if not os.path.isdir(path.parent):  # noqa: PTH112 - as in is_file
+        return f"no file {location}; there is no folder {path.parent}"
+    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], 1)
+    return f"no file {location}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+
+
 def reason_of(error: BaseException) -> str:
     """What an error says, in one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split())
+
+
+def local_copy(location: str) -> str:
+    """A path on this machine for `location`: itself, or for a URL a copy that stays in the cache folder.
+
+    Raises:
+        TercetError: the download failed.
+    """
+    if not is_url(location):
+        return location
+    storage = str(cache_folder() / "downloads")
+    try:
+        return str(fsspec.open_local(f"filecache::{location}", filecache={"cache_storage": storage}))
+    except Exception as error:  # each protocol has exceptions of its own, with no common base
+        raise TercetError(f"cannot fetch {location}: {reason_of(error)}") from error
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file behind a URL: its size in bytes, and a mark that changes with its content."""
+
+    url: str
+    size: int
+    mark: str
+
+
+def find_remote(url: str) -> RemoteFile:
+    """Ask the server about a file.
+
+    Raises:
+        TercetError: it is missing, or the server does not report its size.
+    """
+    try:
+        system, path = fsspec.url_to_fs(url)
+        info = system.info(path)
+    except Exception as error:  # each protocol has exceptions of its own, with no common base
+        raise TercetError(f"cannot fetch {url}: {reason_of(error)}") from error
+    if info.get("size") is None:
+        raise TercetError(f"cannot fetch {url}: the server does not report its size; copy the file here first")
+    marks = [str(info[key]) for key in ("ETag", "etag", "mtime", "LastModified", "last_modified") if key in info]
+    return RemoteFile(url, int(info["size"]), " ".join(marks))
+
+
+@dataclass(frozen=True)
+class FileCache:
+    """Local copies of remote files in a folder that processes and runs share; the least recently used are deleted.
+
+    fsspec's own file cache has no limit of size, writes under the final name, and does not know of other processes.
+    Here a copy appears whole or not at all, and one that is deleted stays readable to those who have it open.
+
+    Attributes:
+        folder: where the copies lie.
+        limit: bytes that all copies together may take.
+    """
+
+    folder: Path
+    limit: int
+
+    def open(self, remote: RemoteFile) -> int:
+        """A handle to read a copy of `remote`, downloaded now if there is none.
+
+        Raises:
+            TercetError: it cannot be downloaded, is larger than the limit, or was changed meanwhile.
+        """
+        path = self.path_of(remote)
+        handle = _open_used(path)
+        if handle is not None:
+            return handle
+        if remote.size > self.limit:
+            raise TercetError(
+                f"{remote.url} has {remote.size / 1e9:.2f} GB and the cache may hold {self.limit / 1e9:.2f}; "
+                "raise data.cache_gigabytes"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._bucket(path)):
+                handle = _open_used(path)  # another process may have downloaded it while this one waited
+                return self._download(remote, path) if handle is None else handle
+        except OSError as error:
+            raise TercetError(
+                f"cannot keep a copy of {remote.url} in {self.folder}: {error.strerror or error}; "
+                "free some space, or set data.cache_folder or data.cache_gigabytes"
+            ) from error
+
+    def path_of(self, remote: RemoteFile) -> Path:
+        """Where the copy of a file in that state lies; another state has another path."""
+        name = hashlib.sha256(f"{remote.url}\n{remote.size}\n{remote.mark}".encode()).hexdigest()[:32]
+        return self.folder / f"{name}{COPY}"
+
+    def _bucket(self, path: Path) -> str:
+        """One of 256 locks that say which downloads are under way."""
+        return str(self.folder / f"{path.name[:2]}.lock")
+
+    def _download(self, remote: RemoteFile, path: Path) -> int:
+        partial = path.with_suffix(PARTIAL)
+        handle = None
+        try:
+            with FileLock(self.folder / "folder.lock"):
+                self._make_space(remote.size, partial)
+                with partial.open("wb") as stream:
+                    stream.truncate(remote.size)  # other processes count it from now on
+            _copy(remote, partial)
+            with FileLock(self.folder / "folder.lock"):
+                handle = os.open(partial, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        return handle
+
+    def _make_space(self, size: int, own: Path) -> None:
+        """Delete what killed processes left and the least recently used copies until `size` more bytes fit."""
+        copies: list[tuple[int, int, Path]] = []
+        total = size
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another process may have finished or removed it
+                state = path.stat()
+                if path.suffix == PARTIAL and (path == own or self._is_abandoned(path)):
+                    path.unlink()
+                elif path.suffix in (PARTIAL, COPY):
+                    total += state.st_size
+                    if path.suffix == COPY:
+                        copies.append((state.st_mtime_ns, state.st_size, path))
+        for _, taken, path in sorted(copies):
+            if total <= self.limit:
+                return
+            path.unlink(missing_ok=True)
+            total -= taken
+
+    def _is_abandoned(self, partial: Path) -> bool:
+        """Whether no process is downloading it any more."""
+        try:
+            with FileLock(self._bucket(partial), timeout=0):
+                return True
+        except Timeout:
+            return False
+
+
+def _copy(remote: RemoteFile, partial: Path) -> None:
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with fsspec.open(remote.url, "rb") as source, partial.open("r+b") as stream:
+                shutil.copyfileobj(source, stream, CHUNK)  # pyright: ignore[reportArgumentType]
+                written = stream.tell()
+            break
+        except Exception as error:  # each protocol has exceptions of its own, with no common base
+            if attempt == ATTEMPTS:
+                raise TercetError(f"cannot fetch {remote.url} ({ATTEMPTS} attempts): {reason_of(error)}") from error
+            time.sleep(attempt)
+    if written != remote.size:
+        raise TercetError(
+            f"{remote.url}: {written} bytes came where {remote.size} were announced; it was changed or cut short"
+        )
+
+
+def _open_used(path: Path) -> int | None:
+    """A handle to a copy, marked as used now; None when there is none."""
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    with contextlib.suppress(OSError):  # a folder that others own: then the copies go by age
+        os.utime(path)
+    return handle

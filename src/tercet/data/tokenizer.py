@@ -15,7 +15,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from tercet.data.json_text import JSON_ERRORS, broken_json
+from tercet.data.rows import JSON_ERRORS, broken_json
 from tercet.errors import TercetError
 from tercet.files import write_atomic
 

@@ -18,12 +18,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tercet.config import DataConfig
-from tercet.data.json_rows import choose_layout, image_root, read_objects, text_of
-from tercet.data.json_text import parse_json
-from tercet.data.samples import SampleCollector, SampleSource, SampleTable, open_samples
+from tercet.data.builders import SampleBuilder
+from tercet.data.drawn import drawn_table, open_samples
+from tercet.data.rows import choose_layout, image_root, parse_json, read_objects, text_of
 from tercet.data.scene_tasks import Question, place_questions, questions, referred_questions
 from tercet.data.scenes import Scene, SceneSource
 from tercet.data.storage import is_url, missing, read_text
+from tercet.data.table import SampleTable
 from tercet.errors import TercetError
 
 QuestionId = int | str
@@ -48,7 +49,7 @@ class Gold:
     where: str
 
 
-def open_questions(specs: Sequence[str], data: DataConfig, split: str) -> SampleSource:
+def open_questions(specs: Sequence[str], data: DataConfig, split: str) -> SampleTable:
     """Questions about images, one a sample.
 
     A target is `{"question_id", "answers", "weight", "answer_type"}`; `answers` is None where a file has none, which
@@ -64,7 +65,7 @@ def open_questions(specs: Sequence[str], data: DataConfig, split: str) -> Sample
         TercetError: a file is missing or cannot be parsed, a row is wrong, or a question to train on has no answer.
     """
 
-    def read(file: str, suffix: str | None, data: DataConfig) -> SampleSource:
+    def read(file: str, suffix: str | None, data: DataConfig) -> SampleTable:
         return read_questions(file, suffix, data, need_answers=split == "train")
 
     kinds = {"places": place_questions, "referred": referred_questions}
@@ -75,12 +76,12 @@ def open_questions(specs: Sequence[str], data: DataConfig, split: str) -> Sample
 def draw_questions(count: int, split: str, ask: Callable[[Scene], list[Question]] = questions) -> SampleTable:
     """What `ask` asks about `count` drawn scenes, as if ten annotators agreed on each answer."""
     scenes = SceneSource(count, split, distinct=split != "train")
-    collector = SampleCollector()
+    collector = SampleBuilder()
     for index in range(count):
         for question in ask(scenes.scene(index)):
             target = _target(len(collector), [question.answer] * 10, question.kind)
             collector.add(f"{scenes.key(index)} question {len(collector)}", [index], question.text, target)
-    return collector.finish_drawn(scenes)
+    return collector.finish_over(drawn_table(scenes))
 
 
 def read_questions(file: str, suffix: str | None, data: DataConfig, need_answers: bool) -> SampleTable:
@@ -131,16 +132,16 @@ def _read_official(
             )
         rows.append((where, image_id, text_of(row, where, "question"), question_id))
     names = _coco_names(file, whole.get("data_subtype"), [image_id for _, image_id, _, _ in rows], data)
-    collector = SampleCollector()
+    collector = SampleBuilder()
     for where, image_id, text, question_id in rows:
         gold = None if golds is None else golds[question_id]
         answers, kind = (None, None) if gold is None else (list(gold.answers), gold.answer_type)
         collector.add(where, [names[image_id]], text, _target(question_id, answers, kind))
-    return collector.finish(file, data)
+    return collector.finish(file, image_root(file, data))
 
 
 def _read_albef(file: str, suffix: str | None, data: DataConfig, need_answers: bool) -> SampleTable:
-    collector = SampleCollector()
+    collector = SampleBuilder()
     seen: dict[QuestionId, str] = {}
     for where, row in read_objects(file, suffix):
         # Training names no question, and its files join sets whose numbers overlap.
@@ -150,7 +151,7 @@ def _read_albef(file: str, suffix: str | None, data: DataConfig, need_answers: b
         weight = ONE_ANNOTATOR_WEIGHT if alone else 1.0
         target = _target(question_id, answers, _answer_type(row, where), weight)
         collector.add(where, [text_of(row, where, "image")], text_of(row, where, "question"), target)
-    return collector.finish(file, data)
+    return collector.finish(file, image_root(file, data))
 
 
 def _target(
@@ -165,7 +166,7 @@ def weighted_answers(target: Mapping[str, Any]) -> dict[str, float]:
     return {answer: target["weight"] * count / counts.total() for answer, count in counts.items()}
 
 
-def common_answers(source: SampleSource, limit: int) -> list[str]:
+def common_answers(source: SampleTable, limit: int) -> list[str]:
     """The `limit` answers of a source that the most annotators gave; of like frequency, those that come first."""
     counts: Counter[str] = Counter()
     for index in range(source.sample_count):
@@ -198,7 +199,7 @@ def read_gold(file: str) -> dict[QuestionId, Gold]:
     return golds
 
 
-def _gold_of_scenes(source: SampleSource) -> dict[QuestionId, Gold]:
+def _gold_of_scenes(source: SampleTable) -> dict[QuestionId, Gold]:
     samples = [source.sample(index) for index in range(source.sample_count)]
     return {
         sample.target["question_id"]: Gold(tuple(sample.target["answers"]), sample.target["answer_type"], sample.key)

@@ -23,9 +23,10 @@ import pyarrow.compute as pc
 
 from tercet.config import DataConfig
 from tercet.data.augment import Pixels
+from tercet.data.builders import is_empty
 from tercet.data.images import decode, resize
 from tercet.data.listing import find_images, lies_under, read_image
-from tercet.data.rows import Problems, is_empty
+from tercet.data.rows import Rejected
 from tercet.data.storage import is_url
 from tercet.errors import TercetError
 from tercet.predictor import Predictor
@@ -75,7 +76,7 @@ class IndexReport:
     changed: int = 0
     unchanged: int = 0
     removed: int = 0
-    skipped: Problems = field(default_factory=Problems)
+    skipped: Rejected = field(default_factory=Rejected)
     seconds: float = 0.0
     approximate: ApproximateIndex | None = None
 
@@ -130,7 +131,7 @@ def build_index(
     return index, report
 
 
-def list_images(specs: Sequence[str], skipped: Problems) -> pa.Table:
+def list_images(specs: Sequence[str], skipped: Rejected) -> pa.Table:
     """The images that specifications name, as a table of `LISTED`; one that is named twice is listed once.
 
     `size` and `modified` (microseconds since 1970) are 0 where they are not known before reading.

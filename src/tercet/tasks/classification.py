@@ -19,11 +19,12 @@ from torch import Tensor
 
 from tercet.config import Config, DataConfig, HeadName, ObjectivesConfig
 from tercet.data.batches import Batch, SampleBatch
+from tercet.data.drawn import open_samples
 from tercet.data.entailment_files import LABELS, draw_entailments, read_entailments
 from tercet.data.loader import encode_captions, image_batches
 from tercet.data.nlvr_files import HARD_STATEMENTS, draw_statements, read_statements
-from tercet.data.samples import SampleSource, open_samples
-from tercet.data.sources import Source, image_ids, open_sources
+from tercet.data.readers import open_sources
+from tercet.data.table import SampleTable
 from tercet.data.tokenizer import clean_caption
 from tercet.distributed import RankLayout, Ranks, rank_layout
 from tercet.errors import TercetError
@@ -188,7 +189,7 @@ def nlvr_metrics(chosen: Sequence[int], targets: Sequence[dict[str, Any]]) -> Me
     return {"nlvr": accuracies(chosen, targets, NLVR.classes) | {"consistency": consistency}}
 
 
-def evaluate_classes(head: ClassHead, model: Tercet, source: SampleSource, config: Config) -> TaskResult:
+def evaluate_classes(head: ClassHead, model: Tercet, source: SampleTable, config: Config) -> TaskResult:
     """Choose a class for every sample of `source`.
 
     Raises:
@@ -216,7 +217,7 @@ def evaluate_classes(head: ClassHead, model: Tercet, source: SampleSource, confi
     return TaskResult(head.metrics(chosen, found.targets), sizes, found.problems, predictions)
 
 
-def open_entailments(specs: Sequence[str], data: DataConfig, split: str) -> SampleSource:
+def open_entailments(specs: Sequence[str], data: DataConfig, split: str) -> SampleTable:
     """The samples that the specifications name; see `tercet.data.entailment_files`.
 
     Raises:
@@ -225,7 +226,7 @@ def open_entailments(specs: Sequence[str], data: DataConfig, split: str) -> Samp
     return open_samples(specs, data, split, read_entailments, draw_entailments)
 
 
-def open_statements(specs: Sequence[str], data: DataConfig, split: str) -> SampleSource:
+def open_statements(specs: Sequence[str], data: DataConfig, split: str) -> SampleTable:
     """The samples that the specifications name; see `tercet.data.nlvr_files`.
 
     Raises:
@@ -327,14 +328,14 @@ def assign_texts(
     return model.assignment_head(fused), assignment
 
 
-def evaluate_assignment(model: Tercet, source: Source, config: Config) -> TaskResult:
+def evaluate_assignment(model: Tercet, source: SampleTable, config: Config) -> TaskResult:
     """Percentage of the texts (the first caption of each image) that a model assigns rightly within batches.
 
     Raises:
         TercetError: no two images can be read, or the model has no tokenizer.
     """
     tokenizer, data = require_tokenizer(model), within_positions(config.data, model)
-    ranks, device, ids = Ranks(), model.temperature.device, torch.from_numpy(image_ids(source))
+    ranks, device, ids = Ranks(), model.temperature.device, torch.from_numpy(source.image_ids)
     size, limit = config.evaluate.batch_size, config.evaluate.limit
 
     def count(number: int, batch: Any) -> tuple[int, int, list[str]]:

@@ -12,7 +12,7 @@ import torch
 from tercet.config import Config, DataConfig
 from tercet.data.batches import SampleBatch
 from tercet.data.sample_loader import sample_batches
-from tercet.data.samples import SampleSource
+from tercet.data.table import SampleTable
 from tercet.data.tokenizer import clean_caption
 from tercet.distributed import Ranks
 from tercet.errors import TercetError
@@ -101,7 +101,7 @@ class Outputs(Generic[Value]):
 
 def evaluate_samples(
     model: Tercet,
-    source: SampleSource,
+    source: SampleTable,
     config: Config,
     data: DataConfig,
     compute: Callable[[SampleBatch], Sequence[Value]],
@@ -123,7 +123,7 @@ def evaluate_samples(
     size, limit = config.evaluate.batch_size, config.evaluate.limit
     image_size = model.config.vision.image_size
     batches = sample_batches(source, require_tokenizer(model), data, image_size, size, limit, clean, Ranks())
-    found: Outputs[Value] = Outputs([], [], [], list(source.problems))
+    found: Outputs[Value] = Outputs([], [], [], list(source.rejected))
     parts = gather_batches(
         (compute(batch) if len(batch) else [], batch.targets, batch.keys, batch.problems) for batch in batches
     )

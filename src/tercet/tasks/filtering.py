@@ -22,7 +22,7 @@ import torch
 
 from tercet.config import Config
 from tercet.data.loader import ImageBatch, encode_captions, image_batches
-from tercet.data.sources import Source, image_ids, image_location
+from tercet.data.table import SampleTable
 from tercet.data.tokenizer import clean_caption
 from tercet.errors import TercetError
 from tercet.files import atomic_stream
@@ -58,7 +58,7 @@ class FilterReport:
 
 def filter_pairs(
     model: Tercet,
-    source: Source,
+    source: SampleTable,
     config: Config,
     to: Path,
     identity: dict[str, Any],
@@ -89,7 +89,7 @@ def filter_pairs(
     if share is not None and not 0 < share <= 1:
         raise TercetError(f"the share of pairs to keep is {share}; it lies above 0 and up to 1")
     path = to.with_name(f"{to.name}.scores")
-    ids = image_ids(source)
+    ids = source.image_ids
     ids = ids if np.any(ids != np.arange(len(ids))) else None
     with contextlib.closing(_Journal(path, identity)) as journal:
         size = config.evaluate.batch_size
@@ -115,7 +115,7 @@ def filter_pairs(
 
 def score_batch(
     model: Tercet,
-    source: Source,
+    source: SampleTable,
     batch: ImageBatch,
     config: Config,
     device: torch.device,
@@ -141,7 +141,7 @@ def score_batch(
     rows: list[dict[str, Any]] = []
     for place, text, match, cosine in zip(owners.tolist(), texts, chance.tolist(), similarity.tolist(), strict=True):
         index = indices[place]
-        row: dict[str, Any] = {"image": image_location(source, index), "caption": text}
+        row: dict[str, Any] = {"image": source.location(index), "caption": text}
         if ids is not None:
             row["image_id"] = int(ids[index])
         rows.append(row | {"match": round(match, 6), "similarity": round(cosine, 6)})

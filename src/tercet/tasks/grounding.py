@@ -20,7 +20,7 @@ from torch import Tensor
 from tercet.config import Config
 from tercet.data.grounding_files import check_boxes, open_expressions
 from tercet.data.inputs import to_batch
-from tercet.data.samples import Sample, SampleSource
+from tercet.data.table import Sample, SampleTable
 from tercet.data.tokenizer import clean_question
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
@@ -107,7 +107,7 @@ def grounding_metrics(found: Sequence[Localization]) -> Metrics:
     return result
 
 
-def evaluate_grounding(model: Tercet, source: SampleSource, config: Config) -> TaskResult:
+def evaluate_grounding(model: Tercet, source: SampleTable, config: Config) -> TaskResult:
     """Point at every expression of a source, and choose among a detector's boxes where there are any.
 
     Args:

@@ -12,9 +12,9 @@ from torch import Tensor
 from tercet.config import Config, DataConfig
 from tercet.data.images import decode
 from tercet.data.inputs import to_batch
-from tercet.data.json_rows import choose_layout, image_root
 from tercet.data.probe_files import Benchmark, Probe, read_probes
-from tercet.data.sources import find_files
+from tercet.data.readers import find_files
+from tercet.data.rows import choose_layout, image_root
 from tercet.data.storage import is_url, missing, read_image
 from tercet.device import cosines
 from tercet.errors import TercetError

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tercet.config import Config
 from tercet.data.loader import caption_owners, cleaned_captions, image_batches
-from tercet.data.sources import Source, open_sources
+from tercet.data.readers import open_sources
+from tercet.data.table import SampleTable
 from tercet.device import cosines
 from tercet.distributed import Ranks
 from tercet.model.hub import require_tokenizer
@@ -101,7 +102,7 @@ class EncodedImages:
     problems: list[str]
 
 
-def encode_images(model: Tercet, source: Source, config: Config, keep_tokens: bool = False) -> EncodedImages:
+def encode_images(model: Tercet, source: SampleTable, config: Config, keep_tokens: bool = False) -> EncodedImages:
     """Encode all images of a source that can be read, each batch on one rank.
 
     Args:
@@ -152,7 +153,7 @@ def _has_memory(device: torch.device) -> bool:
 
 
 def encode_captions(
-    model: Tercet, source: Source, config: Config, images: EncodedImages
+    model: Tercet, source: SampleTable, config: Config, images: EncodedImages
 ) -> tuple[EncodedTexts, list[str], Tensor]:
     """Encode the captions of `images`, each window of texts on one rank.
 
@@ -240,7 +241,7 @@ class RetrievalResult(TaskResult):
     space: dict[str, float]
 
 
-def evaluate_retrieval(model: Tercet, source: Source, config: Config) -> RetrievalResult:
+def evaluate_retrieval(model: Tercet, source: SampleTable, config: Config) -> RetrievalResult:
     """Retrieval among the images of a source and all their captions.
 
     Args:

@@ -19,10 +19,10 @@ from typing import Any
 
 from tercet.config import DataConfig
 from tercet.data.grounding_files import open_expressions
-from tercet.data.json_rows import read_objects
-from tercet.data.samples import SampleSource
-from tercet.data.sources import open_sources
+from tercet.data.readers import open_sources
+from tercet.data.rows import read_objects
 from tercet.data.storage import read_text
+from tercet.data.table import SampleTable
 from tercet.data.tokenizer import clean_caption
 from tercet.data.vqa_files import read_gold, read_results
 from tercet.errors import TercetError
@@ -123,7 +123,7 @@ def score_statements(predictions: str, gold: str, data: DataConfig) -> Metrics:
 
 
 def _score_labels(
-    head: ClassHead, rows: Iterable[tuple[str, dict[str, Any]]], file: str, source: SampleSource
+    head: ClassHead, rows: Iterable[tuple[str, dict[str, Any]]], file: str, source: SampleTable
 ) -> Metrics:
     matched = _matched(rows, source, head.id_key, file, "id")
     numbers = {name.lower(): number for number, name in enumerate(head.classes)}
@@ -169,7 +169,7 @@ SCORERS: dict[str, Callable[[str, str, DataConfig], Metrics]] = {
 
 def _matched(
     rows: Iterable[tuple[str, dict[str, Any]]],
-    source: SampleSource,
+    source: SampleTable,
     id_key: str,
     file: str,
     target_key: str,

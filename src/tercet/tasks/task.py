@@ -16,8 +16,7 @@ from tercet.config import Config, DataConfig, HeadName, ObjectivesConfig
 from tercet.data.batches import SkipReport
 from tercet.data.loader import TrainLoader, cleaned_captions
 from tercet.data.sample_loader import SampleLoader
-from tercet.data.samples import SampleSource
-from tercet.data.sources import Source
+from tercet.data.table import SampleTable
 from tercet.data.tokenizer import Tokenizer, clean_caption
 from tercet.device import autocast, resolve_precision
 from tercet.distributed import Ranks
@@ -26,7 +25,7 @@ from tercet.model.tercet import Tercet
 from tercet.objectives.state import Teacher
 from tercet.tasks.evaluation import TaskResult, evaluating
 
-TaskData = Source | SampleSource
+TaskData = SampleTable | SampleTable
 
 # The module of `tercet.tasks` that defines each task, imported when the task is asked for.
 MODULES = {
@@ -179,7 +178,7 @@ class Loader(Protocol):
         ...
 
 
-def sample_texts(source: SampleSource, data: DataConfig) -> Iterator[str]:
+def sample_texts(source: SampleTable, data: DataConfig) -> Iterator[str]:
     """The cleaned texts of all samples, for training a tokenizer."""
     for index in range(source.sample_count):
         yield clean_caption(source.sample(index).text, data.max_words)
@@ -228,7 +227,7 @@ def get_task(name: str) -> TaskSpec:
 
 
 def open_data(task: str, specs: Sequence[str], data: DataConfig, split: str) -> Any:
-    """What the specifications name, as `task` reads it: a `Source` of pairs or a `SampleSource`.
+    """What the specifications name, as `task` reads it: a `SampleTable` of pairs or a `SampleTable`.
 
     Raises:
         TercetError: a file is missing or wrong; names file and row.

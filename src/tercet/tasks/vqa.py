@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tercet.config import Config, DataConfig, ObjectivesConfig
 from tercet.data.batches import SampleBatch
-from tercet.data.samples import SampleSource
+from tercet.data.table import SampleTable
 from tercet.data.tokenizer import Tokenizer, clean_question
 from tercet.data.vqa_files import Gold, common_answers, open_questions, read_answer_list, weighted_answers
 from tercet.distributed import RankLayout, rank_layout
@@ -137,7 +137,7 @@ def answer_logits(model: Tercet, batch: AnswerBatch) -> Tensor:
     return decoder.logits(hidden.flatten(0, 1)[batch.positions])
 
 
-def prepare_student(student: Tercet, source: SampleSource, config: Config) -> list[str]:
+def prepare_student(student: Tercet, source: SampleTable, config: Config) -> list[str]:
     """Give the student the answers to choose from: those of `vqa.answers`, or the commonest of its training data.
 
     Returns:
@@ -153,7 +153,7 @@ def prepare_student(student: Tercet, source: SampleSource, config: Config) -> li
     return [f"answers are chosen from the {len(student.answers)} commonest of the training data"]
 
 
-def read_answers(config: Config, source: SampleSource) -> list[str]:
+def read_answers(config: Config, source: SampleTable) -> list[str]:
     """The answers in the file `vqa.answers`, checked against `source` unless `vqa.open_list`.
 
     Raises:
@@ -174,7 +174,7 @@ def read_answers(config: Config, source: SampleSource) -> list[str]:
     return answers
 
 
-def question_texts(source: SampleSource, data: DataConfig) -> Iterator[str]:
+def question_texts(source: SampleTable, data: DataConfig) -> Iterator[str]:
     """Questions and answers, for training a tokenizer."""
     for index in range(source.sample_count):
         sample = source.sample(index)
@@ -182,7 +182,7 @@ def question_texts(source: SampleSource, data: DataConfig) -> Iterator[str]:
         yield from sample.target["answers"] or ()
 
 
-def evaluate_questions(model: Tercet, source: SampleSource, config: Config) -> TaskResult:
+def evaluate_questions(model: Tercet, source: SampleTable, config: Config) -> TaskResult:
     """Answer the questions of a source, and score the answers where it has annotators.
 
     Args:

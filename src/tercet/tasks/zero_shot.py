@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from tercet.config import ClassifyConfig, Config, DataConfig
 from tercet.data.class_folders import labels_of, open_labelled
-from tercet.data.sources import Source, open_sources
+from tercet.data.readers import open_sources
+from tercet.data.table import SampleTable
 from tercet.device import cosines
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
@@ -182,7 +183,7 @@ def probe_accuracy(train: LabelledFeats, test: LabelledFeats, classes: int, shot
     return accuracy(probe(test.feats), test.labels)
 
 
-def evaluate_classes(model: Tercet, source: Source, config: Config) -> TaskResult:
+def evaluate_classes(model: Tercet, source: SampleTable, config: Config) -> TaskResult:
     """Accuracy without training and, where `config.classify.train` names images, of linear probes.
 
     Args:
@@ -211,7 +212,7 @@ def evaluate_classes(model: Tercet, source: Source, config: Config) -> TaskResul
         {"image": key, "label": names[label], "gold": names[gold]}
         for key, label, gold in zip(images.keys, chosen, test.labels.tolist(), strict=True)
     ]
-    problems = [*source.problems, *images.problems]
+    problems = [*source.rejected, *images.problems]
     return TaskResult(metrics, {"images": len(chosen), "classes": len(names)}, problems, predictions)
 
 
@@ -249,7 +250,7 @@ def _evaluate_probes(model: Tercet, test: LabelledFeats, names: list[str], confi
     return numbers | {"all": found[-1]}
 
 
-def evaluate_embedding(model: Tercet, source: Source, config: Config) -> TaskResult:
+def evaluate_embedding(model: Tercet, source: SampleTable, config: Config) -> TaskResult:
     """Alignment, uniformity and neighbourhoods of images and captions; see `embedding_quality`.
 
     Raises:

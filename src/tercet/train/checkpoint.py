@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from tercet.data.json_text import parse_json
+from tercet.data.rows import parse_json
 from tercet.distributed import Ranks, lost_rank
 from tercet.errors import TercetError
 from tercet.files import settle_folder, write_atomic

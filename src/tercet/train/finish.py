@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from tercet.data.sources import Source
+from tercet.data.table import SampleTable
 from tercet.distributed import is_sharded
 from tercet.files import write_atomic
 from tercet.model.hub import CARD, empty_model, save_model
@@ -110,7 +110,7 @@ def evaluate_split(
     return result
 
 
-def _draw(session: Session, student: Tercet, result: RetrievalResult, source: Source) -> None:
+def _draw(session: Session, student: Tercet, result: RetrievalResult, source: SampleTable) -> None:
     """Write what the report shows of an evaluation."""
     limit = session.config.data.pixel_limit
     fused = session.config.objectives.itm > 0

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from tercet.data.augment import Pixels
 from tercet.data.images import resize
-from tercet.data.loader import picture
-from tercet.data.sources import Source
+from tercet.data.table import SampleTable
 from tercet.model.hub import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.tasks.evaluation import evaluating
@@ -31,7 +30,7 @@ HEATMAP_SIDE = 160
 Json = dict[str, Any]
 
 
-def gallery_entries(result: RetrievalResult, source: Source, pixel_limit: int) -> list[Json]:
+def gallery_entries(result: RetrievalResult, source: SampleTable, pixel_limit: int) -> list[Json]:
     """Queries spread over the captions, each with its best images and where the right one came."""
     _, image_ranks = query_ranks(result.scores, result.image_of_text)
     entries: list[Json] = []
@@ -52,7 +51,7 @@ def gallery_entries(result: RetrievalResult, source: Source, pixel_limit: int) -
     return entries
 
 
-def similarity_matrix(result: RetrievalResult, source: Source, pixel_limit: int) -> Json:
+def similarity_matrix(result: RetrievalResult, source: SampleTable, pixel_limit: int) -> Json:
     """Cosines of pairs spread over the captions, every caption with every image: the diagonal should stand out."""
     texts = _one_of_each_image(result, MATRIX_PAIRS)
     images = [int(result.image_of_text[text]) for text in texts]
@@ -64,7 +63,7 @@ def similarity_matrix(result: RetrievalResult, source: Source, pixel_limit: int)
     }
 
 
-def heatmaps(model: Tercet, result: RetrievalResult, source: Source, pixel_limit: int, fused: bool) -> list[Json]:
+def heatmaps(model: Tercet, result: RetrievalResult, source: SampleTable, pixel_limit: int, fused: bool) -> list[Json]:
     """Where the model sees the words of some captions in their images.
 
     Args:
@@ -135,8 +134,8 @@ def _data_url(pixels: Pixels) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(encoded.tobytes()).decode("ascii")
 
 
-def _picture(result: RetrievalResult, source: Source, image: int, pixel_limit: int) -> Pixels:
-    return picture(source, int(result.images.index[image]), pixel_limit)
+def _picture(result: RetrievalResult, source: SampleTable, image: int, pixel_limit: int) -> Pixels:
+    return source.pixels(int(result.images.index[image]), pixel_limit)
 
 
 def _spread(total: int, count: int) -> range:

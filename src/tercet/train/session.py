@@ -14,7 +14,7 @@ from torch import nn
 
 from tercet.config import Config, ModelConfig
 from tercet.config_io import dump_config
-from tercet.data.sources import Source
+from tercet.data.table import SampleTable
 from tercet.data.tokenizer import Tokenizer
 from tercet.device import DeviceSpec, resolve_device
 from tercet.distributed import Ranks, wrap_parallel
@@ -123,9 +123,9 @@ def open_session(config: Config, resume: Path | None = None) -> Session:
     # Before the first step: a mistake in these should not come to light when the training is over.
     named = {"validation": config.data.validation, "test": config.data.test}
     held_out = {split: open_data(config.task, specs, config.data, split) for split, specs in named.items() if specs}
-    if len(source.problems):
+    if len(source.rejected):
         messages.append(
-            f"{len(source.problems)} rows of the training data are left out; the first: {source.problems[0]}"
+            f"{len(source.rejected)} rows of the training data are left out; the first: {source.rejected[0]}"
         )
     placement = resolve_device(config.train.device, config.train.precision)
     torch.manual_seed(config.train.seed)
@@ -193,7 +193,7 @@ def due_steps(session: Session) -> Iterator[list[StepBatch]]:
 
 def text_count(source: TaskData) -> int:
     """How many captions or samples a source holds."""
-    return int(source.caption_counts.sum()) if isinstance(source, Source) else source.sample_count
+    return int(source.caption_counts.sum()) if isinstance(source, SampleTable) else source.sample_count
 
 
 def fingerprint(source: TaskData) -> str:

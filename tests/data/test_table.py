@@ -1,4 +1,4 @@
-"""Sources of pairs: which specifications name what, and how several become one."""
+"""Tables: which specifications name what, and how several become one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from tercet.config import DataConfig
-from tercet.data.rows import Problems
-from tercet.data.sources import JoinedSource, Source, block_size, expand_braces, image_ids, open_sources
+from tercet.data.readers import expand_braces, open_sources
+from tercet.data.rows import Rejected
+from tercet.data.table import SampleTable, concatenate
 from tercet.errors import TercetError
 
 DATA = DataConfig()
@@ -23,7 +24,7 @@ def write_list(path: Path, rows: object) -> str:
     return str(path)
 
 
-def all_pairs(source: Source) -> list[tuple[str, list[str]]]:
+def all_pairs(source: SampleTable) -> list[tuple[str, list[str]]]:
     return [(source.key(index), source.captions(index)) for index in range(source.image_count)]
 
 
@@ -40,23 +41,23 @@ def test_several_specifications_are_one_source(photo_folder: Path, jpeg: Callabl
         photo_folder / "a.json", [{"image": f"images/{n}.jpg", "caption": [f"a {n}", "b"]} for n in (0, 1)]
     )
     second = write_list(photo_folder / "b.json", [{"image": "images/5.jpg", "caption": "five"}, {"image": "x.jpg"}])
-    source = open_sources([first, second], DATA, "train")
+    source = open_sources([first, second], DATA)
     assert source.image_count == 3
     assert source.caption_counts.tolist() == [2, 2, 1]
     assert [source.image(index) for index in range(3)] == [jpeg(0), jpeg(1), jpeg(5)]
     assert all_pairs(source)[2] == ("images/5.jpg", ["five"])
-    assert image_ids(source).tolist() == [0, 1, 2]
-    assert len(source.problems) == 1
-    assert "b.json row 2: no 'caption'" in source.problems[0]
+    assert source.image_ids.tolist() == [0, 1, 2]
+    assert len(source.rejected) == 1
+    assert "b.json row 2: no 'caption'" in source.rejected[0]
 
 
 def test_a_glob_opens_its_files_in_order(photo_folder: Path) -> None:
     for name in ("b", "a", "c"):
         write_list(photo_folder / f"{name}.json", [{"image": "images/0.jpg", "caption": f"of {name}"}])
-    source = open_sources([str(photo_folder / "[ab].json")], DATA, "train")
+    source = open_sources([str(photo_folder / "[ab].json")], DATA)
     assert [captions for _, captions in all_pairs(source)] == [["of a"], ["of b"]]
     with pytest.raises(TercetError, match=r"no file matches .*z\*\.json"):
-        open_sources([str(photo_folder / "z*.json")], DATA, "train")
+        open_sources([str(photo_folder / "z*.json")], DATA)
 
 
 def test_split_suffix(photo_folder: Path) -> None:
@@ -65,7 +66,7 @@ def test_split_suffix(photo_folder: Path) -> None:
     file = write_list(photo_folder / "all.json", rows)
 
     def keys(spec: str) -> list[str]:
-        return [key for key, _ in all_pairs(open_sources([spec], DATA, "train"))]
+        return [key for key, _ in all_pairs(open_sources([spec], DATA))]
 
     assert keys(f"{file}#test") == ["images/2.jpg"]
     assert keys(f"{file}#validation") == ["images/1.jpg"]
@@ -73,49 +74,36 @@ def test_split_suffix(photo_folder: Path) -> None:
     assert len(keys(f"{file}#all")) == 4
     with pytest.raises(TercetError, match=r"no row of split 'tset'; the splits there are train \(1\), val \(1\)"):
         keys(f"{file}#tset")
-    with pytest.raises(TercetError, match=r"holds several splits.*say which, as in .*all.json#train"):
+    with pytest.raises(TercetError, match=r"holds several splits.*choose one, as in .*all.json#train"):
         keys(file)
 
 
 def test_a_file_may_have_a_hash_in_its_name(photo_folder: Path) -> None:
     file = write_list(photo_folder / "c#1.json", [{"image": "images/0.jpg", "caption": "one"}])
-    assert open_sources([file], DATA, "train").image_count == 1
+    assert open_sources([file], DATA).image_count == 1
 
 
 def test_missing_files_are_named_with_the_nearest(photo_folder: Path) -> None:
     write_list(photo_folder / "captions.json", [])
     with pytest.raises(TercetError, match=r"no file .*caption\.json; did you mean .*captions\.json\?"):
-        open_sources([str(photo_folder / "caption.json")], DATA, "train")
+        open_sources([str(photo_folder / "caption.json")], DATA)
     with pytest.raises(TercetError, match=r"there is no folder .*nowhere"):
-        open_sources([str(photo_folder / "nowhere" / "x.json")], DATA, "train")
+        open_sources([str(photo_folder / "nowhere" / "x.json")], DATA)
     with pytest.raises(TercetError, match="no data given"):
-        open_sources([], DATA, "train")
+        open_sources([], DATA)
     (photo_folder / "notes.docx").write_bytes(b"x")
     with pytest.raises(TercetError, match=r"notes\.docx: not a kind of file that is known; known are \.arrow"):
-        open_sources([str(photo_folder / "notes.docx")], DATA, "train")
-
-
-def test_scenes_follow_the_split() -> None:
-    data = DataConfig(scenes=12)
-    train, held_out = open_sources(["scenes"], data, "train"), open_sources(["scenes:test"], data, "train")
-    assert train.image_count == 12
-    assert held_out.key(0).startswith("scenes:test")
-    assert open_sources(["scenes"], data, "validation").key(0).startswith("scenes:validation")
-    figures = open_sources(["scenes:figures"], data, "train")
-    assert (figures.key(0), figures.image_count) == ("scenes:figures#0", data.scenes)
-    assert train.image(0) != held_out.image(0)
-    with pytest.raises(TercetError, match="write scenes:test"):
-        open_sources(["scenes:tests"], data, "train")
+        open_sources([str(photo_folder / "notes.docx")], DATA)
 
 
 def test_sources_pickle(photo_folder: Path, tar: Callable[..., Path], jpeg: Callable[..., bytes]) -> None:
     file = write_list(photo_folder / "a.json", [{"image": "images/0.jpg", "caption": "zero"}])
     shard = tar(photo_folder / "s.tar", {"k.jpg": jpeg(9), "k.txt": b"nine"})
-    source = open_sources([file, str(shard), "scenes"], DataConfig(scenes=8), "train")
+    source = open_sources([file, str(shard)], DATA)
     assert source.image(1) == jpeg(9)  # opens the shard
     copy = pickle.loads(pickle.dumps(source))
-    assert [copy.image(index) for index in range(3)] == [source.image(index) for index in range(3)]
-    assert all_pairs(copy)[:5] == all_pairs(source)[:5]
+    assert [copy.image(index) for index in range(2)] == [source.image(index) for index in range(2)]
+    assert all_pairs(copy) == all_pairs(source)
 
 
 def test_large_sets_take_little_memory_and_pickle_small(tmp_path: Path) -> None:
@@ -123,29 +111,34 @@ def test_large_sets_take_little_memory_and_pickle_small(tmp_path: Path) -> None:
     rows = 20_000
     lines = [json.dumps({"image": f"{n}.jpg", "caption": f"caption number {n}"}) for n in range(rows)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    source = open_sources([str(tmp_path / "a.jsonl")], DATA, "train")
+    source = open_sources([str(tmp_path / "a.jsonl")], DATA)
     assert len(pickle.dumps(source)) < rows * 100
     assert source.captions(rows - 1) == [f"caption number {rows - 1}"]
 
 
-def test_joined_sources_keep_ids_apart_and_ask_for_blocks(tmp_path: Path, tar: Callable[..., Path]) -> None:
-    def shard(name: str) -> Source:
-        members = {f"{n}.{part}": b'{"caption": "c", "image_id": "same"}' for n in range(2) for part in ("jpg", "json")}
-        return open_sources([str(tar(tmp_path / name, members))], DATA, "train")
+def test_joined_tables_keep_ids_apart_and_ask_for_blocks(tmp_path: Path, tar: Callable[..., Path]) -> None:
+    def shard(name: str) -> SampleTable:
+        members: dict[str, bytes] = {}
+        for n in range(2):
+            members |= {f"{n}.jpg": b"image %d" % n, f"{n}.json": b'{"caption": "c", "image_id": "same"}'}
+        return open_sources([str(tar(tmp_path / name, members))], DATA)
 
-    joined = JoinedSource([shard("a.tar"), shard("b.tar"), open_sources(["scenes"], DataConfig(scenes=8), "train")])
-    assert image_ids(joined).tolist() == [0, 0, 2, 2, *range(4, 12)]
-    assert block_size(joined) > 1
-    assert block_size(joined.parts[2]) == 1
-    assert joined.find(5) == (joined.parts[2], 1)
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "0.jpg").write_bytes(b"x")
+    (tmp_path / "f" / "0.txt").write_text("x")
+    joined = concatenate([shard("a.tar"), shard("b.tar"), open_sources([str(tmp_path / "f")], DATA)])
+    assert joined.image_ids.tolist() == [0, 0, 2, 2, 4]
+    assert joined.block_size > 1
+    assert joined.parts[2].block_size == 1
+    assert joined.find(4) == (2, 0)
 
 
-def test_problems_count_all_and_keep_the_first() -> None:
-    problems, more = Problems(), Problems()
+def test_rejected_rows_count_all_and_keep_the_first() -> None:
+    rejected, more = Rejected(), Rejected()
     for number in range(1500):
-        problems.add(f"row {number}")
+        rejected.add(f"row {number}")
     more.add("first")
-    more.extend(problems)
+    more.extend(rejected)
     assert len(more) == 1501
     assert len(list(more)) == 1000
     assert more.lines(2) == ["first", "row 0", "and 1499 more"]
@@ -153,12 +146,12 @@ def test_problems_count_all_and_keep_the_first() -> None:
 
 def test_noto_emoji_shards(data_dir: Path) -> None:
     folder = data_dir / "noto_emoji" / "shards"
-    source = open_sources([str(folder / "noto_emoji-{val,test}-000000.tar") + "#all"], DATA, "test")
+    source = open_sources([str(folder / "noto_emoji-{val,test}-000000.tar") + "#all"], DATA)
     assert source.image_count == 367 + 294
-    assert not source.problems
+    assert not source.rejected
     assert source.image(0).startswith(b"\x89PNG")
     with pytest.raises(TercetError, match="holds several splits"):
-        open_sources([str(folder)], DATA, "test")
+        open_sources([str(folder)], DATA)
 
 
 def test_flickr8k_shards(data_dir: Path) -> None:
@@ -167,7 +160,7 @@ def test_flickr8k_shards(data_dir: Path) -> None:
     )
     assert source.image_count == 5999
     assert np.array_equal(source.caption_counts, np.full(5999, 5))
-    assert not source.problems
+    assert not source.rejected
     rows = {
         row["image"].split("/")[1][:-4]: row for row in json.loads((data_dir / "flickr8k/flickr8k.json").read_text())
     }

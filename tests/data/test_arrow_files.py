@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tercet.config import DataConfig
-from tercet.data.sources import Source, open_sources
+from tercet.data.arrow_files import read_arrow
+from tercet.data.readers import open_sources
+from tercet.data.table import SampleTable
 from tercet.errors import TercetError
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -27,7 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def opened(path: Path | str, **data: object) -> Source:
+def opened(path: Path | str, **data: object) -> SampleTable:
     return open_sources([str(path)], DataConfig.model_validate(data), "train")
 
 
@@ -66,9 +69,9 @@ def test_images_in_the_table(tmp_path: Path, cache: Path, writer: str, layout: s
         source = opened(path)
         assert [source.image(index) for index in range(source.image_count)] == KEPT
         assert source.captions(1) == ["caption 2", "again"]
-        assert source.key(1) == f"{path} row 3"
-        assert len(source.problems) == len(IMAGES) - len(KEPT)
-        assert source.problems[0] == f"{path} row 2: 'image' is empty"
+        assert source.key(1) == f"{path}#2"
+        assert len(source.rejected) == len(IMAGES) - len(KEPT)
+        assert source.rejected[0] == f"{path} row 2: 'image' is empty"
         assert cache.exists() == copied
 
 
@@ -84,7 +87,7 @@ def test_images_by_path(photo_folder: Path) -> None:
         source = opened(photo_folder / file)
         assert [source.captions(index) for index in range(source.image_count)] == [["a", "c"], ["b"]]
         assert source.image(1) == (photo_folder / "images/1.jpg").read_bytes()
-        assert list(source.problems) == [f"{photo_folder / file} row 4: 'image' is empty"]
+        assert list(source.rejected) == [f"{photo_folder / file} row 4: 'image' is empty"]
 
 
 def test_splits_and_bad_captions(tmp_path: Path) -> None:
@@ -92,7 +95,7 @@ def test_splits_and_bad_captions(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
     source = opened(f"{tmp_path}/t.parquet#train")
     assert [source.image(index) for index in range(source.image_count)] == [b"0"]
-    assert list(source.problems) == [f"{tmp_path}/t.parquet row 2: no caption"]
+    assert list(source.rejected) == [f"{tmp_path}/t.parquet row 2: no caption"]
 
 
 def test_a_folder_of_tables(tmp_path: Path) -> None:
@@ -108,21 +111,57 @@ def test_a_folder_of_tables(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     parquet.write_table(pyarrow.table({"image": [1, 2], "caption": ["a", "b"]}), path)
     with pytest.raises(TercetError, match="column 'image' is int64; images must be bytes, a path"):
         opened(path)
-    parquet.write_table(pyarrow.table({"image": [b"x"] * 99, "caption": ["a"] * 99}), path)
+    parquet.write_table(pyarrow.table({"image": [b"%d" % n for n in range(99)], "caption": ["a"] * 99}), path)
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(TercetError, match=r"cannot read .*t\.parquet: .*it may be cut short"):
         opened(path)
     (tmp_path / "t.arrow").write_bytes(b"nonsense, not arrow at all")
     with pytest.raises(TercetError, match=r"cannot read .*t\.arrow"):
         opened(tmp_path / "t.arrow")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(TercetError, match=r"needs pyarrow; pip install 'tercet\[hub-data\]'"):
-        opened(path)
+
+
+@pytest.mark.parametrize("by_id", [False, True])
+def test_rows_of_one_image_are_one_image(tmp_path: Path, by_id: bool) -> None:
+    numbers = [0, 1, 0, 1, 2] if by_id else [0, 0, 1, 1, 2]
+    columns = {"image": [b"image %d" % n for n in numbers], "caption": list("abcde"), "image_id": numbers}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    source = opened(tmp_path / "t.parquet")
+    wanted = [["a", "c"], ["b", "d"], ["e"]] if by_id else [["a", "b"], ["c", "d"], ["e"]]
+    assert [source.captions(index) for index in range(3)] == wanted
+    assert [source.image(index) for index in range(3)] == [b"image 0", b"image 1", b"image 2"]
+
+
+class FakeDataset:
+    """What is read of a `datasets.Dataset`."""
+
+    split, _fingerprint = "train", "0123"
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+        self.features = SimpleNamespace(arrow_schema=table.schema)
+
+    def select_columns(self, names: list[str]) -> FakeDataset:
+        return FakeDataset(self.table.select(names))
+
+    def with_format(self, kind: str) -> FakeDataset:
+        assert kind == "arrow"
+        return self
+
+    def iter(self, size: int) -> Iterator[Any]:
+        return (self.table.slice(start, size) for start in range(0, len(self.table), size))
+
+
+def test_a_dataset_given_in_python(cache: Path) -> None:
+    table = pyarrow.table({"image": LAYOUTS["struct"](), "caption": [f"caption {n}" for n in range(len(IMAGES))]})
+    source = read_arrow(FakeDataset(table), None, DataConfig())
+    assert [source.image(index) for index in range(source.image_count)] == KEPT
+    assert source.key(1) == "dataset train#2"
+    assert cache.exists()
 
 
 def test_an_unwritable_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

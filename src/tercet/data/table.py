@@ -1,0 +1,472 @@
+"""One Arrow table for all data: where each image's bytes lie, its texts, and what the tasks are to learn of them.
+
+A `SampleTable` holds images in parts: the files below one folder, or the byte ranges of one tar shard or Arrow file.
+The columns of a part are one Arrow record batch, in memory or mapped from an index on the disk, so that worker
+processes share one copy and ten million pairs open in a second.
+
+    name     binary   path below the folder, or key in the shard
+    texts    list     captions of the image
+    offset, size      int64, where its bytes lie in the shard or Arrow file (absent for files)
+    mark     uint32   CRC-32 of the tar header before them (tar shards alone)
+
+Pairs are the texts of the images.  Task samples are rows of their own, each with one or more images, a text and a
+target.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from tercet.data.images import decode
+from tercet.data.rows import Rejected
+from tercet.data.storage import LARGEST_IMAGE, is_file, is_url, open_to_read, read_image, read_range
+from tercet.errors import TercetError
+
+TAR_BLOCK = 512
+SEQUENTIAL_BLOCK = 1024  # neighbouring images that a training reads about the same time, and the disk in one go
+OPEN_FILES = 32
+BLOCKS_REMEMBERED = 64
+READ_AHEAD = 256 << 20  # bytes of a block that the system is asked to read at once
+IMAGES_PROBED = 16
+TEXTS = pa.large_list(pa.large_string())
+
+
+@dataclass
+class FilePart:
+    """Images that are files of their own.
+
+    Attributes:
+        folder: folder or URL that the names start from.
+        columns: `name` and `texts`.
+    """
+
+    folder: str
+    columns: pa.RecordBatch
+    block_size = 1
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Texts of each image, int32 `[images]`."""
+        return list_lengths(self.columns.column("texts"))
+
+    def texts(self, row: int) -> list[str]:
+        """Texts of image `row`."""
+        return self.columns.column("texts")[row].as_py()
+
+    def name(self, row: int) -> bytes:
+        """Path of image `row` below the folder."""
+        return self.columns.column("name")[row].as_py()
+
+    def key(self, row: int) -> str:
+        """What names image `row` in messages."""
+        return self.name(row).decode("utf-8", "replace")
+
+    def location(self, row: int) -> str:
+        """Absolute path or URL of image `row`."""
+        path = self.path(row)
+        return path if is_url(path) else os.path.abspath(path)  # noqa: PTH100 - links stay as they are
+
+    def path(self, row: int) -> str:
+        """Path or URL of image `row`."""
+        name = os.fsdecode(self.name(row))
+        if is_url(name):
+            return name
+        return f"{self.folder.rstrip('/')}/{name}" if is_url(self.folder) else str(Path(self.folder) / name)
+
+    def read(self, row: int) -> bytes:
+        """The bytes of image `row`.  Raises OSError or TercetError when it cannot be read."""
+        return read_image(self.path(row))
+
+    def select(self, rows: np.ndarray) -> FilePart:
+        """The images `rows`, int64 `[selected]`."""
+        return FilePart(self.folder, self.columns.take(pa.array(rows)))
+
+    def require_some(self, file: str) -> None:
+        """Raise TercetError when none of a few images spread over the part exists: the folder is surely wrong."""
+        if is_url(self.folder) or not len(self):
+            return
+        probed = np.unique(np.linspace(0, len(self) - 1, IMAGES_PROBED).astype(int)).tolist()
+        paths = [self.path(row) for row in probed]
+        if any(is_url(path) or is_file(path) for path in paths):
+            return
+        name = os.fsdecode(self.name(probed[0]))
+        fix = "set data.image_root to the folder that the names start from"
+        if "\\" in name and os.sep != "\\":
+            fix = "its names hold backslashes; write them with /"
+        elif os.path.isabs(name):  # noqa: PTH117 - of a name
+            fix = "its names are absolute paths, which data.image_root does not change; write them relative to a folder"
+        raise TercetError(f"{file}: none of its images exists, such as {paths[0]}; {fix}")
+
+
+class RangePart:
+    """Images that are byte ranges of one file, such as a tar shard or an Arrow file.
+
+    Args:
+        file: path or URL as the user gave it.
+        columns: `name`, `texts`, `offset`, `size` and, for tar shards, `mark`.
+        rows: int64 `[images]`, which rows of the columns it has; None: all.
+        container: the local file that holds the bytes, where that is not `file`.
+    """
+
+    block_size = SEQUENTIAL_BLOCK
+
+    def __init__(
+        self, file: str, columns: pa.RecordBatch, rows: np.ndarray | None = None, container: str | None = None
+    ) -> None:
+        self.file = file
+        self.container = container
+        self.rows = rows
+        self.count = len(columns)  # of the columns
+        self._columns: pa.RecordBatch | None = columns
+        self._checked = False
+
+    @property
+    def raw(self) -> pa.RecordBatch:
+        """The columns as they are."""
+        if self._columns is None:
+            self._columns = self.load_columns()
+        return self._columns
+
+    @property
+    def columns(self) -> pa.RecordBatch:
+        """The columns, once they are known to be sound: Arrow follows damaged offsets out of its memory."""
+        if not self._checked:
+            try:
+                self.raw.validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise TercetError(f"the index of {self.file} is damaged; delete it to have it made again") from error
+            self._checked = True
+        return self.raw
+
+    def load_columns(self) -> pa.RecordBatch:
+        """The columns in a process that has none yet."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self.count if self.rows is None else len(self.rows)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Texts of each image, int32 `[images]`."""
+        counts = list_lengths(self.raw.column("texts"))
+        return counts if self.rows is None else counts[self.rows]
+
+    def texts(self, row: int) -> list[str]:
+        """Texts of image `row`."""
+        return self.columns.column("texts")[self.physical(row)].as_py()
+
+    def key(self, row: int) -> str:
+        """What names image `row` in messages: `shard.tar#KEY`, `table.parquet#ROW`."""
+        name = self.columns.column("name")[self.physical(row)].as_py()
+        return f"{self.file}#{name.decode('utf-8', 'replace')}"
+
+    def location(self, row: int) -> str:
+        """As `key`, with an absolute path."""
+        key = self.key(row)
+        return key if is_url(key) else os.path.abspath(key)  # noqa: PTH100 - links stay as they are
+
+    def place(self, row: int) -> tuple[int, int]:
+        """Offset and size of image `row` in its file."""
+        row = self.physical(row)
+        return int(self.columns.column("offset")[row].as_py()), int(self.columns.column("size")[row].as_py())
+
+    def physical(self, row: int) -> int:
+        """The row of the columns that image `row` is."""
+        return row if self.rows is None else int(self.rows[row])
+
+    def select(self, rows: np.ndarray) -> RangePart:
+        """The images `rows`, int64 `[selected]`, of the same columns."""
+        selected = object.__new__(type(self))
+        selected.__dict__.update(self.__dict__)
+        selected.rows = rows if self.rows is None else self.rows[rows]
+        return selected
+
+    def open(self) -> int:
+        """A handle to read images by.  Raises TercetError when the file is gone."""
+        return open_to_read(self.container or self.file)
+
+    def read(self, row: int, handle: int) -> bytes:
+        """The bytes of image `row`.
+
+        Raises:
+            TercetError: the file was cut short or replaced since it was opened.
+        """
+        offset, size = self.place(row)
+        if size > LARGEST_IMAGE:
+            raise TercetError(f"{self.key(row)}: {size} bytes are no image")
+        marked = "mark" in self.columns.schema.names
+        header = TAR_BLOCK if marked else 0
+        data = read_range(handle, offset - header, header + size)
+        if len(data) < header + size:
+            raise self._changed(f"it was cut short to {os.fstat(handle).st_size} bytes")
+        if marked and zlib.crc32(data[:header]) != self.columns.column("mark")[self.physical(row)].as_py():
+            raise self._changed(f"byte {offset - header} holds something else")
+        return data[header:]
+
+    def read_ahead(self, row: int, handle: int) -> None:
+        """Have the system read the whole block that image `row` lies in."""
+        first = self.physical(row) // self.block_size * self.block_size
+        last = min(self.count, first + self.block_size) - 1
+        offsets, sizes = self.columns.column("offset"), self.columns.column("size")
+        start = max(0, offsets[first].as_py() - TAR_BLOCK)
+        length = offsets[last].as_py() + sizes[last].as_py() - start
+        if hasattr(os, "posix_fadvise") and length > 0:
+            os.posix_fadvise(handle, start, min(length, READ_AHEAD), os.POSIX_FADV_WILLNEED)
+
+    def _changed(self, how: str) -> TercetError:
+        return TercetError(f"{self.file} has changed since it was indexed: {how}; start again to read the new one")
+
+
+Part = FilePart | RangePart
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a task.
+
+    Attributes:
+        images: indices of its images in the table; equally many for all samples.
+        text: the sentence or question as it was written.
+        target: what the task learns or is measured by: plain values, as JSON has them.
+        key: names the sample in messages: file and row.
+    """
+
+    images: tuple[int, ...]
+    text: str
+    target: Any
+    key: str
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a table.
+
+    Attributes:
+        images: int64 `[samples, images_per_sample]`.
+        columns: `text`, `target` as JSON, and `key`.
+    """
+
+    images: np.ndarray
+    columns: pa.RecordBatch
+
+
+class SampleTable:
+    """Images with their texts, or task samples over images.  Read from several processes, and picklable.
+
+    Attributes:
+        parts: the images.
+        rejected: messages of rejected rows, each naming its file and row.
+        image_ids: int64 `[images]`, equal for images that count as the same.
+        block_size: how many neighbouring images are best read about the same time; 1: any order is as good.
+        read_aheads: blocks that this process began to read; each is one movement of a disk.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        rejected: Sequence[str] = (),
+        image_ids: np.ndarray | None = None,
+        samples: Samples | None = None,
+    ) -> None:
+        self.parts = list(parts)
+        self.rejected = rejected
+        self._starts = np.cumsum([0, *map(len, self.parts)], dtype=np.int64)
+        self.image_ids = np.arange(self.image_count) if image_ids is None else image_ids
+        self.block_size = max((part.block_size for part in self.parts), default=1)
+        self._samples = samples
+        self.read_aheads = 0
+        self._handles: OrderedDict[int, int] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int], None] = OrderedDict()
+
+    @property
+    def image_count(self) -> int:
+        """How many images there are."""
+        return int(self._starts[-1])
+
+    @property
+    def sample_count(self) -> int:
+        """How many samples there are; of a table of pairs, how many pairs."""
+        return int(self.caption_counts.sum()) if self._samples is None else len(self._samples.images)
+
+    @property
+    def images_per_sample(self) -> int:
+        """How many images every sample has."""
+        return 1 if self._samples is None else self._samples.images.shape[1]
+
+    @cached_property
+    def caption_counts(self) -> np.ndarray:
+        """Integers `[images]`: texts of each image."""
+        if self._samples is not None:
+            return np.bincount(self._samples.images[:, 0], minlength=self.image_count)
+        return np.concatenate([np.zeros(0, np.int32), *(part.counts for part in self.parts)])
+
+    @cached_property
+    def _by_image(self) -> tuple[np.ndarray, np.ndarray]:
+        """Samples in the order of their images, and where those of each image begin."""
+        assert self._samples is not None
+        order = np.argsort(self._samples.images[:, 0], kind="stable")
+        return order, np.concatenate([[0], np.cumsum(self.caption_counts)])
+
+    def captions(self, index: int) -> list[str]:
+        """The texts of image `index` as they were written."""
+        if self._samples is None:
+            part, row = self.find(index)
+            return self.parts[part].texts(row)
+        order, starts = self._by_image
+        texts = self._samples.columns.column("text")
+        return [texts[row].as_py() for row in order[starts[index] : starts[index + 1]].tolist()]
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index` of a table of samples."""
+        assert self._samples is not None
+        text, target, key = (self._samples.columns.column(name)[index].as_py() for name in ("text", "target", "key"))
+        return Sample(tuple(self._samples.images[index].tolist()), text, json.loads(target), key)
+
+    def image_groups(self) -> tuple[np.ndarray, np.ndarray]:
+        """Samples that read the same images in the same order.
+
+        Returns:
+            Samples int64 `[samples]`, those of one group beside each other and groups in the order of their first
+            samples; and where each group begins, int64 `[groups + 1]`.
+        """
+        assert self._samples is not None
+        _, first, group = np.unique(self._samples.images, axis=0, return_index=True, return_inverse=True)
+        rank = np.argsort(np.argsort(first))[group.reshape(-1)]
+        return np.argsort(rank, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(rank))])
+
+    def image(self, index: int) -> bytes:
+        """The encoded image.  Raises OSError or TercetError when it cannot be read."""
+        number, row = self.find(index)
+        part = self.parts[number]
+        if isinstance(part, FilePart):
+            return part.read(row)
+        handle = self._handle(number)
+        self._read_ahead(number, row, handle)
+        return part.read(row, handle)
+
+    def pixels(self, index: int, pixel_limit: int) -> np.ndarray:
+        """Image `index` decoded, uint8 `[height, width, 3]`.  Raises OSError or TercetError when it cannot be read."""
+        return decode(self.image(index), self.key(index), pixel_limit)
+
+    def key(self, index: int) -> str:
+        """What names image `index` in messages: its path, or `shard.tar#KEY`."""
+        part, row = self.find(index)
+        return self.parts[part].key(row)
+
+    def location(self, index: int) -> str:
+        """As `key` in a way that holds in any working folder: with an absolute path or URL."""
+        part, row = self.find(index)
+        return self.parts[part].location(row)
+
+    def find(self, index: int) -> tuple[int, int]:
+        """The part of image `index`, and its row there."""
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return part, int(index - self._starts[part])
+
+    def with_samples(self, samples: Samples, rejected: Sequence[str]) -> SampleTable:
+        """The images that `samples` name, as the images of a table of samples."""
+        used, positions = np.unique(samples.images, return_inverse=True)
+        ends = np.searchsorted(used, self._starts)
+        parts = [
+            part.select(used[first:end] - start)
+            for part, start, first, end in zip(self.parts, self._starts, ends, ends[1:], strict=False)
+            if end > first
+        ]
+        return SampleTable(parts, rejected, None, Samples(positions.reshape(samples.images.shape), samples.columns))
+
+    def _handle(self, number: int) -> int:
+        # A forked worker may share these handles: reads name their position, so no two disturb each other.
+        handle = self._handles.get(number)
+        if handle is None:
+            if len(self._handles) >= OPEN_FILES:
+                os.close(self._handles.popitem(last=False)[1])
+            part = self.parts[number]
+            assert isinstance(part, RangePart)
+            handle = self._handles[number] = part.open()
+        self._handles.move_to_end(number)
+        return handle
+
+    def _read_ahead(self, number: int, row: int, handle: int) -> None:
+        """Read a whole block in order when the first of its images is wanted.
+
+        A training mixes the images of a few blocks; the disk then still reads each block from end to end.
+        """
+        part = self.parts[number]
+        assert isinstance(part, RangePart)
+        block = number, part.physical(row) // part.block_size
+        if block not in self._blocks:
+            self._blocks[block] = None
+            if len(self._blocks) > BLOCKS_REMEMBERED:
+                self._blocks.popitem(last=False)
+            self.read_aheads += 1
+            part.read_ahead(row, handle)
+        self._blocks.move_to_end(block)
+
+    def require_some(self, file: str) -> None:
+        """Raise TercetError when none of a few image files of each part exists."""
+        for part in self.parts:
+            if isinstance(part, FilePart):
+                part.require_some(file)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": OrderedDict(), "_blocks": OrderedDict()}
+
+    def __del__(self) -> None:
+        for handle in self.__dict__.get("_handles", {}).values():
+            os.close(handle)
+
+
+def concatenate(tables: Sequence[SampleTable]) -> SampleTable:
+    """Several tables one after the other, as one.
+
+    Raises:
+        TercetError: there are none.
+    """
+    if not tables:
+        raise TercetError("no data given; name a file, a folder, or a glob of tar shards")
+    if len(tables) == 1:
+        return tables[0]
+    starts = np.cumsum([0, *(table.image_count for table in tables)])
+    rejected = Rejected()
+    for table in tables:
+        rejected.extend(table.rejected)
+    ids = np.concatenate([table.image_ids + start for table, start in zip(tables, starts, strict=False)])
+    parts = [part for table in tables for part in table.parts]
+    samples = None
+    if all(table._samples is not None for table in tables):
+        given = [table._samples for table in tables if table._samples is not None]
+        rows = np.concatenate([one.images + start for one, start in zip(given, starts, strict=False)])
+        samples = Samples(rows, _one_batch(pa.Table.from_batches([one.columns for one in given])))
+    return SampleTable(parts, rejected, ids, samples)
+
+
+def shared_ids(digests: np.ndarray) -> np.ndarray:
+    """int64 `[images]`, the first image with the same digest, uint64 `[images]`; 0 is no digest: its own."""
+    ids = np.arange(len(digests))
+    named = np.flatnonzero(digests)
+    _, first, group = np.unique(digests[named], return_index=True, return_inverse=True)
+    ids[named] = named[first[group]]
+    return ids
+
+
+def list_lengths(lists: Any) -> np.ndarray:
+    """int32 `[lists]`, the length of each of a large list array without nulls."""
+    return np.diff(lists.offsets.to_numpy()).astype(np.int32)
+
+
+def _one_batch(table: pa.Table) -> pa.RecordBatch:
+    return table.combine_chunks().to_batches()[0]
