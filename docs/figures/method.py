@@ -62,7 +62,7 @@ def draw() -> str:
         box(170, 50, 150, 62, "image encoder", "ViT over patches", IMAGE),
         box(170, 220, 150, 62, "text encoder", "lower half of BERT", TEXT),
         box(170, 135, 150, 62, "teacher", "moving average of both", TEACHER, dashed=True),
-        box(440, 50, 190, 62, "keys and values", "of cross-attention, once per image", FUSION),
+        box(440, 50, 190, 62, "keys and values", "computed once per image", FUSION),
         box(440, 220, 190, 62, "fusion encoder", "upper half, reads the image", FUSION),
         arrow("M 125 82 L 164 82"),
         arrow("M 125 251 L 164 251"),

@@ -28,6 +28,7 @@ DataKeys = Annotated[Any, "data"]
 EvaluateKeys = Annotated[Any, "data", "evaluate", "vqa", "classify", "train.device"]
 
 HELP = {"-h", "--help"}
+METAVARS = {int: "N", float: "X"}
 TRUTHS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 
@@ -53,13 +54,12 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(prog=f"tercet {command}", description=description.replace("%", "%%"), allow_abbrev=False)
         self.keys: dict[str, FieldInfo] = {}
         hints = get_type_hints(function, include_extras=True)
-        usage = []
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
+                self.usage = self.format_usage().removeprefix("usage: ").rstrip() + " [--section.key VALUE ...]"
                 self._add_keys(get_args(hints[name])[1:], config or Config())
             else:
-                usage.append(self._add_parameter(parameter, hints[name], meanings[name]))
-        self.usage = " ".join([self.prog, *filter(None, usage), "[--flag ...]"])
+                self._add_parameter(parameter, hints[name], meanings[name])
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
         """Arguments by the names of the parameters, and the config keys that were given by their dotted names."""
@@ -73,35 +73,35 @@ class CommandParser(argparse.ArgumentParser):
         message = message.removeprefix("argument ").replace("unrecognized arguments", "unexpected argument")
         raise TercetError(f"{message}; see {self.prog} --help")
 
-    def _add_parameter(self, parameter: inspect.Parameter, annotation: Any, meaning: str) -> str:
-        """Add an argument; returns what the usage line says of it."""
-        kind = next((part for part in get_args(annotation) if NoneType in get_args(annotation)), annotation)
+    def _add_parameter(self, parameter: inspect.Parameter, annotation: Any, meaning: str) -> None:
+        name, parts = parameter.name, get_args(annotation)
+        kind = parts[0] if NoneType in parts else annotation
         required = parameter.default is parameter.empty
-        settings: dict[str, Any] = {"help": _help(meaning, None if required or kind is bool else parameter.default)}
-        metavar = parameter.name.upper()
-        if get_origin(kind) is list:
-            kind, metavar = get_args(kind)[0], metavar.removesuffix("S")
-            settings["nargs"] = "+" if required else "*"
+        default = None if required else parameter.default
+        if kind is bool:
+            self.add_argument(f"--{name.replace('_', '-')}", dest=name, action="store_true", help=_help(meaning, None))
+            return
+        settings: dict[str, Any] = {"help": _help(meaning, default), "default": default}
+        many = get_origin(kind) is list
+        if many:
+            kind = get_args(kind)[0]
         if get_origin(kind) is Literal:
             settings["choices"] = get_args(kind)
-            metavar = f"{{{','.join(get_args(kind))}}}"
-        elif kind is bool:
-            settings["action"] = "store_true"
         else:
-            metavar = {int: "N", float: "X"}.get(kind, metavar)
-            settings |= {"type": kind, "metavar": metavar}
-        more = " ..." if "nargs" in settings else ""
-        if not required:
-            settings["default"] = parameter.default
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            short = [f"-{parameter.name}"] if len(parameter.name) == 1 else []
-            flag = f"--{parameter.name.replace('_', '-')}"
-            self.add_argument(*short, flag, dest=parameter.name, required=required, **settings)
-            return f"{flag} {metavar}{more}" if required else ""
-        if not required and not more:
+            settings |= {
+                "type": kind,
+                "metavar": METAVARS.get(kind) or (name.removesuffix("s") if many else name).upper(),
+            }
+        flag = parameter.kind is parameter.KEYWORD_ONLY
+        if many:
+            settings["nargs"] = "+" if required else "*"
+        elif not required and not flag:
             settings["nargs"] = "?"
-        self.add_argument(parameter.name, **settings)
-        return f"{metavar}{more}" if required else f"[{metavar}{more}]"
+        if flag:
+            short = [f"-{name}"] if len(name) == 1 else []
+            self.add_argument(*short, f"--{name.replace('_', '-')}", dest=name, required=required, **settings)
+        else:
+            self.add_argument(name, **settings)
 
     def _add_keys(self, prefixes: Sequence[str], config: Config) -> None:
         """Add the config keys below `prefixes` as flags, grouped by section."""
@@ -171,8 +171,7 @@ def _reading(field: FieldInfo) -> dict[str, Any]:
         return {"nargs": "?", "const": "true", "type": _truth, "metavar": "true|false"}
     if origin is Literal:
         return {"metavar": "|".join(choices)}
-    kinds = {int: "N", float: "X"}
-    return {"metavar": next((kinds[kind] for kind in (field.annotation, *choices) if kind in kinds), "TEXT")}
+    return {"metavar": next((METAVARS[kind] for kind in (field.annotation, *choices) if kind in METAVARS), "TEXT")}
 
 
 def _truth(word: str) -> str:
