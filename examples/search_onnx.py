@@ -32,7 +32,7 @@ class Searcher:
         self.size: int = facts["image"]["size"]
         self.rules: dict = facts["text"]
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        graphs = ("vision", "text", "memory", "fusion")
+        graphs = ("vision", "text", "image_kv", "fusion")
         self.graphs = {name: InferenceSession(str(folder / f"{name}.onnx")) for name in graphs}
 
     def embed_images(self, files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
@@ -53,12 +53,12 @@ class Searcher:
 
     def match(self, text_embeds: np.ndarray, image_embeds: np.ndarray) -> np.ndarray:
         """Probabilities `[images]` that one text fits each image, by the fusion encoder."""
-        (image_memory,) = self.graphs["memory"].run(None, {"image_embeds": image_embeds})
+        (image_kv,) = self.graphs["image_kv"].run(None, {"image_embeds": image_embeds})
         texts = np.repeat(text_embeds[:, None], len(image_embeds), axis=0)  # one text for each image
         inputs = {
             "text_embeds": texts,
             "attention_mask": np.ones(texts.shape[:3], np.int64),
-            "image_memory": image_memory,
+            "image_kv": image_kv,
         }
         logits = self.graphs["fusion"].run(["itm_logits"], inputs)[0][:, 0]
         return 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))

@@ -10,7 +10,7 @@ import torch
 from tercet.config import ModelConfig, TextConfig, VisionConfig
 from tercet.config_io import load_config
 from tercet.errors import TercetError
-from tercet.export.graphs import MemoryGraph
+from tercet.export import ImageKVGraph
 from tercet.model.hub import load_model, save_model
 from tercet.model.tercet import Tercet
 from tercet.model.text import TextEncoder
@@ -73,7 +73,7 @@ def test_fusion_reads_patches_alone_where_they_see_their_neighbours_alone(window
     other[:, 0] = 3.0
     with torch.no_grad():
         one, two = (model.match_logits(text, mask, model.project_kv(embeds)) for embeds in (image_embeds, other))
-        stacked = MemoryGraph(model)(image_embeds)
+        stacked = ImageKVGraph(model)(image_embeds)
     assert torch.equal(one, two) == (window is not None)
     for layer, (key, value) in enumerate(model.project_kv(image_embeds).keys_values):
         assert torch.equal(stacked[:, layer, 0], key) and torch.equal(stacked[:, layer, 1], value)

@@ -100,7 +100,7 @@ def export(model: str, *, output: Path, format: Literal["all", "onnx", "program"
         format: onnx: NAME.onnx for onnxruntime; program: NAME.pt2 for torch.export.load.
         checks: random inputs that every graph is compared on; 0: none.
     """
-    from tercet.export.write import FORMATS, export_model
+    from tercet.export import FORMATS, export_model
     from tercet.model.hub import load_model
 
     report = export_model(load_model(model), output, FORMATS if format == "all" else (format,), checks)

@@ -1,1 +1,0 @@
-"""A trained model for programs without Tercet: ONNX graphs and `torch.export` programs of its encoders."""
