@@ -60,8 +60,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (tmp_path / "a.png").write_bytes(SCENES.image(0))
     words = ["explain", str(folder), str(tmp_path / "a.png"), TEXTS[0]]
     assert main([*words, "--output", str(tmp_path / "e.png")]) == 0
-    told = capsys.readouterr()
-    assert told.out.strip() == str(tmp_path / "e.png") and "not trained" not in told.err
+    printed = capsys.readouterr()
+    assert printed.out.strip() == str(tmp_path / "e.png") and "not trained" not in printed.err
     assert Image.open(tmp_path / "e.png").width > 400
     assert main([*words, "--output", str(tmp_path / "e.jpg")]) == 2
     assert "a name that ends in .png" in capsys.readouterr().err

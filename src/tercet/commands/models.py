@@ -142,7 +142,7 @@ def load_predictor(model: str, *, local_only: bool = False) -> Predictor:
 
 
 def model_and_config(model: str, overrides: dict[str, Any]) -> tuple[str, Config]:
-    """Where the model lies, and the config of its run when it lies in one: a run folder may be named for its model."""
+    """The model folder or hub id, and the config of its run where it has one; a run folder stands for its model."""
     folder = Path(model)
     if (folder / "config.yaml").is_file() and (folder / "model").is_dir():
         return str(folder / "model"), load_config(folder, overrides)

@@ -73,7 +73,7 @@ def line_chart(curves: Sequence[Curve], name: str, limits: tuple[float, float] |
         limits: of the values, so that a few spikes do not flatten the curve; default: those of the curves.
     """
     curves = [curve._replace(steps=_thin(curve.steps), values=_thin(curve.values)) for curve in curves]
-    left, right = (limit(curve.steps[place] for curve in curves) for limit, place in ((min, 0), (max, -1)))
+    left, right = min(curve.steps[0] for curve in curves), max(curve.steps[-1] for curve in curves)
     low, high = limits or (min(curve.values.min() for curve in curves), max(curve.values.max() for curve in curves))
     flat = high - low <= 1e-6 * max(abs(high), abs(low))  # nothing but rounding
     margin = 0.06 * (abs(high) or 1.0 if flat else high - low)
