@@ -3,7 +3,7 @@
 The signature says it all: parameters before the `*` are positional arguments, those after it are flags, and the
 docstring's `Args:` are their help.  `**overrides: ConfigKeys` lets a command take config keys as flags too
 (`--optim.lr 3e-4`); they reach the function as text and are validated with the recipe, so that a mistake reads the same
-in a file and in a flag.
+in a file and in a flag.  The config is imported where it is needed, since pydantic takes a third of a second.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from types import NoneType
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from pydantic.fields import FieldInfo
-
-from tercet.config import Config
-from tercet.config_io import config_fields, default_config, load_config, nearest
 from tercet.errors import TercetError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from tercet.config import Config
 
 # The keys of `**overrides`: all of them, or those below some names.
 ConfigKeys = Annotated[Any, ""]
@@ -57,7 +58,7 @@ class CommandParser(argparse.ArgumentParser):
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 self.usage = self.format_usage().removeprefix("usage: ").rstrip() + " [--section.key VALUE ...]"
-                self._add_keys(get_args(hints[name])[1:], config or Config())
+                self._add_keys(get_args(hints[name])[1:], config)
             else:
                 self._add_parameter(parameter, hints[name], meanings[name])
 
@@ -103,8 +104,11 @@ class CommandParser(argparse.ArgumentParser):
         else:
             self.add_argument(name, **settings)
 
-    def _add_keys(self, prefixes: Sequence[str], config: Config) -> None:
+    def _add_keys(self, prefixes: Sequence[str], config: Config | None) -> None:
         """Add the config keys below `prefixes` as flags, grouped by section."""
+        from tercet.config_io import config_fields, default_config
+
+        config = config or default_config()
         groups: dict[str, Any] = {}
         for key, field in config_fields():
             if not any(f"{key}.".startswith(f"{prefix}." if prefix else "") for prefix in prefixes):
@@ -137,6 +141,8 @@ class CommandParser(argparse.ArgumentParser):
         for spelling in (flag, f"--{flag[2:].replace('_', '-')}", f"--{flag[2:].replace('-', '_')}"):
             if spelling in flags:
                 return f"{spelling}{equals}{value}"
+        from tercet.config_io import nearest
+
         key = flag[2:].replace("-", "_")
         inside = next((name for name in self.keys if name.startswith(f"{key}.")), None)
         if inside:
@@ -149,8 +155,12 @@ class CommandParser(argparse.ArgumentParser):
         )
 
 
-def _shown_config(parser: CommandParser, command: str, words: Iterable[str]) -> Config:
+def _shown_config(parser: CommandParser, command: str, words: Iterable[str]) -> Config | None:
     """The config whose values the help shows: the recipe's that is named beside --help, with the other flags."""
+    if not parser.keys:
+        return None
+    from tercet.config_io import default_config, load_config
+
     try:
         given = parser.read([word for word in words if word not in HELP])
     except TercetError:

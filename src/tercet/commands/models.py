@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tercet.config import Config
-from tercet.config_io import default_config, load_config
 from tercet.errors import TercetError
 
 if TYPE_CHECKING:
+    from tercet.config import Config
     from tercet.predictor import Predictor
 
 DEMO_MODEL = "runs/demo/model"
@@ -143,6 +142,8 @@ def load_predictor(model: str, *, local_only: bool = False) -> Predictor:
 
 def model_and_config(model: str, overrides: dict[str, Any]) -> tuple[str, Config]:
     """The model folder or hub id, and the config of its run where it has one; a run folder stands for its model."""
+    from tercet.config_io import default_config, load_config
+
     folder = Path(model)
     if (folder / "config.yaml").is_file() and (folder / "model").is_dir():
         return str(folder / "model"), load_config(folder, overrides)
