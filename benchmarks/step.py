@@ -26,7 +26,7 @@ from machine import add_options, count_flops, describe_machine, prepare, spread,
 from plain import PlainModel
 from plain_step import PlainBatch, PlainPretraining, plain_optimizer, sum_of_losses
 from tercet.config import Config, ModelConfig, ObjectivesConfig, TrainConfig
-from tercet.data.loader import Batch
+from tercet.data.batch import Batch, to_device
 from tercet.device import resolve_device
 from tercet.distributed import Ranks
 from tercet.model.layers import set_grad_checkpointing
@@ -94,7 +94,7 @@ class PlainStep:
 
     def __init__(self, config: Config, batch: Batch, student: Tercet) -> None:
         self.placement = resolve_device(config.train.device, config.train.precision)
-        batch = batch.to(self.placement.device)
+        batch = to_device(batch, self.placement.device)
         model = PlainModel.of(student)
         self.task = PlainPretraining(model, config.model.text, config.objectives).to(self.placement.device).train()
         self.optimizer = plain_optimizer(model, config.optim)
@@ -132,11 +132,8 @@ def draw_batch(model: ModelConfig, pairs: int, tokens: int) -> Batch:
         input_ids=input_ids,
         attention_mask=torch.ones(pairs, tokens, dtype=torch.bool),
         image_ids=torch.arange(pairs),
-        captions=[""] * pairs,
+        texts=[""] * pairs,
         keys=[str(index) for index in range(pairs)],
-        epoch=0,
-        step=0,
-        skipped=0,
     )
 
 

@@ -97,7 +97,7 @@ def test_parquet(tmp_path: Path, jpeg: MakeJpeg, monkeypatch: pytest.MonkeyPatch
     assert len(source.rejected) == 2 and "row 4: 'jpg' is empty" in source.rejected[0]
 
 
-def test_images_that_are_gone_are_left_out_and_counted(photo_folder: Path) -> None:
+def test_images_that_are_gone_are_skipped_and_counted(photo_folder: Path) -> None:
     rows = [{"image": f"images/{number}.jpg", "caption": f"picture {number}"} for number in range(12)]
     (photo_folder / "pairs.json").write_text(json.dumps(rows))
     source = opened(photo_folder / "pairs.json")
@@ -105,7 +105,7 @@ def test_images_that_are_gone_are_left_out_and_counted(photo_folder: Path) -> No
     assert sum(len(batch) for batch in loader.batches(0)) == 6
     loader.close()
     assert loader.report.count == 6
-    assert "6 samples were left out because their image is broken:" in loader.report.lines()[0]
+    assert "6 samples were skipped because their image is broken:" in loader.report.lines()[0]
     assert sum("No such file or directory" in line for line in loader.report.lines()) == 6
 
 

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tercet.cli import main
-from tercet.data.contact_sheet import LINES, TILE, _font, _lines
-from tercet.data.inspection import alike, fingerprint, groups_of_equal
+from tercet.data.inspection import LINES, TILE, _font, _lines, alike, fingerprint, groups_of_equal
 
 
 def photograph(seed: int, side: int = 96) -> np.ndarray:
@@ -52,7 +51,7 @@ def test_a_folder_with_everything_in_it(tmp_path: Path, capsys: pytest.CaptureFi
     arguments = ["data", "inspect", str(tmp_path), "--data.workers", "1"]
     assert main([*arguments, "--sheet", str(sheet), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["images"], found["pairs"], found["broken_images"], found["refused_rows"]) == (10, 10, 2, 1)
+    assert (found["images"], found["pairs"], found["broken_images"], found["rejected_rows"]) == (10, 10, 2, 1)
     assert (found["duplicate_images"], found["near_duplicate_images"], found["repeated_captions"]) == (1, 2, 2 + 6)
     assert [Path(name).name for name in found["duplicates"][0]] == ["a.jpg", "copy.jpg"]
     assert {Path(name).name for name in found["near_duplicates"][0]} == {"a.jpg", "smaller.jpg", "brighter.png"}

@@ -129,7 +129,7 @@ def test_the_command_and_the_shards_of_what_it_kept(
         str(tmp_path / "model"),
         "--output",
         str(kept),
-        "--share",
+        "--fraction",
         "0.5",
         "--data.workers",
         "0",

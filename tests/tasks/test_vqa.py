@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tercet.config import Config, ModelConfig, ObjectivesConfig
 from tercet.config_io import load_config
-from tercet.data.sample_loader import SampleLoader
+from tercet.data.loader import TrainLoader
 from tercet.data.table import SampleTable
 from tercet.data.tokenizer import Tokenizer, clean_question
 from tercet.data.vqa_files import draw_questions, open_questions
@@ -124,7 +124,7 @@ def test_a_question_s_loss_does_not_depend_on_its_batch(model: Tercet, source: S
 def test_questions_that_share_an_image_have_the_loss_that_they_have_alone(model: Tercet, source: SampleTable) -> None:
     task = QuestionAnswering(model, ObjectivesConfig(queue_size=0)).eval()
     data = config().data.model_copy(update={"share_images": True})
-    shared = next(SampleLoader(source, task_words(model), data, 32, 3, seed=0, clean=clean_question).batches(0))
+    shared = next(TrainLoader(source, task_words(model), data, 32, 3, seed=0, clean=clean_question).batches(0))
     assert shared.image_rows is not None and len(shared.images) == 3 < len(shared)
     alone = replace(shared, images=shared.images[shared.image_rows[:, 0]], image_rows=None)
     losses = [task(task.prepare(batch, torch.device("cpu"), 0), 0.4).losses["answer"] for batch in (shared, alone)]
@@ -136,9 +136,9 @@ def task_words(model: Tercet) -> Tokenizer:
     return model.tokenizer
 
 
-def loader_of(model: Tercet, source: SampleTable, batch_size: int) -> SampleLoader:
+def loader_of(model: Tercet, source: SampleTable, batch_size: int) -> TrainLoader:
     data = config().data
-    return SampleLoader(source, task_words(model), data, 32, batch_size, seed=0, clean=clean_question)
+    return TrainLoader(source, task_words(model), data, 32, batch_size, seed=0, clean=clean_question)
 
 
 def test_what_the_task_does_not_read_takes_no_gradient(model: Tercet, source: SampleTable) -> None:

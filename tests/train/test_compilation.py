@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tercet.config import ModelConfig, ObjectivesConfig
-from tercet.data.loader import Batch
+from tercet.data.batch import Batch
 from tercet.model.layers import set_grad_checkpointing
 from tercet.model.tercet import Tercet
 from tercet.objectives.loss import total
@@ -51,11 +51,8 @@ def draw_batch(tokens: int) -> Batch:
         input_ids=input_ids,
         attention_mask=torch.ones(BATCH, tokens, dtype=torch.bool),
         image_ids=torch.arange(BATCH),
-        captions=[""] * BATCH,
+        texts=[""] * BATCH,
         keys=[str(index) for index in range(BATCH)],
-        epoch=0,
-        step=0,
-        skipped=0,
     )
 
 

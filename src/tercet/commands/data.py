@@ -99,15 +99,14 @@ def data_inspect(
         split: which synthetic scenes the source `scenes` means.
         json: print the numbers, and the names of broken images and duplicates, as one JSON object.
     """
-    from tercet.data.contact_sheet import write_sheet
-    from tercet.data.inspection import Inspection, inspect_source
+    from tercet.data.inspection import Inspection, inspect_table, write_sheet
     from tercet.data.readers import open_sources
 
     data = default_config(overrides).data
     source = open_sources(sources, data, split)
     found: Inspection | None = None
     with progress_bar("inspecting", "images") as progress:
-        for done, so_far in inspect_source(source, data.pixel_limit, data.max_words, data.workers):
+        for done, so_far in inspect_table(source, data.pixel_limit, data.max_words, data.workers):
             found = so_far
             progress(done, source.image_count)
     assert found is not None
@@ -119,8 +118,8 @@ def data_inspect(
 
     summary = found.summary()
     named = {
-        "rejected": found.refused[:NAMED],
-        "broken": found.measured.problems[:NAMED],
+        "rejected": list(found.rejected)[:NAMED],
+        "broken": found.measured.broken[:NAMED],
         "duplicates": keys(found.exact_duplicates()),
         "near_duplicates": keys(found.near_duplicates()),
     }

@@ -1,23 +1,28 @@
-"""What is in a source of pairs: counts, broken images, sizes, caption lengths, duplicates."""
+"""What is in a table of pairs: counts, broken images, sizes, caption lengths, duplicates; and a contact sheet."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import io
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from tercet.data.augment import Pixels
-from tercet.data.images import EncodedImage, reduction_for
-from tercet.data.loader import describe, encoded_picture
+from tercet.data.images import reduction_for
+from tercet.data.loader import describe, encoded_image
 from tercet.data.rows import digest
 from tercet.data.table import SampleTable
 from tercet.data.tokenizer import clean_caption
 from tercet.data.workers import WorkerPool
 from tercet.errors import TercetError
+from tercet.files import write_atomic
 
 CHUNK = 256
 MESSAGES_KEPT = 1000
@@ -26,12 +31,15 @@ NEAR_BITS = 3  # of the 64 across: so many may differ in any picture that is fou
 NEAR_BITS_TOGETHER = 10  # of the 128 across and down, in a picture that is called alike
 FLAT_BITS = 12  # a picture with fewer edges than this says too little of itself to be called like another
 LARGEST_GROUP = 200  # of images that share a part of their fingerprint; more is a background, not a picture
-ENOUGH = 4 * PIECE  # pixels of the shorter side that a picture is decoded to
+DECODED_SIDE = 4 * PIECE  # pixels of the shorter side that a picture is decoded to at least
+SHEET_COLUMNS, TILE, MARGIN = 8, 160, 12
+LINES, LINE_HEIGHT, FONT_SIZE = 3, 14, 11
+PAPER, INK, FAINT, BROKEN = (255, 255, 255), (32, 32, 32), (240, 240, 240), (176, 32, 32)
 
 
 @dataclass
 class Measured:
-    """What was found of some images, in the order of the source; broken ones have a width of 0.
+    """What was found of some images, in the order of the table; broken ones have a width of 0.
 
     Attributes:
         sizes: int32 [images, 2]; height and width.
@@ -39,7 +47,7 @@ class Measured:
         fingerprints: uint64 [images, 2]; bits that tell where the picture gets brighter across and down.
         words: int32 [captions]; words of each caption before it is cut.
         texts: uint64 [captions]; digest of each cleaned caption.
-        problems: why images are broken.
+        broken: why images are broken.
     """
 
     sizes: np.ndarray
@@ -47,67 +55,54 @@ class Measured:
     fingerprints: np.ndarray
     words: np.ndarray
     texts: np.ndarray
-    problems: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
 
 
 class Measurer:
     """Measures images number * CHUNK and following; copied to every worker process."""
 
-    def __init__(self, source: SampleTable, pixel_limit: int, max_words: int) -> None:
-        self.source = source
+    def __init__(self, table: SampleTable, pixel_limit: int, max_words: int) -> None:
+        self.table = table
         self.pixel_limit = pixel_limit
         self.max_words = max_words
 
     def __call__(self, number: int) -> Measured:
         """Read, decode and measure."""
-        indices = range(number * CHUNK, min((number + 1) * CHUNK, self.source.image_count))
+        indices = range(number * CHUNK, min((number + 1) * CHUNK, self.table.image_count))
+        captions = [caption for index in indices for caption in self.table.captions(index)]
+        cleaned = [clean_caption(caption, self.max_words).encode("utf-8", "replace") for caption in captions]
         found = Measured(
             np.zeros((len(indices), 2), np.int32),
             np.zeros(len(indices), np.uint64),
             np.zeros((len(indices), 2), np.uint64),
-            np.zeros(0, np.int32),
-            np.zeros(0, np.uint64),
+            np.array([len(caption.split()) for caption in captions], np.int32),
+            np.array([digest(caption) for caption in cleaned], np.uint64),
         )
-        words: list[int] = []
-        texts: list[int] = []
-        for place, index in enumerate(indices):
-            for caption in self.source.captions(index):
-                words.append(len(caption.split()))
-                texts.append(digest(clean_caption(caption, self.max_words).encode("utf-8", "replace")))
+        for row, index in enumerate(indices):
             try:
-                encoded = encoded_picture(self.source, index, self.pixel_limit)
-                if isinstance(encoded, EncodedImage):
-                    reduction = reduction_for(min(encoded.height, encoded.width), ENOUGH)
-                    pixels, data = encoded.pixels(reduction), encoded.data
-                    found.sizes[place] = encoded.height, encoded.width
-                else:
-                    pixels, data = encoded, encoded.tobytes()
-                    found.sizes[place] = encoded.shape[:2]
+                encoded = encoded_image(self.table, index, self.pixel_limit)
+                pixels = encoded.pixels(reduction_for(min(encoded.height, encoded.width), DECODED_SIDE))
             except (OSError, TercetError) as error:
-                found.problems.append(describe(self.source, index, error))
+                found.broken.append(describe(self.table.key(index), error))
                 continue
-            found.digests[place] = digest(data)
-            found.fingerprints[place] = fingerprint(pixels)
-        found.words, found.texts = np.array(words, np.int32), np.array(texts, np.uint64)
+            found.sizes[row] = encoded.height, encoded.width
+            found.digests[row] = digest(encoded.data)
+            found.fingerprints[row] = fingerprint(pixels)
         return found
 
 
 @dataclass
 class Inspection:
-    """All of a source.
+    """All of a table of pairs.
 
     Attributes:
-        measured: of all images.
-        owners: int64 [captions]; the image of each.
-        refused: why rows were refused when the source was opened, the first of them.
-        refused_count: of all of them.
+        measured: all images.
+        rejected: why rows were rejected when the table was opened.
         max_words: words of a caption that are kept.
     """
 
     measured: Measured
-    owners: np.ndarray
-    refused: list[str]
-    refused_count: int
+    rejected: Sequence[str]
     max_words: int
 
     def summary(self) -> dict[str, Any]:
@@ -119,7 +114,7 @@ class Inspection:
         return {
             "images": len(self.measured.sizes),
             "pairs": len(words),
-            "refused_rows": self.refused_count,
+            "rejected_rows": len(self.rejected),
             "broken_images": int((self.measured.sizes[:, 1] == 0).sum()),
             "captions_per_image": round(len(words) / max(1, len(self.measured.sizes)), 2),
             "caption_words": spread(words),
@@ -148,36 +143,24 @@ class Inspection:
         return alike(self.measured.fingerprints[candidates], candidates)
 
 
-def inspect_source(
-    source: SampleTable, pixel_limit: int, max_words: int, workers: int
-) -> Iterator[tuple[int, Inspection]]:
-    """Measure a source; yields how many images are done, and what was found when all of them are.
+def inspect_table(
+    table: SampleTable, pixel_limit: int, max_words: int, workers: int
+) -> Iterator[tuple[int, Inspection | None]]:
+    """Measure a table; yields how many images are done, and what was found when all of them are.
 
     Raises:
         TercetError: a worker process died.
     """
-    tasks = list(range(-(-source.image_count // CHUNK)))
-    counts = np.asarray(source.caption_counts, np.int64)
-    refused = list(source.rejected)[:MESSAGES_KEPT]
     parts: list[Measured] = []
-    problems: list[str] = []
-    pool: WorkerPool[Measured] = WorkerPool(Measurer(source, pixel_limit, max_words), workers)
+    pool: WorkerPool[Measured] = WorkerPool(Measurer(table, pixel_limit, max_words), workers)
     with contextlib.closing(pool):
-        for part in pool.run(tasks):
-            problems += part.problems[: MESSAGES_KEPT - len(problems)]
+        for part in pool.run(range(-(-table.image_count // CHUNK))):
             parts.append(part)
-            done = min(len(parts) * CHUNK, source.image_count)
-            if len(parts) < len(tasks):
-                yield done, Inspection(part, np.zeros(0, np.int64), refused, len(source.rejected), max_words)
-    whole = Measured(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS),
-        problems=problems,
-    )
-    owners = np.repeat(np.arange(len(counts)), counts)
-    yield source.image_count, Inspection(whole, owners, refused, len(source.rejected), max_words)
-
-
-COLUMNS = ("sizes", "digests", "fingerprints", "words", "texts")
+            yield min(len(parts) * CHUNK, table.image_count), None
+    columns = ("sizes", "digests", "fingerprints", "words", "texts")
+    whole = Measured(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
+    whole.broken = [message for part in parts for message in part.broken][:MESSAGES_KEPT]
+    yield table.image_count, Inspection(whole, table.rejected, max_words)
 
 
 def fingerprint(pixels: Pixels) -> tuple[int, int]:
@@ -236,3 +219,58 @@ def spread(values: np.ndarray) -> dict[str, float]:
         "greatest": int(values.max()),
         "mean": round(float(values.mean()), 1),
     }
+
+
+def write_sheet(table: SampleTable, path: Path, count: int, pixel_limit: int) -> Path:
+    """Draw `count` images spread evenly over a table, and write them as a PNG.
+
+    Raises:
+        TercetError: it cannot be written.
+    """
+    indices = np.unique(np.linspace(0, table.image_count - 1, min(count, table.image_count)).astype(int)).tolist()
+    columns = min(SHEET_COLUMNS, len(indices))
+    rows = -(-len(indices) // columns)
+    step_x, step_y = TILE + MARGIN, TILE + LINES * LINE_HEIGHT + MARGIN + 6
+    sheet = Image.new("RGB", (columns * step_x + MARGIN, rows * step_y + MARGIN), PAPER)
+    pen, font = ImageDraw.Draw(sheet), _font()
+    for place, index in enumerate(indices):
+        left, top = MARGIN + place % columns * step_x, MARGIN + place // columns * step_y
+        pen.rectangle((left, top, left + TILE - 1, top + TILE - 1), fill=FAINT)
+        caption, ink = table.captions(index)[0], INK
+        try:
+            tile = Image.fromarray(table.pixels(index, pixel_limit))
+            tile = _fit(tile)
+            sheet.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
+        except (OSError, TercetError) as error:
+            caption, ink = describe(table.key(index), error), BROKEN
+        for number, line in enumerate(_lines(caption, font)):
+            pen.text((left, top + TILE + 4 + number * LINE_HEIGHT), line, fill=ink, font=font)
+    stream = io.BytesIO()
+    sheet.save(stream, "PNG")
+    return write_atomic(path, stream.getvalue())
+
+
+def _fit(image: Image.Image) -> Image.Image:
+    """Shrunk, or a small drawing enlarged by whole pixels, to fill a tile."""
+    share = TILE / max(image.size)
+    if share >= 2:
+        return image.resize((image.width * int(share), image.height * int(share)), Image.Resampling.NEAREST)
+    size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _lines(caption: str, font: ImageFont.FreeTypeFont) -> list[str]:
+    """A caption in as many lines as fit under a tile, none of them wider than it."""
+    lines: list[str] = []
+    for width in range(TILE // 4, 1, -1):
+        lines = textwrap.wrap(caption, width, max_lines=LINES, placeholder=" …", break_on_hyphens=False)
+        if all(font.getlength(line) <= TILE for line in lines):
+            break
+    return lines
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    # Pillow's own font knows Latin letters alone; Matplotlib brings one that knows most alphabets.
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), FONT_SIZE)

@@ -22,8 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from tercet.data.images import EncodedImage
-from tercet.data.loader import describe, encoded_picture
+from tercet.data.loader import describe, encoded_image
 from tercet.data.rows import digest
 from tercet.data.table import SampleTable
 from tercet.data.workers import WorkerPool
@@ -46,9 +45,9 @@ class PackOptions:
         shard_size: samples of the source a shard.
         resize: pixels of the shorter side of images that are larger; None: as they are.
         encoding: "keep" leaves images that are not resized as they came (JPEG, PNG and WebP; others become PNG);
-            otherwise all are encoded anew, so.
+            otherwise all are encoded again, so.
         quality: of JPEG and WebP.
-        pixel_limit: images with more pixels are left out.
+        pixel_limit: images with more pixels are skipped.
     """
 
     name: str = "pairs"
@@ -68,7 +67,7 @@ class PackReport:
         skipped: images that could not be read.
         bytes: of the shards.
         shards: written, by this call and by earlier ones.
-        problems: why images were left out, the first of them.
+        problems: why images were skipped, the first of them.
     """
 
     images: int = 0
@@ -100,19 +99,19 @@ class KeptPairs:
 
     def __contains__(self, pair: tuple[str, str]) -> bool:
         wanted = np.uint64(_pair_digest(*pair))
-        place = int(np.searchsorted(self.digests, wanted))
-        return place < len(self.digests) and self.digests[place] == wanted
+        row = int(np.searchsorted(self.digests, wanted))
+        return row < len(self.digests) and self.digests[row] == wanted
 
 
 class ShardWriter:
     """Writes shard `number` of a source; copied to every worker process."""
 
-    def __init__(self, source: SampleTable, folder: Path, options: PackOptions, kept: KeptPairs | None) -> None:
-        self.source = source
+    def __init__(self, table: SampleTable, folder: Path, options: PackOptions, kept: KeptPairs | None) -> None:
+        self.table = table
         self.folder = folder
         self.options = options
         self.kept = kept
-        ids = source.image_ids
+        ids = table.image_ids
         self._ids = ids if np.any(ids != np.arange(len(ids))) else None
 
     def __call__(self, number: int) -> PackReport:
@@ -121,7 +120,7 @@ class ShardWriter:
         start = number * self.options.shard_size
         path = self.shard(number)
         with atomic_stream(path) as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar:
-            for index in range(start, min(start + self.options.shard_size, self.source.image_count)):
+            for index in range(start, min(start + self.options.shard_size, self.table.image_count)):
                 captions = self._captions(index)
                 if not captions:
                     continue
@@ -129,10 +128,10 @@ class ShardWriter:
                     data, kind, size = self._encode(index)
                 except (OSError, TercetError) as error:
                     report.skipped += 1
-                    report.problems += [describe(self.source, index, error)][: MESSAGES_KEPT - len(report.problems)]
+                    report.problems += [describe(self.table.key(index), error)][: MESSAGES_KEPT - len(report.problems)]
                     continue
                 record: dict[str, Any] = {"caption": captions if len(captions) > 1 else captions[0]}
-                record |= {"key": self.source.key(index), "width": size[1], "height": size[0]}
+                record |= {"key": self.table.key(index), "width": size[1], "height": size[0]}
                 if self._ids is not None:
                     record["image_id"] = int(self._ids[index])
                 _add(tar, f"{index:09d}.{kind}", data)
@@ -152,40 +151,37 @@ class ShardWriter:
         return self.folder / f"{self.options.name}-{number:06d}_stats.json"
 
     def _captions(self, index: int) -> list[str]:
-        captions = self.source.captions(index)
+        captions = self.table.captions(index)
         if self.kept is None:
             return captions
-        image = self.source.location(index)
+        image = self.table.location(index)
         return [caption for caption in captions if (image, caption) in self.kept]
 
     def _encode(self, index: int) -> tuple[bytes, str, tuple[int, int]]:
         """An image's bytes, its kind and its height and width."""
         options = self.options
-        encoded = encoded_picture(self.source, index, options.pixel_limit)
+        encoded = encoded_image(self.table, index, options.pixel_limit)
+        size = encoded.height, encoded.width
+        pixels = encoded.pixels()  # also of those kept as they are: a broken one must not be packed
+        shrink = options.resize is not None and min(size) > options.resize
         kind = options.encoding
-        if isinstance(encoded, EncodedImage):
-            height, width = encoded.height, encoded.width
-            pixels = encoded.pixels()  # also of those kept as they are: a broken one must not be packed
-            shrink = options.resize is not None and min(height, width) > options.resize
-            if kind == "keep" and encoded.format in _KINDS and not shrink:
-                return encoded.data, _KINDS[encoded.format], (height, width)
-            if kind == "keep":
-                kind = _KINDS.get(encoded.format, "png")
-        else:
-            pixels = encoded
-            kind = "png" if kind == "keep" else kind
+        if kind == "keep":
+            if encoded.format in _KINDS and not shrink:
+                return encoded.data, _KINDS[encoded.format], size
+            kind = _KINDS.get(encoded.format, "png")
         image = Image.fromarray(pixels)
-        if options.resize is not None and min(image.size) > options.resize:
-            share = options.resize / min(image.size)
-            size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
-            image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+        if shrink:
+            assert options.resize is not None
+            scale = options.resize / min(image.size)
+            width, height = (max(1, round(side * scale)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
         stream = io.BytesIO()
         image.save(stream, _PILLOW[kind], **({} if kind == "png" else {"quality": options.quality}))
         return stream.getvalue(), kind, (image.height, image.width)
 
 
 def pack(
-    source: SampleTable,
+    table: SampleTable,
     specs: list[str],
     folder: Path,
     options: PackOptions,
@@ -195,7 +191,7 @@ def pack(
     """Write a source as shards, and go on where an earlier call was stopped.
 
     Args:
-        source: the pairs.
+        table: the pairs.
         specs: what names it; another source is not packed over this one.
         folder: where the shards go.
         options: how they are written.
@@ -208,11 +204,11 @@ def pack(
     Raises:
         TercetError: the folder holds another packing, or cannot be written, or another process packs into it.
     """
-    writer = ShardWriter(source, folder, options, kept)
-    total = -(-source.image_count // options.shard_size)
+    writer = ShardWriter(table, folder, options, kept)
+    total = -(-table.image_count // options.shard_size)
     plan = {
         "source": specs,
-        "images": source.image_count,
+        "images": table.image_count,
         "kept": None if kept is None else digest(kept.digests.tobytes()),
         **asdict(options),
     }

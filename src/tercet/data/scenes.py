@@ -109,6 +109,7 @@ class SceneSource:
         self.rejected: list[str] = []
         self.image_ids = np.arange(count)
         self.block_size = 1
+        self.has_samples = False
         self._seeds = _distinct_seeds(count, split, seed) if distinct else None
 
     def __len__(self) -> int:
@@ -124,6 +125,10 @@ class SceneSource:
             raise IndexError(f"scene {index} of a source of {self.image_count}")
         seed = next(_seeds_of(self.split, self.seed, index)) if self._seeds is None else int(self._seeds[index])
         return draw_scene(seed, self.size, alone=self.split == FIGURES)
+
+    def pixels(self, index: int, pixel_limit: int) -> np.ndarray:
+        """As `array`."""
+        return self.array(index)
 
     def array(self, index: int) -> np.ndarray:
         """The picture without the detour over PNG: uint8 [size, size, 3], RGB."""

@@ -303,6 +303,11 @@ class SampleTable:
         return int(self.caption_counts.sum()) if self._samples is None else len(self._samples.images)
 
     @property
+    def has_samples(self) -> bool:
+        """Whether this is a table of task samples, not of pairs."""
+        return self._samples is not None
+
+    @property
     def images_per_sample(self) -> int:
         """How many images every sample has."""
         return 1 if self._samples is None else self._samples.images.shape[1]
@@ -347,6 +352,10 @@ class SampleTable:
         _, first, group = np.unique(self._samples.images, axis=0, return_index=True, return_inverse=True)
         rank = np.argsort(np.argsort(first))[group.reshape(-1)]
         return np.argsort(rank, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(rank))])
+
+    def single_groups(self) -> tuple[np.ndarray, np.ndarray]:
+        """As `image_groups`, with every sample in a group of its own."""
+        return np.arange(self.sample_count), np.arange(self.sample_count + 1)
 
     def image(self, index: int) -> bytes:
         """The encoded image.  Raises OSError or TercetError when it cannot be read."""

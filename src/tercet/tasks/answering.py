@@ -354,7 +354,7 @@ class Answerer:
         """The answers to a batch of questions.
 
         The arguments are those of `fuse_questions`, on any device; `image_rows` may be `[questions, 1]` as well, as in
-        a `SampleBatch`.
+        a `Batch`.
         """
         images, input_ids, mask = (part.to(self.device) for part in (images, input_ids, attention_mask))
         rows = None if image_rows is None else image_rows.flatten().to(self.device)

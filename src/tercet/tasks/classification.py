@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from tercet.config import Config, DataConfig, HeadName, ObjectivesConfig
-from tercet.data.batches import Batch, SampleBatch
+from tercet.data.batch import Batch, to_device
 from tercet.data.drawn import open_samples
 from tercet.data.entailment_files import LABELS, draw_entailments, read_entailments
-from tercet.data.loader import encode_captions, image_batches
+from tercet.data.loader import image_batches, tokenize
 from tercet.data.nlvr_files import HARD_STATEMENTS, draw_statements, read_statements
 from tercet.data.readers import open_sources
 from tercet.data.table import SampleTable
@@ -47,7 +47,7 @@ class ClassBatch:
 
     Attributes:
         images: `[images, 3, height, width]`.
-        image_rows: `[batch, images_per_sample]` or None, as in `SampleBatch`.
+        image_rows: `[batch, images_per_sample]` or None, as in `Batch`.
         input_ids: `[batch, tokens]`.
         attention_mask: bool `[batch, tokens]`.
         labels: `[batch]`.
@@ -62,10 +62,10 @@ class ClassBatch:
     spread: RankLayout | None = None
 
     @classmethod
-    def of(cls, batch: SampleBatch, device: torch.device) -> ClassBatch:
+    def of(cls, batch: Batch, device: torch.device) -> ClassBatch:
         """The tensors of `batch` on `device`, with the labels of its targets."""
         labels = torch.tensor([target["label"] for target in batch.targets], dtype=torch.int64)
-        batch = batch.to(device)
+        batch = to_device(batch, device)
         labels = labels.to(device, non_blocking=True)
         return cls(batch.images, batch.image_rows, batch.input_ids, batch.attention_mask, labels)
 
@@ -112,7 +112,7 @@ class ClassificationTask(FineTuning):
         super().__init__(student, config, head.name, head.parts, fresh_teacher=fresh_teacher)
         self.head = head
 
-    def prepare(self, batch: SampleBatch, device: torch.device, seed: int) -> ClassBatch:
+    def prepare(self, batch: Batch, device: torch.device, seed: int) -> ClassBatch:
         """Send a batch to `device`; nothing is random."""
         return replace(ClassBatch.of(batch, device), spread=rank_layout(len(batch)))
 
@@ -151,7 +151,7 @@ def select_images(
 
     Args:
         memory: of the images of a batch.
-        image_rows: `[batch, images_per_sample]` or None, as in `SampleBatch`.
+        image_rows: `[batch, images_per_sample]` or None, as in `Batch`.
         slot: which of a sample's images.
         images_per_sample: how many a sample has.
     """
@@ -196,7 +196,7 @@ def evaluate_classes(head: ClassHead, model: Tercet, source: SampleTable, config
         TercetError: no sample can be read, or the model has no tokenizer.
     """
 
-    def probabilities(batch: SampleBatch) -> list[list[float]]:
+    def probabilities(batch: Batch) -> list[list[float]]:
         return head.logits(model, ClassBatch.of(batch, model.temperature.device)).softmax(dim=1).tolist()
 
     found = evaluate_samples(model, source, config, within_positions(config.data, model), probabilities)
@@ -291,7 +291,7 @@ class TextAssignment(FineTuning):
         ids = batch.image_ids if self.match_ids else None
         others = ~same_image(ids, len(batch), batch.image_ids.device).all(dim=1)
         count = rank_layout(int(others.sum())).mean or 1.0
-        spread, batch = rank_layout(len(batch)), batch.to(device)
+        spread, batch = rank_layout(len(batch)), to_device(batch, device)
         ids = batch.image_ids if self.match_ids else None
         return AssignmentBatch(batch.images, batch.input_ids, batch.attention_mask, ids, spread, count)
 
@@ -341,14 +341,14 @@ def evaluate_assignment(model: Tercet, source: SampleTable, config: Config) -> T
     def count(number: int, batch: Any) -> tuple[int, int, list[str]]:
         """How many texts of a batch were assigned rightly, and how many there were."""
         if not len(batch):
-            return 0, 0, batch.problems
+            return 0, 0, batch.skipped
         torch.manual_seed(EVALUATION_SEED + ranks.rank + number * ranks.world)  # what is drawn follows from the batch
         texts = [clean_caption(source.captions(index)[0], data.max_words) for index in batch.indices.tolist()]
-        input_ids, mask = (part.to(device) for part in encode_captions(tokenizer, texts, data.max_tokens))
+        input_ids, mask = (part.to(device) for part in tokenize(tokenizer, texts, data.max_tokens))
         pairs = AssignmentBatch(batch.images.to(device), input_ids, mask, ids[batch.indices].to(device))
         logits, assignment = assign_texts(model, pairs)
         labels = assignment.labels
-        return int((logits.argmax(dim=1) == labels).sum()), int((labels != IGNORED).sum()), batch.problems
+        return int((logits.argmax(dim=1) == labels).sum()), int((labels != IGNORED).sum()), batch.skipped
 
     with torch.random.fork_rng():
         batches = image_batches(source, data, model.config.vision.image_size, size, limit, ranks=ranks)

@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from tercet.config import Config, DataConfig
-from tercet.data.batches import SampleBatch
-from tercet.data.sample_loader import sample_batches
+from tercet.data.batch import Batch
+from tercet.data.loader import sample_batches
 from tercet.data.table import SampleTable
 from tercet.data.tokenizer import clean_caption
 from tercet.distributed import Ranks
@@ -104,7 +104,7 @@ def evaluate_samples(
     source: SampleTable,
     config: Config,
     data: DataConfig,
-    compute: Callable[[SampleBatch], Sequence[Value]],
+    compute: Callable[[Batch], Sequence[Value]],
     clean: Callable[[str, int], str] = clean_caption,
 ) -> Outputs[Value]:
     """Run a model over the samples of a source, each batch on one rank.
@@ -125,7 +125,7 @@ def evaluate_samples(
     batches = sample_batches(source, require_tokenizer(model), data, image_size, size, limit, clean, Ranks())
     found: Outputs[Value] = Outputs([], [], [], list(source.rejected))
     parts = gather_batches(
-        (compute(batch) if len(batch) else [], batch.targets, batch.keys, batch.problems) for batch in batches
+        (compute(batch) if len(batch) else [], batch.targets, batch.keys, batch.skipped) for batch in batches
     )
     for values, targets, keys, problems in parts:
         found.values += values

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from tercet.config import Config
-from tercet.data.loader import ImageBatch, encode_captions, image_batches
+from tercet.data.batch import ImageBatch
+from tercet.data.loader import image_batches, tokenize
 from tercet.data.table import SampleTable
 from tercet.data.tokenizer import clean_caption
 from tercet.errors import TercetError
@@ -99,7 +100,7 @@ def filter_pairs(
             batches = image_batches(source, config.data, model.config.vision.image_size, size, first_batch=first)
             for number, batch in enumerate(batches, first):
                 rows = score_batch(model, source, batch, config, device, ids)
-                journal.append(number, size, rows, batch.problems)
+                journal.append(number, size, rows, batch.skipped)
                 yield min((number + 1) * size, source.image_count)
     scores, skipped, problems = _read_scores(path, by)
     if not len(scores):
@@ -131,7 +132,7 @@ def score_batch(
     data = config.data
     length = min(data.max_tokens, model.config.text.max_positions)
     cleaned = [clean_caption(text, data.max_words) for text in texts]
-    input_ids, mask = (part.to(device) for part in encode_captions(require_tokenizer(model), cleaned, length))
+    input_ids, mask = (part.to(device) for part in tokenize(require_tokenizer(model), cleaned, length))
     image_embeds = model.encode_image(batch.images.to(device))
     text_embeds = model.encode_text(input_ids, mask)
     image_feats = model.project_image(image_embeds[:, 0])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tercet.config import ObjectivesConfig, TextConfig
-from tercet.data.loader import Batch
+from tercet.data.batch import Batch, to_device
 from tercet.data.order import mix
 from tercet.distributed import RankLayout, Ranks
 from tercet.model.tercet import Tercet
@@ -402,7 +402,7 @@ def collate(
         )
         if masked is not None:
             masked = dataclasses.replace(masked, input_ids=F.pad(masked.input_ids, more, value=text.pad_id))
-    batch = batch.to(device)
+    batch = to_device(batch, device)
     return PairBatch(
         images=batch.images,
         second_views=batch.second_views,

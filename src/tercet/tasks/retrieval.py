@@ -118,13 +118,13 @@ def encode_images(model: Tercet, source: SampleTable, config: Config, keep_token
 
     def encode(batch: Any) -> tuple[Any, ...]:
         if not len(batch):
-            return (*[torch.empty(0, 0)] * 2, batch.indices, batch.keys, batch.problems)
+            return (*[torch.empty(0, 0)] * 2, batch.indices, batch.keys, batch.skipped)
         image_embeds = model.encode_image(batch.images.to(device))
         if keep_tokens:
             kept = image_embeds if _has_memory(device) else image_embeds.cpu()
             tokens.update(zip(batch.indices.tolist(), kept, strict=True))
         summary = image_embeds[:, 0]
-        return model.project_image(summary).cpu(), summary.float().cpu(), batch.indices, batch.keys, batch.problems
+        return model.project_image(summary).cpu(), summary.float().cpu(), batch.indices, batch.keys, batch.skipped
 
     size, limit = config.evaluate.batch_size, config.evaluate.limit
     batches = image_batches(source, config.data, model.config.vision.image_size, size, limit, ranks=Ranks())

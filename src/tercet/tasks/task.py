@@ -7,15 +7,13 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tercet.config import Config, DataConfig, HeadName, ObjectivesConfig
-from tercet.data.batches import SkipReport
 from tercet.data.loader import TrainLoader, cleaned_captions
-from tercet.data.sample_loader import SampleLoader
 from tercet.data.table import SampleTable
 from tercet.data.tokenizer import Tokenizer, clean_caption
 from tercet.device import autocast, resolve_precision
@@ -24,8 +22,6 @@ from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
 from tercet.objectives.state import Teacher
 from tercet.tasks.evaluation import TaskResult, evaluating
-
-TaskData = SampleTable | SampleTable
 
 # The module of `tercet.tasks` that defines each task, imported when the task is asked for.
 MODULES = {
@@ -150,34 +146,6 @@ class FineTuning(Task):
         return None if self.teacher is None or alpha == 0 else logits(self.teacher.model, batch)
 
 
-class StepBatch(Protocol):
-    """What the loop reads of a batch."""
-
-    keys: list[str]
-    skipped: int
-
-    def __len__(self) -> int: ...
-
-
-class Loader(Protocol):
-    """Training batches by epoch and step."""
-
-    report: SkipReport
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps of every epoch."""
-        ...
-
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Any]:
-        """The batches of `epoch` from `first_step` on."""
-        ...
-
-    def close(self) -> None:
-        """End what makes the batches."""
-        ...
-
-
 def sample_texts(source: SampleTable, data: DataConfig) -> Iterator[str]:
     """The cleaned texts of all samples, for training a tokenizer."""
     for index in range(source.sample_count):
@@ -247,14 +215,23 @@ def build_task(config: Config, student: Tercet) -> Task:
     return build(config, student)
 
 
-def build_loader(config: Config, source: Any, tokenizer: Tokenizer, image_size: int) -> Loader:
+def build_loader(config: Config, source: Any, tokenizer: Tokenizer, image_size: int) -> TrainLoader:
     """Training batches of `source`, this rank's part of each."""
     spec, train, ranks, data = get_task(config.task), config.train, Ranks(), config.data
-    shared = (image_size, train.batch_size, train.seed, config.compat, ranks.rank, ranks.world)
-    if spec.samples:
-        return SampleLoader(source, tokenizer, data, *shared, clean=spec.clean)
-    views = 2 if spec.second_views and config.objectives.teacher else 1
-    return TrainLoader(source, tokenizer, data, *shared, views=views)
+    return TrainLoader(
+        source,
+        tokenizer,
+        data,
+        image_size,
+        train.batch_size,
+        train.seed,
+        config.compat,
+        ranks.rank,
+        ranks.world,
+        views=2 if spec.second_views and config.objectives.teacher else 1,
+        as_pairs=not spec.samples,
+        clean=spec.clean,
+    )
 
 
 def tokenizer_texts(task: str, source: Any, data: DataConfig) -> Iterator[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tercet.config import Config, DataConfig, ObjectivesConfig
-from tercet.data.batches import SampleBatch
+from tercet.data.batch import Batch
 from tercet.data.table import SampleTable
 from tercet.data.tokenizer import Tokenizer, clean_question
 from tercet.data.vqa_files import Gold, common_answers, open_questions, read_answer_list, weighted_answers
@@ -111,7 +111,7 @@ class QuestionAnswering(FineTuning):
         """Train `student`, which has the head `answer`; `published` keeps the published defects (`docs/parity.md`)."""
         super().__init__(student, config, "answer", PARTS, teach=not published)
 
-    def prepare(self, batch: SampleBatch, device: torch.device, seed: int) -> AnswerBatch:
+    def prepare(self, batch: Batch, device: torch.device, seed: int) -> AnswerBatch:
         """Encode the answers of `batch` and send all to `device`; nothing is random, so `seed` is not read."""
         answers = [weighted_answers(target) for target in batch.targets]
         rows = None if batch.image_rows is None else batch.image_rows[:, 0]
@@ -201,7 +201,7 @@ def evaluate_questions(model: Tercet, source: SampleTable, config: Config) -> Ta
     answers = model.answers if config.vqa.answers is None else read_answers(config, source)
     answerer = Answerer(model, config.vqa, answers, config.compat == "published")
 
-    def answer(batch: SampleBatch) -> list[Answer]:
+    def answer(batch: Batch) -> list[Answer]:
         return answerer.answer(batch.images, batch.input_ids, batch.attention_mask, batch.image_rows)
 
     limits = {"max_words": config.vqa.max_words, "max_tokens": model.config.text.max_positions}

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from tercet.config import Config
+from tercet.data.batch import Batch
 from tercet.data.order import mix
 from tercet.device import machine_name, tune_malloc
 from tercet.distributed import Ranks, gradient_sync, init_distributed
 from tercet.errors import TercetError
 from tercet.files import write_atomic
 from tercet.objectives.loss import total
-from tercet.tasks.task import StepBatch, TaskOutput
+from tercet.tasks.task import TaskOutput
 from tercet.train.finish import finish_run, save, validate
 from tercet.train.optim import alpha_of, gradient_norm, learning_rate, step_clipped
 from tercet.train.room import memory_told, tight
@@ -149,7 +150,7 @@ class Watch:
             )
 
 
-def take_step(session: Session, batches: Sequence[StepBatch]) -> StepResult:
+def take_step(session: Session, batches: Sequence[Batch]) -> StepResult:
     """One optimizer step over one batch, or over several whose gradients are summed; none where a gradient is not
     finite.  The host does not wait for the device to do it.
 
@@ -193,7 +194,7 @@ def take_step(session: Session, batches: Sequence[StepBatch]) -> StepResult:
     return StepResult(losses, grad_norm, sum(prepared.spread.total for prepared, _ in parts), find_trouble)
 
 
-def name_trouble(losses: dict[str, Tensor], batches: Sequence[StepBatch], sound: bool, ranks: Ranks) -> str:
+def name_trouble(losses: dict[str, Tensor], batches: Sequence[Batch], sound: bool, ranks: Ranks) -> str:
     """Which objective was not finite, on which samples of which ranks: of those where it began, if that can be told."""
     named = [name for name, loss in losses.items() if not bool(torch.isfinite(loss))]
     keys = [key for batch in batches for key in batch.keys]
@@ -217,10 +218,10 @@ class Pace:
         self._pairs = 0
         self._skipped = 0
 
-    def add(self, pairs: int, batches: Sequence[StepBatch]) -> None:
+    def add(self, pairs: int, batches: Sequence[Batch]) -> None:
         """Count a step."""
         self._pairs += pairs
-        self._skipped += sum(batch.skipped for batch in batches)
+        self._skipped += sum(len(batch.skipped) for batch in batches)
 
     def take(self) -> dict[str, float]:
         """`pairs_per_second` and `skipped`, counted from now on anew."""

@@ -14,6 +14,8 @@ from torch import nn
 
 from tercet.config import Config, ModelConfig
 from tercet.config_io import dump_config
+from tercet.data.batch import Batch
+from tercet.data.loader import TrainLoader
 from tercet.data.table import SampleTable
 from tercet.data.tokenizer import Tokenizer
 from tercet.device import DeviceSpec, resolve_device
@@ -26,10 +28,7 @@ from tercet.model.tercet import Tercet
 from tercet.model.vision import resize_position_embed
 from tercet.tasks.evaluation import within_positions
 from tercet.tasks.task import (
-    Loader,
-    StepBatch,
     Task,
-    TaskData,
     build_loader,
     build_task,
     further_texts,
@@ -73,10 +72,10 @@ class Session:
 
     config: Config
     folder: Path
-    source: TaskData
+    source: SampleTable
     held_out: dict[str, Any]
     tokenizer: Tokenizer
-    loader: Loader
+    loader: TrainLoader
     task: Task
     trained: nn.Module
     optimizer: torch.optim.Optimizer
@@ -178,7 +177,7 @@ def _assemble(config: Config, student: Tercet, placement: DeviceSpec) -> tuple[T
     return task, wrap_parallel(task, config.train.parallel)
 
 
-def due_steps(session: Session) -> Iterator[list[StepBatch]]:
+def due_steps(session: Session) -> Iterator[list[Batch]]:
     """The batches of each step still due, up to `total_steps`; the caller counts `session.step` on."""
     per_step = session.config.optim.grad_accum_steps
     while session.step < session.total_steps:
@@ -191,12 +190,12 @@ def due_steps(session: Session) -> Iterator[list[StepBatch]]:
                 return
 
 
-def text_count(source: TaskData) -> int:
+def text_count(source: SampleTable) -> int:
     """How many captions or samples a source holds."""
     return int(source.caption_counts.sum()) if isinstance(source, SampleTable) else source.sample_count
 
 
-def fingerprint(source: TaskData) -> str:
+def fingerprint(source: SampleTable) -> str:
     """A digest of how many images and texts a source holds and of some of their names."""
     digest = hashlib.sha256(f"{source.image_count} {text_count(source)}".encode())
     stride = max(1, source.image_count // 64)
@@ -238,7 +237,9 @@ def _new_folder(config: Config) -> Path:
     return folder
 
 
-def _build_student(config: Config, source: TaskData, folder: Path, ranks: Ranks) -> tuple[Tercet, Tokenizer, list[str]]:
+def _build_student(
+    config: Config, source: SampleTable, folder: Path, ranks: Ranks
+) -> tuple[Tercet, Tokenizer, list[str]]:
     """The model to train and its tokenizer: loaded from `init`, or new with a tokenizer loaded or trained."""
     if config.init is not None:
         student = load_model(config.init).train()
@@ -256,7 +257,7 @@ def _build_student(config: Config, source: TaskData, folder: Path, ranks: Ranks)
     return student, tokenizer, messages
 
 
-def find_tokenizer(config: Config, source: TaskData, saved: Path) -> tuple[Tokenizer, list[str]]:
+def find_tokenizer(config: Config, source: SampleTable, saved: Path) -> tuple[Tokenizer, list[str]]:
     """The tokenizer of the run, of the config, or a new one, and what the user should know of it.
 
     Args:
