@@ -168,6 +168,9 @@ class TestArguments:
             **{"index": "index", "text": ["red", "dog"], "k": 3, "no_thumbnails": False, "json": True},
         }
 
+    def test_words_after_two_hyphens_are_no_flags(self) -> None:
+        assert read("search", "index -k 3 -- --dry-run")["text"] == ["--dry-run"]
+
     def test_every_key_is_a_flag(self) -> None:
         defaults = Config().model_dump(mode="json")
         for name, _ in config_fields():

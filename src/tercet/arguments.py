@@ -64,7 +64,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
         """Arguments by the names of the parameters, and the config keys that were given by their dotted names."""
-        words = [self._spell(word) for word in words]
+        end = list(words).index("--") if "--" in words else len(words)
+        words = [*map(self._spell, words[:end]), *words[end:]]
         found, rest = self.parse_known_args(words)
         # Positional arguments that stand between flags need the other way, whose errors say less.
         return vars(self.parse_intermixed_args(words) if rest else found)
