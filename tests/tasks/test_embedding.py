@@ -36,7 +36,7 @@ def test_uniformity_is_the_log_of_the_mean_potential_of_all_pairs(monkeypatch: p
     pairs = [math.exp(-2 * (feats[a] - feats[b]).square().sum().item()) for a in range(7) for b in range(7) if a != b]
     expected = math.log(sum(pairs) / len(pairs))
     assert uniformity(feats) == pytest.approx(expected, rel=1e-5)
-    monkeypatch.setattr("tercet.tasks.embedding._ROWS", 3)
+    monkeypatch.setattr("tercet.tasks.embedding.CHUNK", 3)
     assert uniformity(feats) == pytest.approx(expected, rel=1e-5)
     assert uniformity(feats[:1].expand(5, -1)) == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="two points"):
@@ -67,7 +67,7 @@ def test_neighbourhood_lies_between_chance_and_best(monkeypatch: pytest.MonkeyPa
     told = neighbourhood(vectors, vectors, neighbours=1)
     assert told["kept"] == pytest.approx(100)
     assert told["chance"] < told["overlap"] <= told["best"]
-    monkeypatch.setattr("tercet.tasks.embedding._ROWS", 4)
+    monkeypatch.setattr("tercet.tasks.embedding.CHUNK", 4)
     assert neighbourhood(vectors, vectors, neighbours=1) == pytest.approx(told)
     everyone = neighbourhood(unit(6), vectors, neighbours=5)
     assert everyone["overlap"] == pytest.approx(everyone["chance"]) == pytest.approx(everyone["best"])

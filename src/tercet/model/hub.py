@@ -1,4 +1,4 @@
-"""A model as a folder: config.json, model.safetensors, tokenizer.json and README.md, here or on the Hugging Face Hub.
+"""A model as a folder, on this machine or on the Hugging Face Hub.
 
 ```
 folder/
@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -29,23 +29,21 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tercet.config import ModelConfig
+from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
 from tercet.files import atomic_folder
 from tercet.model.tercet import Tercet
 from tercet.model.vision import IMAGE_MEAN, IMAGE_STD
 from tercet.version import __version__
 
-if TYPE_CHECKING:
-    from tercet.data.tokenizer import Tokenizer
-
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
 ANSWERS = "answers.json"
 _FILES = (CONFIG, WEIGHTS, TOKENIZER, ANSWERS, CARD)
-# What the reader of safetensors raises on a damaged header.
+# What the reader of safetensors raises on a damaged file.
 WEIGHTS_ERRORS = (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, OverflowError, MemoryError)
-_RANDOM = ("normal_", "uniform_", "kaiming_uniform_")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_AGAIN = "copy or download the model again"
 
 
 def save_model(model: Tercet, folder: str | Path, card: str | None = None) -> Path:
@@ -60,7 +58,7 @@ def save_model(model: Tercet, folder: str | Path, card: str | None = None) -> Pa
         TercetError: `folder` holds other files, the tokenizer does not fit the model, or the disk is full.
     """
     folder = Path(folder).expanduser().absolute()
-    _refuse_foreign_folder(folder)
+    _check_replaceable(folder)
     if model.tokenizer is not None:
         _check_tokenizer(model.tokenizer, model.config, "the tokenizer")
     config = {
@@ -68,9 +66,8 @@ def save_model(model: Tercet, folder: str | Path, card: str | None = None) -> Pa
         "library_version": __version__,
         "format_version": FORMAT_VERSION,
         "model": model.config.model_dump(mode="json"),
+        **({} if model.objectives is None else {"objectives": model.objectives}),
     }
-    if model.objectives is not None:
-        config["objectives"] = model.objectives
     weights = {name: value.detach().float().cpu().contiguous() for name, value in model.state_dict().items()}
     with atomic_folder(folder) as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
@@ -89,7 +86,7 @@ def save_model(model: Tercet, folder: str | Path, card: str | None = None) -> Pa
 def load_model(
     source: str | Path, device: str | torch.device = "cpu", revision: str | None = None, local_only: bool = False
 ) -> Tercet:
-    """Load a model, in evaluation mode, with its tokenizer, answers, card and objectives as attributes.
+    """Load a model, in evaluation mode, with its tokenizer, answers, objectives and card as attributes.
 
     The modules are built without memory and take the tensors of the file as they are, so loading costs little more than
     reading.
@@ -105,158 +102,18 @@ def load_model(
             that is missing, unexpected or of another shape; a tokenizer that does not fit.
     """
     folder = find_model_folder(source, revision, local_only)
-    model = empty_model(read_config(folder))
+    config, objectives = _read_config(folder / CONFIG)
+    model = empty_model(config)
     model.load_state_dict(_read_weights(folder / WEIGHTS, model, device), assign=True)
-    model.tokenizer = _read_tokenizer(folder, model.config)
-    model.answers = _read_answers(folder / ANSWERS)
-    model.objectives = _read_objectives(folder / CONFIG)
+    model.objectives = objectives
+    if (folder / TOKENIZER).is_file():
+        model.tokenizer = Tokenizer.load(folder / TOKENIZER)
+        _check_tokenizer(model.tokenizer, config, str(folder / TOKENIZER))
+    if (folder / ANSWERS).is_file():
+        model.answers = _read_answers(folder / ANSWERS)
     if (folder / CARD).is_file():
         model.card = (folder / CARD).read_text("utf-8", errors="replace")
     return model.to(device).eval()
-
-
-def find_model_folder(source: str | Path, revision: str | None = None, local_only: bool = False) -> Path:
-    """The local folder of a path or hub id; a hub id is downloaded into the hub's cache.
-
-    Raises:
-        TercetError: neither a model folder nor a model on the hub.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file():
-            folder = folder / "model"
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise TercetError(f"{folder} is no model folder: it has no {name}; {_remedy(folder)}")
-        return folder
-    if folder.exists():
-        raise TercetError(
-            f"{folder} is a file, not a model folder; `tercet convert {folder} --output DIR` makes one of weights"
-        )
-    if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
-        raise TercetError(f"no model folder at {source}; check the path")
-    return find_model_folder(_download(source, revision, local_only))
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """The sizes that `folder`/config.json holds.
-
-    Raises:
-        TercetError: not JSON, not Tercet's, of a newer format, or with sizes that do not hold.
-    """
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TercetError(f"{path}: not valid JSON ({error}); copy or download the model again") from error
-    if not isinstance(config, dict) or config.get("library") != "tercet" or not isinstance(config.get("model"), dict):
-        raise TercetError(f"{path}: not the config of a Tercet model; `tercet convert` brings in weights of others")
-    version = config.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise TercetError(
-            f"{path}: format_version {version!r} is newer than the {FORMAT_VERSION} that tercet {__version__} reads; "
-            f"upgrade tercet (the model was written by {config.get('library_version')})"
-        )
-    try:
-        return ModelConfig.model_validate(config["model"])
-    except ValidationError as error:
-        detail = error.errors(include_url=False)[0]
-        key = ".".join(["model", *map(str, detail["loc"])])
-        raise TercetError(f"{path}: {key}: {detail['msg']}; copy or download the model again") from error
-
-
-def empty_model(config: ModelConfig) -> Tercet:
-    """A model whose parameters have shapes but no memory (device `meta`); its constant buffers are real."""
-    with torch.device("meta"), _NoInitialisation():
-        model = Tercet(config)
-    # These two are not in the file, being constants.
-    model.vision.image_mean = torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1)
-    model.vision.image_std = torch.tensor(IMAGE_STD).view(1, 3, 1, 1)
-    return model
-
-
-class _NoInitialisation(TorchFunctionMode):
-    """Leaves new parameters as they are.
-
-    Random numbers without memory would be no work, but the first asked for imports PyTorch's compiler: two seconds.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func.__name__ in _RANDOM:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-def check_weights(weights: Mapping[str, Tensor], model: Tercet, origin: str) -> None:
-    """Hold names and shapes of `weights` against those of `model`; `origin` names their file in messages.
-
-    Raises:
-        TercetError: names the first key that is missing, unexpected or of another shape, and counts the others.
-    """
-    wanted = model.state_dict()
-    problems = [f"{name} is missing" for name in wanted if name not in weights]
-    problems += [f"{name} is unexpected" for name in weights if name not in wanted]
-    problems += [
-        f"{name} has shape {list(weights[name].shape)}, the config asks for {list(value.shape)}"
-        for name, value in wanted.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    problems += [
-        f"{name} holds {str(weights[name].dtype).removeprefix('torch.')} values, not floats"
-        for name in wanted
-        if name in weights and not weights[name].is_floating_point()
-    ]
-    if problems:
-        more = f" ({len(problems) - 1} more like it)" if len(problems) > 1 else ""
-        raise TercetError(f"{origin}: {problems[0]}{more}; the weights and {CONFIG} must come from the same model")
-
-
-def require_tokenizer(model: Tercet) -> Tokenizer:
-    """The model's tokenizer.
-
-    Raises:
-        TercetError: the model was made without one.
-    """
-    if model.tokenizer is None:
-        raise TercetError(
-            f"this model has no {TOKENIZER}, so it cannot read text; convert it again with --tokenizer vocab.txt, "
-            f"or put the {TOKENIZER} that it was trained with into its folder"
-        )
-    return model.tokenizer
-
-
-def model_card(model: Tercet) -> str:
-    """A model card with what the model itself tells: its sizes and how to load it."""
-    vision, text = model.config.vision, model.config.text
-    image_size = f"{vision.image_size} px in patches of {vision.patch_size} px"
-    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    return f"""---
-library_name: tercet
-tags:
-- image-text-retrieval
-- vision-language
----
-# Tercet model
-
-An image-text model of {parameters:.1f} million parameters, made for triple contrastive learning
-([arXiv 2202.10401](https://arxiv.org/abs/2202.10401)).
-
-| part | size |
-|---|---|
-| image encoder | {vision.depth} layers of width {vision.width}, {image_size} |
-| text encoder | {text.fusion_layer} layers of width {text.width}, {text.vocabulary_size} word pieces |
-| fusion encoder | {text.depth - text.fusion_layer} layers of width {text.width} |
-| shared space | {model.config.embed_dim} dimensions |
-
-```python
-import tercet
-
-model = tercet.load("path/of/this/folder")
-```
-"""
 
 
 def push_model(
@@ -295,20 +152,193 @@ def push_model(
     return str(commit.commit_url)
 
 
-def _download(repo_id: str, revision: str | None, local_only: bool) -> Path:
-    """The folder of the hub's cache that holds the files of a model."""
+def find_model_folder(source: str | Path, revision: str | None = None, local_only: bool = False) -> Path:
+    """The local folder of a path or hub id; a hub id is downloaded into the hub's cache.
+
+    Raises:
+        TercetError: neither a model folder nor a model on the hub.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file() and (folder / "model" / CONFIG).is_file():
+            folder = folder / "model"
+        missing = next((name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()), None)
+        if missing is None:
+            return folder
+        foreign = next((file for kind in ("*.pth", "*.bin", "*.safetensors") for file in folder.glob(kind)), None)
+        fix = "name the folder that holds config.json and model.safetensors"
+        fix = fix if foreign is None else f"`tercet convert {foreign} --output DIR` converts weights of others"
+        raise TercetError(f"{folder} is not a model folder: it has no {missing}; {fix}")
+    if folder.exists():
+        raise TercetError(
+            f"{folder} is a file, not a model folder; `tercet convert {folder} --output DIR` converts weights"
+        )
+    if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
+        raise TercetError(f"no model folder at {source}; check the path")
     from huggingface_hub import snapshot_download
 
-    with _hub_errors(f"no folder {repo_id} here, and no such model on the hub"):
-        folder = snapshot_download(
-            repo_id,
+    with _hub_errors(f"no folder {source} here, and no such model on the hub"):
+        downloaded = snapshot_download(
+            source,
             revision=revision,
             allow_patterns=list(_FILES),
             library_name="tercet",
             library_version=__version__,
             local_files_only=local_only,
         )
-    return Path(folder)
+    return find_model_folder(Path(downloaded))
+
+
+def empty_model(config: ModelConfig) -> Tercet:
+    """A model whose parameters have shapes but no memory (device `meta`); its constant buffers are real."""
+    with torch.device("meta"), _NoInitialisation():
+        model = Tercet(config)
+    # These two are not in the file, being constants.
+    model.vision.image_mean = torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1)
+    model.vision.image_std = torch.tensor(IMAGE_STD).view(1, 3, 1, 1)
+    return model
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves new parameters as they are.
+
+    Random numbers on `meta` would be no work, but the first of them imports PyTorch's compiler: two seconds.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def require_tokenizer(model: Tercet) -> Tokenizer:
+    """The model's tokenizer.
+
+    Raises:
+        TercetError: the model was made without one.
+    """
+    if model.tokenizer is None:
+        raise TercetError(
+            f"this model has no {TOKENIZER}, so it cannot read text; convert it again with --tokenizer vocab.txt, "
+            f"or put the {TOKENIZER} that it was trained with into its folder"
+        )
+    return model.tokenizer
+
+
+def model_card(model: Tercet) -> str:
+    """A model card with what the model itself tells: its sizes and how to load it."""
+    vision, text = model.config.vision, model.config.text
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    image_size = f"{vision.image_size} px in patches of {vision.patch_size} px"
+    return f"""---
+library_name: tercet
+tags:
+- image-text-retrieval
+- vision-language
+---
+# Tercet model
+
+An image-text model of {parameters:.1f} million parameters, made for triple contrastive learning
+([arXiv 2202.10401](https://arxiv.org/abs/2202.10401)).
+
+| part | size |
+|---|---|
+| image encoder | {vision.depth} layers of width {vision.width}, {image_size} |
+| text encoder | {text.fusion_layer} layers of width {text.width}, {text.vocabulary_size} word pieces |
+| fusion encoder | {text.depth - text.fusion_layer} layers of width {text.width} |
+| shared space | {model.config.embed_dim} dimensions |
+
+```python
+import tercet
+
+predictor = tercet.load("path/of/this/folder")
+```
+"""
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise TercetError(f"{path}: not valid JSON ({error}); {_AGAIN}") from error
+
+
+def _read_config(path: Path) -> tuple[ModelConfig, list[str] | None]:
+    """The sizes, and the objectives; None where the folder does not have them, being converted or made by hand."""
+    config = _read_json(path)
+    if not isinstance(config, dict) or config.get("library") != "tercet" or not isinstance(config.get("model"), dict):
+        raise TercetError(f"{path}: not the config of a Tercet model; `tercet convert` reads weights of others")
+    version = config.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise TercetError(
+            f"{path}: format_version {version!r} is newer than the {FORMAT_VERSION} that tercet {__version__} reads; "
+            f"upgrade tercet (the model was written by {config.get('library_version')})"
+        )
+    try:
+        sizes = ModelConfig.model_validate(config["model"])
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        key = ".".join(["model", *map(str, detail["loc"])])
+        raise TercetError(f"{path}: {key}: {detail['msg']}; {_AGAIN}") from error
+    objectives = config.get("objectives")
+    return sizes, [str(name) for name in objectives] if isinstance(objectives, list) else None
+
+
+def _read_weights(path: Path, model: Tercet, device: str | torch.device) -> dict[str, Tensor]:
+    try:
+        weights = load_file(path, device=str(device))
+    except WEIGHTS_ERRORS as error:
+        raise TercetError(f"{path}: cut short or not a safetensors file ({error}); {_AGAIN}") from error
+    problems = _mismatches(weights, model.state_dict())
+    if problems:
+        more = f" ({len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise TercetError(f"{path}: {problems[0]}{more}; the weights and {CONFIG} must come from the same model")
+    return {name: value.float() for name, value in weights.items()}
+
+
+def _mismatches(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """Keys that are missing, unexpected, of another shape or not of floats."""
+    problems = [f"{name} is missing" for name in wanted if name not in weights]
+    problems += [f"{name} is unexpected" for name in weights if name not in wanted]
+    for name, value in wanted.items():
+        if name in weights and weights[name].shape != value.shape:
+            shape = list(weights[name].shape)
+            problems.append(f"{name} has shape {shape}, the config asks for {list(value.shape)}")
+        elif name in weights and not weights[name].is_floating_point():
+            problems.append(f"{name} holds {str(weights[name].dtype).removeprefix('torch.')} values, not floats")
+    return problems
+
+
+def _read_answers(path: Path) -> list[str]:
+    answers = _read_json(path)
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise TercetError(f"{path}: not a list of answers; {_AGAIN}")
+    return answers
+
+
+def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, origin: str) -> None:
+    text, fix = config.text, "use the tokenizer that the model was trained with"
+    if tokenizer.vocabulary_size > text.vocabulary_size:
+        raise TercetError(
+            f"{origin} has {tokenizer.vocabulary_size} word pieces, the model {text.vocabulary_size} "
+            f"(model.text.vocabulary_size); {fix}"
+        )
+    for name in ("pad_id", "cls_id", "sep_id", "mask_id"):
+        own, wanted = getattr(tokenizer, name), getattr(text, name)
+        if own != wanted:
+            raise TercetError(f"{origin} has {name} {own}, the model {wanted} (model.text.{name}); {fix}")
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Replacing a folder deletes what is in it, so only model folders and empty ones are replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise TercetError(f"{folder} is a file; choose a new folder for the model")
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if entry.name not in _FILES:
+            raise TercetError(f"{folder} holds other files ({entry.name}); choose a new folder, not to lose them")
 
 
 @contextmanager
@@ -316,10 +346,10 @@ def _hub_errors(what: str) -> Iterator[None]:
     """Errors of the hub's library as a `TercetError`: `what`, the reason, the fix."""
     from huggingface_hub import errors
 
-    offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError)
-    other = (errors.EntryNotFoundError, errors.HfHubHTTPError, OSError, ValueError)
-    # The error of the HTTP client beneath, which differs between versions of the hub's library.
+    # The error of the HTTP client beneath differs between versions of the hub's library.
     transport: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # pyright: ignore[reportAssignmentType]
+    offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError)
+    other = (errors.EntryNotFoundError, errors.HfHubHTTPError, OSError, ValueError, transport)
     try:
         yield
     except errors.GatedRepoError as error:
@@ -333,80 +363,7 @@ def _hub_errors(what: str) -> Iterator[None]:
         message = f"{what}: the hub cannot be reached and the cache has no copy; check the connection"
         raise TercetError(message) from error
     except other as error:
-        raise TercetError(f"{what}: {' '.join(str(error).split())}") from error
-    except transport as error:
-        message = f"{what}: the hub cannot be reached ({' '.join(str(error).split())}); check the connection"
-        raise TercetError(message) from error
-
-
-def _read_weights(path: Path, model: Tercet, device: str | torch.device) -> dict[str, Tensor]:
-    try:
-        weights = load_file(path, device=str(device))
-    except WEIGHTS_ERRORS as error:
-        raise TercetError(
-            f"{path}: cut short or not a safetensors file ({error}); copy or download it again"
-        ) from error
-    check_weights(weights, model, str(path))
-    return {name: value.float() for name, value in weights.items()}
-
-
-def _read_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
-    if not (folder / TOKENIZER).is_file():
-        return None
-    from tercet.data.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
-    _check_tokenizer(tokenizer, config, str(folder / TOKENIZER))
-    return tokenizer
-
-
-def _read_objectives(path: Path) -> list[str] | None:
-    """What trained the model; None where its folder does not tell, being older, converted, or made by hand."""
-    objectives = json.loads(path.read_text("utf-8")).get("objectives")
-    return [str(name) for name in objectives] if isinstance(objectives, list) else None
-
-
-def _read_answers(path: Path) -> list[str] | None:
-    if not path.is_file():
-        return None
-    try:
-        answers = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TercetError(f"{path}: not valid JSON ({error}); copy or download the model again") from error
-    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise TercetError(f"{path}: not a list of answers; copy or download the model again")
-    return answers
-
-
-def _check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, origin: str) -> None:
-    text = config.text
-    if tokenizer.vocabulary_size > text.vocabulary_size:
-        raise TercetError(
-            f"{origin} knows {tokenizer.vocabulary_size} word pieces, the model {text.vocabulary_size} "
-            "(model.text.vocabulary_size); give the tokenizer that the model was trained with"
-        )
-    for name in ("pad_id", "cls_id", "sep_id", "mask_id"):
-        if getattr(tokenizer, name) != getattr(text, name):
-            raise TercetError(
-                f"{origin} has {name} {getattr(tokenizer, name)}, the model {getattr(text, name)} (model.text.{name}); "
-                "give the tokenizer that the model was trained with"
-            )
-
-
-def _refuse_foreign_folder(folder: Path) -> None:
-    """Replacing a folder deletes what is in it, so only model folders and empty ones are replaced."""
-    if folder.is_dir():
-        foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in _FILES)
-        if foreign:
-            raise TercetError(
-                f"{folder} holds other files ({foreign[0]}); choose a new folder, the model would replace it"
-            )
-    elif folder.exists():
-        raise TercetError(f"{folder} is a file; choose a new folder for the model")
-
-
-def _remedy(folder: Path) -> str:
-    foreign = next((file.name for kind in ("*.pth", "*.bin", "*.safetensors") for file in folder.glob(kind)), None)
-    if foreign:
-        return f"`tercet convert {folder / foreign} --output DIR` makes one of weights of others"
-    return "name the folder that holds config.json and model.safetensors"
+        reason = " ".join(str(error).split())
+        if isinstance(error, transport) and not isinstance(error, errors.HfHubHTTPError):
+            reason = f"the hub cannot be reached ({reason}); check the connection"
+        raise TercetError(f"{what}: {reason}") from error

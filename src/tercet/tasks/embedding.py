@@ -1,4 +1,4 @@
-"""How good the shared space is, beyond retrieval: alignment, uniformity, and whether near images have near captions."""
+"""Quality of the shared space beyond retrieval: alignment, uniformity, and whether near images have like captions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tercet.device import cosines
 
 NEIGHBOURS = 10
-_ROWS = 1024  # rows of a pairwise matrix that are in memory at a time
+CHUNK = 1024  # rows of a pairwise matrix in memory at a time
 
 
 def alignment(image_feats: Tensor, text_feats: Tensor, image_of_text: Tensor) -> float:
@@ -28,19 +28,19 @@ def alignment(image_feats: Tensor, text_feats: Tensor, image_of_text: Tensor) ->
 
 
 def uniformity(feats: Tensor) -> float:
-    """Log of the mean Gaussian potential of pairs of unit vectors `[points, embed_dim]`; lower is more spread.
+    """Log of the mean Gaussian potential of pairs of unit vectors `[points, embed_dim]`; lower is more uniform.
 
-    Arxiv 2005.10242, equation 2, with t = 2: 0 when all points are one, about -4 when they fill the sphere.
+    arXiv 2005.10242, equation 2, with t = 2: 0 when all points coincide, about -4 when they fill the sphere.
 
     Raises:
         ValueError: fewer than two points.
     """
     points = feats.shape[0]
     if points < 2:
-        raise ValueError("uniformity is of two points at least")
+        raise ValueError("uniformity needs two points")
     feats = feats.double()
     total = 0.0
-    for rows in feats.split(_ROWS):
+    for rows in feats.split(CHUNK):
         squared = 2 - 2 * cosines(rows, feats)
         total += torch.exp(-2 * squared.clamp(min=0)).sum().item()
     return math.log((total - points) / (points * (points - 1)))
@@ -52,15 +52,12 @@ def modality_gap(image_feats: Tensor, text_feats: Tensor) -> float:
 
 
 def caption_vectors(captions: Sequence[str], image_of_text: Tensor, images: int) -> Tensor:
-    """What each image's captions say: unit vectors of word counts, rare words weighing more, `[images, words]`.
-
-    Their products tell how alike two images are described, without asking any model.  A word weighs the logarithm of
-    images over images that have it; words of one image alone are left out, being shared with none.
-    """
+    """TF-IDF of each image's captions as unit vectors `[images, words]`: their cosines compare what images show without
+    a model.  Words of a single image are dropped, since no other shares them."""
     counts: list[Counter[str]] = [Counter() for _ in range(images)]
     for caption, image in zip(captions, image_of_text.tolist(), strict=True):
-        # Each word of a caption once, in the caption's order: the order of a set differs from process to process.
-        counts[image].update(list(dict.fromkeys(caption.split())))
+        # Each word once a caption, in the caption's order: the order of a set differs between processes.
+        counts[image].update(dict.fromkeys(caption.split(), 1))
     frequency = Counter(word for own in counts for word in own)
     words = {word: index for index, word in enumerate(word for word, times in frequency.items() if times > 1)}
     vectors = torch.zeros(images, max(1, len(words)))
@@ -72,46 +69,42 @@ def caption_vectors(captions: Sequence[str], image_of_text: Tensor, images: int)
 
 
 def neighbourhood(image_feats: Tensor, vectors: Tensor, neighbours: int = NEIGHBOURS) -> dict[str, float]:
-    """Whether near images have near captions: how alike the nearest images are described.
+    """Whether near images have similar captions.
 
     Args:
         image_feats: unit vectors `[images, embed_dim]`.
         vectors: `caption_vectors` of the same images.
-        neighbours: how many nearest images are looked at.
+        neighbours: how many nearest images are compared.
 
     Returns:
-        In percent: `overlap`, the mean likeness of an image's captions to those of its nearest images; `chance`, to
-        those of any other; `best`, to the `neighbours` most alike; and `kept`, where `overlap` lies between chance (0)
-        and best (100).
+        In percent: `overlap`, the mean similarity of an image's captions to those of its nearest images; `chance`, to
+        those of any other; `best`, to the `neighbours` most similar; and `kept`, where `overlap` lies between chance
+        (0) and best (100).
     """
     images = image_feats.shape[0]
     neighbours = min(neighbours, images - 1)
-    found, best, total = 0.0, 0.0, 0.0
-    for start in range(0, images, _ROWS):
-        rows = torch.arange(start, min(start + _ROWS, images))
+    found = best = total = 0.0
+    for start in range(0, images, CHUNK):
+        rows = torch.arange(start, min(start + CHUNK, images))
         itself = (torch.arange(len(rows)), rows)
-        alike = cosines(vectors[rows], vectors)
-        near = cosines(image_feats[rows], image_feats)
-        alike[itself] = 0.0
-        total += alike.double().sum().item()
-        alike[itself] = near[itself] = float("-inf")
+        similar, near = cosines(vectors[rows], vectors), cosines(image_feats[rows], image_feats)
+        similar[itself] = 0.0
+        total += similar.double().sum().item()
+        similar[itself] = near[itself] = float("-inf")
         nearest = near.topk(neighbours, dim=1).indices
-        found += alike.gather(1, nearest).double().sum().item()
-        best += alike.topk(neighbours, dim=1).values.double().sum().item()
+        found += similar.gather(1, nearest).double().sum().item()
+        best += similar.topk(neighbours, dim=1).values.double().sum().item()
     overlap, best = found / (images * neighbours), best / (images * neighbours)
     chance = total / (images * (images - 1))
     kept = (overlap - chance) / (best - chance) if best > chance else 0.0
-    return {
-        name: 100 * value
-        for name, value in zip(("overlap", "chance", "best", "kept"), (overlap, chance, best, kept), strict=True)
-    }
+    return {"overlap": 100 * overlap, "chance": 100 * chance, "best": 100 * best, "kept": 100 * kept}
 
 
 def caption_recall(text_feats: Tensor, image_of_text: Tensor) -> float:
-    """Share of texts, in percent, whose nearest other text is of the same image; of images with several texts."""
+    """Percentage of texts, of images with several, whose nearest other text belongs to the same image."""
     several = image_of_text.bincount()[image_of_text] > 1
     found = []
-    for rows in several.nonzero().squeeze(1).split(_ROWS):
+    for rows in several.nonzero().squeeze(1).split(CHUNK):
         near = cosines(text_feats[rows], text_feats)
         near[torch.arange(len(rows)), rows] = float("-inf")
         found.append(image_of_text[near.argmax(dim=1)] == image_of_text[rows])
@@ -119,11 +112,8 @@ def caption_recall(text_feats: Tensor, image_of_text: Tensor) -> float:
 
 
 def shared_space(image_feats: Tensor, text_feats: Tensor, image_of_text: Tensor) -> dict[str, float]:
-    """How images and texts lie in the shared space; arguments as of `alignment`.
-
-    Returns:
-        `alignment`, `image_uniformity`, `text_uniformity` (of two points at least) and `modality_gap`.
-    """
+    """`alignment`, `image_uniformity`, `text_uniformity` (of two points at least) and `modality_gap`; arguments as of
+    `alignment`."""
     space = {"alignment": alignment(image_feats, text_feats, image_of_text)}
     for name, feats in (("image_uniformity", image_feats), ("text_uniformity", text_feats)):
         if feats.shape[0] > 1:
@@ -134,7 +124,7 @@ def shared_space(image_feats: Tensor, text_feats: Tensor, image_of_text: Tensor)
 def embedding_quality(
     image_feats: Tensor, text_feats: Tensor, image_of_text: Tensor, captions: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """Everything above, of images and their texts.
+    """All of the above.
 
     Args:
         image_feats: unit vectors `[images, embed_dim]`.
@@ -145,8 +135,7 @@ def embedding_quality(
     Returns:
         `{"space": {...}, "neighbourhood": {...}}`.
     """
-    vectors = caption_vectors(captions, image_of_text, image_feats.shape[0])
-    near = neighbourhood(image_feats, vectors)
+    near = neighbourhood(image_feats, caption_vectors(captions, image_of_text, image_feats.shape[0]))
     recall = caption_recall(text_feats, image_of_text)
     if not math.isnan(recall):
         near["caption_r1"] = recall
