@@ -92,6 +92,7 @@ def test_fused_tokens_everywhere(fixture: Fixture) -> None:
         memory = model.project_kv(model.encode_image(batch.images))
         first, second = (select_images(memory, None, place, 2) for place in (0, 1))
         text_embeds = model.encode_text(batch.input_ids, batch.attention_mask)
+        assert model.second_fusion is not None
         fused = model.second_fusion(model.fusion, text_embeds, batch.attention_mask, first, second)
     mask = batch.attention_mask
     torch.testing.assert_close(fused[mask], fixture.tensors["out.last_hidden_state"][mask], rtol=1e-5, atol=1e-5)

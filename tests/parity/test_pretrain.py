@@ -197,8 +197,8 @@ def test_features_similarities_and_targets(fixture: Fixture) -> None:
             torch.testing.assert_close(value, out[name], rtol=1e-5, atol=1e-5, msg=name)
     images, texts, own = feats["image_feat"], feats["text_feat"], (feats["image_feat_m"], feats["text_feat_m"])
     teacher = task._ask_teacher(batch, alpha)
-    assert teacher.image_feats is not None and teacher.text_feats is not None and teacher.mlm_logits is not None
-    assert torch.equal(teacher.image_feats, own[0]) and torch.equal(teacher.text_feats, own[1])
+    assert teacher.feats is not None and teacher.mlm_logits is not None
+    assert torch.equal(teacher.feats[0], own[0]) and torch.equal(teacher.feats[1], own[1])
 
     temperature = student.temperature
     candidates = gather_candidates(*own, None, task.queue, exclude_empty=False)

@@ -110,8 +110,11 @@ class CrossAttention(nn.Module):
 
     def project_kv(self, image_embeds: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[images, heads, image_tokens, head_width]` of `[images, image_tokens, image_width]`."""
-        key, value = self.key_value(image_embeds).chunk(2, dim=-1)
-        return split_heads(key, self.heads), split_heads(value, self.heads)
+        key_value = self.key_value(image_embeds).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if key_value.device.type == "cpu":
+            key_value = key_value.contiguous()  # laid out by heads once, instead of by every pass that reads it
+        key, value = key_value.unbind(0)
+        return key, value
 
     def forward(self, hidden: Tensor, kv: CrossAttentionKV | JoinedKV, layer: int) -> Tensor:
         """What `hidden` `[pairs, tokens, width]` reads in layer `layer` of `kv`: the same shape, before `output`."""

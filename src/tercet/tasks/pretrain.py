@@ -14,7 +14,7 @@ from tercet.data.batch import Batch, to_device
 from tercet.data.order import mix
 from tercet.distributed import RankLayout, Ranks
 from tercet.model.tercet import Tercet
-from tercet.model.text import CrossAttentionKV, JoinedKV, class_rows
+from tercet.model.text import CrossAttentionKV, FusionEncoder, JoinedKV, class_rows
 from tercet.objectives.contrast import cross_modal, gather_candidates, intra_modal, same_image, similarity
 from tercet.objectives.local import local_global, pool_patches
 from tercet.objectives.loss import distilled_cross_entropy
@@ -38,7 +38,8 @@ class PairBatch:
         attention_mask: bool `[batch, tokens]`.
         image_ids: `[batch]`, the same for all captions of one image.
         masked: the texts with masked tokens; None without masked language modelling.
-        spread: how the whole batch is spread over the ranks; by default all of it is here.
+        spread: layout of the whole batch over the ranks; by default all of it is here.
+        pool: layout of the pairs that `itm` and `lmi` draw negatives from: those of this rank, or `spread`.
         all_image_ids: `image_ids` of the whole batch.
         counts: what the losses divide by, see `collate`; without an entry by as many as there are here.
         seed: what the step draws on the device follows from it.
@@ -51,13 +52,15 @@ class PairBatch:
     image_ids: Tensor
     masked: MaskedTexts | None = None
     spread: RankLayout = None  # type: ignore[assignment] - set below
+    pool: RankLayout = None  # type: ignore[assignment] - set below
     all_image_ids: Tensor = None  # type: ignore[assignment] - set below
     counts: dict[str, float] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.spread is None:
-            self.spread = RankLayout((len(self.images),))
+        here = RankLayout((len(self.images),))
+        self.spread = self.spread or here
+        self.pool = self.pool or here
         if self.all_image_ids is None:
             self.all_image_ids = self.image_ids
 
@@ -67,15 +70,13 @@ class TeacherOutput:
     """What the teacher says of a batch, without gradient; None where no enabled loss reads it.
 
     Attributes:
-        image_feats: unit vectors `[batch, embed_dim]` of the second view.
-        text_feats: unit vectors `[batch, embed_dim]`.
+        feats: unit vectors `[batch, embed_dim]` of the second views, and of the texts.
         region_feats: `[batch, regions, embed_dim]`, pooled from the patches.
         token_feats: unit vectors `[batch, tokens - 1, embed_dim]`.
         mlm_logits: vocabulary logits of the masked tokens `[masked, vocabulary]`.
     """
 
-    image_feats: Tensor | None = None
-    text_feats: Tensor | None = None
+    feats: tuple[Tensor, Tensor] | None = None
     region_feats: Tensor | None = None
     token_feats: Tensor | None = None
     mlm_logits: Tensor | None = None
@@ -86,16 +87,13 @@ class PairOutput(TaskOutput):
     """What a step gives.
 
     Attributes:
-        losses: `{name: loss}` of the enabled objectives.
-        sound: bool `[]`, whether the features of the pairs here are finite.
-        image_feats: the teacher's, of the images of all ranks, `[batch, embed_dim]`; None without a queue to fill.
-        text_feats: the same for the texts.
+        finite: bool `[]`, whether the features of the pairs on this rank are.
+        queued: the teacher's features of the images and of the texts of all ranks, `[batch, embed_dim]`; None without
+            a queue.
     """
 
-    losses: dict[str, Tensor]
-    sound: Tensor
-    image_feats: Tensor | None = None
-    text_feats: Tensor | None = None
+    finite: Tensor
+    queued: tuple[Tensor, Tensor] | None = None
 
 
 class Pretraining(Task):
@@ -173,59 +171,64 @@ class Pretraining(Task):
             alpha: weight of the teacher's soft targets now; it rises over the first epoch.
             negatives: hard negatives already drawn; None draws them.
         """
-        student, enabled, counts = self.student, self.enabled, batch.counts
-        temperature = student.temperature
+        student, enabled, counts, mask = self.student, self.enabled, batch.counts, batch.attention_mask
+        temperature, device = student.temperature, batch.images.device
+        losses: dict[str, Tensor] = {}
+        queued = None
 
         image_embeds = student.encode_image(batch.images, self.config.patch_drop)  # [batch, 1 + patches, vision_width]
-        text_embeds, masked_embeds = encode_texts(student, batch, masked=batch.masked is not None)
-        image_feats = student.project_image(image_embeds[:, 0])  # [batch, embed_dim], unit length
-        text_feats = student.project_text(text_embeds[:, 0])
+        text_embeds, *masked_embeds = encode_texts(student, mask, batch.input_ids, batch.masked)
+        feats = student.project_image(image_embeds[:, 0]), student.project_text(text_embeds[:, 0])  # [batch, embed_dim]
         teacher = self._ask_teacher(batch, alpha)
-        # What pairs are compared with: the teacher's features where there is one, of all ranks where a loss reads them.
-        own = image_feats, text_feats
-        if teacher.image_feats is not None and teacher.text_feats is not None:
-            own = teacher.image_feats, teacher.text_feats
-        sound = torch.stack([feats.detach().isfinite().all() for feats in (image_feats, text_feats, *own)]).all()
-        all_feats = own
-        if self.contrasts or self._gathers(batch):
-            all_feats = batch.spread.gather(own[0]), batch.spread.gather(own[1])
+        targets = teacher.feats or feats  # what the student's features are compared with
+        finite = torch.stack([part.detach().isfinite().all() for part in (*feats, *targets)]).all()
 
-        losses: dict[str, Tensor] = {}
-        with torch.autocast(image_feats.device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             if enabled & {"cma", "imc"}:
+                queued = batch.spread.gather(targets[0]), batch.spread.gather(targets[1])
                 ids = batch.all_image_ids if self.match_ids else None
-                candidates = gather_candidates(*all_feats, ids, self.queue, not self.published, batch.spread.rows)
+                candidates = gather_candidates(*queued, ids, self.queue, not self.published, batch.spread.rows)
                 pairs = counts.get("pairs")
                 if "cma" in enabled:
-                    targets = None if self.teacher is None else own
-                    losses["cma"] = cross_modal(image_feats, text_feats, candidates, temperature, pairs, targets, alpha)
+                    losses["cma"] = cross_modal(*feats, candidates, temperature, pairs, teacher.feats, alpha)
                 if "imc" in enabled:
-                    losses["imc"] = intra_modal(image_feats, text_feats, candidates, temperature, pairs)
+                    losses["imc"] = intra_modal(*feats, candidates, temperature, pairs)
             if "lmi" in enabled:
-                losses["lmi"] = self._local_losses(batch, image_feats, text_feats, teacher)
-            if "itm" in enabled and negatives is None:
-                negatives = self._sample_negatives(batch, image_feats, text_feats, all_feats)
+                losses["lmi"] = self._local_loss(batch, feats, teacher)
 
-        if enabled & {"itm", "mlm"}:
-            itm_logits, mlm_logits = self._fuse(batch, image_embeds, text_embeds, masked_embeds, negatives)
-            if itm_logits is not None and negatives is not None:
-                losses["itm"] = matching(itm_logits, negatives.valid, counts.get("judged"))
-            if mlm_logits is not None and batch.masked is not None:
-                labels = batch.masked.labels
-                losses["mlm"] = distilled_cross_entropy(
-                    mlm_logits, labels, teacher.mlm_logits, alpha, counts.get("masked")
-                )
-        return PairOutput(losses, sound, *(all_feats if self.queue is not None else ()))
+        if not enabled & {"itm", "mlm"}:
+            return PairOutput(losses, finite, queued)
+        passes = FusionPasses(student.fusion)
+        kv = student.project_kv(image_embeds)  # once, for all passes
+        if "itm" in enabled:
+            if negatives is None:
+                negatives = self._sample_negatives(batch, feats, targets)
+            negative_texts, negative_mask, negative_kv = self._take(batch, negatives, image_embeds, text_embeds, kv)
+            passes.add(text_embeds, mask, kv)
+            passes.add(text_embeds, mask, negative_kv)
+            passes.add(negative_texts, negative_mask, kv)
+        for embeds in masked_embeds:
+            passes.add(embeds, mask, kv)
+        passes.run_lower()
+        if negatives is not None:
+            itm_logits = student.itm_head(passes.run_last(slice(0, 3))[:, 0])
+            losses["itm"] = matching(itm_logits, negatives.valid, counts.get("judged"))
+        if batch.masked is not None:
+            rows, chosen, labels = batch.masked.rows, batch.masked.chosen, batch.masked.labels
+            mlm_logits = student.mlm_logits(passes.run_last(slice(-1, None), rows).flatten(0, 1)[chosen])
+            soft = teacher.mlm_logits
+            losses["mlm"] = distilled_cross_entropy(mlm_logits, labels, soft, alpha, counts.get("masked"))
+        return PairOutput(losses, finite, queued)
 
     def is_sound(self, output: PairOutput) -> Tensor:
         """Bool `[]`, whether the features of this rank's pairs are finite."""
-        return output.sound
+        return output.finite
 
     @torch.no_grad()
     def enqueue(self, batch: PairBatch, output: PairOutput, taken: Tensor | None = None) -> None:
         """Put the teacher's features of a batch whose step was taken into the queue."""
-        if self.queue is not None and output.image_feats is not None and output.text_feats is not None:
-            self.queue.enqueue(output.image_feats, output.text_feats, batch.all_image_ids, taken)
+        if self.queue is not None and output.queued is not None:
+            self.queue.enqueue(*output.queued, batch.all_image_ids, taken)
 
     @torch.no_grad()
     def _ask_teacher(self, batch: PairBatch, alpha: float) -> TeacherOutput:
@@ -234,115 +237,101 @@ class Pretraining(Task):
         masked = batch.masked if self.distills_mlm and alpha > 0 else None
         if self.teacher is None or batch.second_views is None or not (self.contrasts or masked):
             return output
-        model = self.teacher.model
+        model, mask = self.teacher.model, batch.attention_mask
         image_embeds = model.encode_image(batch.second_views)
-        text_embeds, masked_embeds = encode_texts(model, batch, self.contrasts, masked is not None)
-        if text_embeds is not None:
-            output.image_feats = model.project_image(image_embeds[:, 0])
-            output.text_feats = model.project_text(text_embeds[:, 0])
+        embeds = encode_texts(model, mask, batch.input_ids if self.contrasts else None, masked)
+        if self.contrasts:
+            text_embeds = embeds[0]
+            output.feats = model.project_image(image_embeds[:, 0]), model.project_text(text_embeds[:, 0])
             if "lmi" in self.enabled:
                 side = PUBLISHED_RETRIEVAL_REGIONS if self.published and self.match_ids else None
                 output.region_feats = pool_patches(model.project_image(image_embeds[:, 1:]), side, self.published)
                 output.token_feats = model.project_text(text_embeds[:, 1:])
-        if masked is not None and masked_embeds is not None:
-            fused = model.fuse(masked_embeds, batch.attention_mask, model.project_kv(image_embeds), masked.rows)
+        if masked is not None:
+            fused = model.fuse(embeds[-1], mask, model.project_kv(image_embeds), masked.rows)
             output.mlm_logits = model.mlm_logits(fused.flatten(0, 1)[masked.chosen])
         return output
 
-    def _gathers(self, batch: PairBatch) -> bool:
-        """Whether negatives are found among the pairs of several ranks."""
-        return self.config.gather_negatives and len(batch.spread.sizes) > 1
-
-    def _pool(self, batch: PairBatch) -> RankLayout:
-        """What negatives are drawn among: the pairs of all ranks, or those of this one."""
-        return batch.spread if self._gathers(batch) else RankLayout((len(batch.images),))
-
-    def _same_in_pool(self, batch: PairBatch, by_id: bool) -> Tensor:
+    def _same_image(self, batch: PairBatch, by_id: bool) -> Tensor:
         """Bool `[batch, pool]`: which pairs of the pool show a pair's own image."""
-        pool = self._pool(batch)
-        ids = batch.all_image_ids if self._gathers(batch) else batch.image_ids
-        return same_image(ids if by_id else None, pool.total, batch.images.device)[pool.rows]
+        pool = batch.pool
+        return same_image(pool.gather(batch.image_ids) if by_id else None, pool.total, batch.images.device)[pool.rows]
 
-    def _local_losses(
-        self, batch: PairBatch, image_feats: Tensor, text_feats: Tensor, teacher: TeacherOutput
-    ) -> Tensor:
+    def _local_loss(self, batch: PairBatch, feats: tuple[Tensor, Tensor], teacher: TeacherOutput) -> Tensor:
         """`lmi`: the mean of that of the images and that of the texts, `[]`."""
         assert teacher.region_feats is not None and teacher.token_feats is not None
-        pool, temperature, counts = self._pool(batch), self.student.temperature, batch.counts
-        same = self._same_in_pool(batch, by_id=self.match_ids and not self.published)
+        pool, temperature, counts = batch.pool, self.student.temperature, batch.counts
+        same = self._same_image(batch, by_id=self.match_ids and not self.published)
         regions, tokens = pool.gather(teacher.region_feats), pool.gather(teacher.token_feats)
         mask = pool.gather(batch.attention_mask[:, 1:])
-        images = local_global(image_feats, regions, temperature, same, None, pool.start, counts.get("pairs"))
-        texts = local_global(text_feats, tokens, temperature, same, mask, pool.start, counts.get("worded"))
+        images = local_global(feats[0], regions, temperature, same, None, pool.start, counts.get("pairs"))
+        texts = local_global(feats[1], tokens, temperature, same, mask, pool.start, counts.get("worded"))
         return (images + texts) / 2
 
     @torch.no_grad()
     def _sample_negatives(
-        self, batch: PairBatch, image_feats: Tensor, text_feats: Tensor, others: tuple[Tensor, Tensor]
+        self, batch: PairBatch, feats: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]
     ) -> Negatives:
-        """Hard negatives of the pairs here, among `others`: image and text features of this rank or of all of them."""
-        pool, temperature, device = self._pool(batch), self.student.temperature, image_feats.device
-        images, texts = (feats if len(feats) == pool.total else feats[batch.spread.rows] for feats in others)
+        """Hard negatives of the pairs here, drawn from the pool by similarity."""
+        pool, temperature, device = batch.pool, self.student.temperature, batch.images.device
+        images, texts = (pool.gather(part) for part in targets)
         # Drawn for the whole pool on every rank that shares it, so that its rows get the same wherever they are.
-        seed = mix(batch.seed, 0 if self._gathers(batch) else batch.spread.start)
-        noise = gumbel_noise((2, pool.total, pool.total), device, torch.Generator(device).manual_seed(seed))
-        return sample_negatives(
-            image_logits=similarity(image_feats, (texts,), temperature),
-            text_logits=similarity(text_feats, (images,), temperature),
-            same=self._same_in_pool(batch, by_id=self.match_ids),
-            noise=noise[:, pool.rows],
-        )
+        generator = torch.Generator(device).manual_seed(mix(batch.seed, batch.spread.start - pool.start))
+        noise = gumbel_noise((2, pool.total, pool.total), device, generator)
+        same = self._same_image(batch, by_id=self.match_ids)
+        with torch.autocast(device.type, enabled=False):
+            image_logits = similarity(feats[0], (texts,), temperature)
+            text_logits = similarity(feats[1], (images,), temperature)
+        return sample_negatives(image_logits, text_logits, same, noise[:, pool.rows])
 
-    def _fuse(
-        self,
-        batch: PairBatch,
-        image_embeds: Tensor,
-        text_embeds: Tensor,
-        masked_embeds: Tensor | None,
-        negatives: Negatives | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """`itm_logits` `[3 * batch, 2]`, in the order that `matching` reads, and `mlm_logits` `[masked, vocabulary]`.
+    def _take(
+        self, batch: PairBatch, negatives: Negatives, image_embeds: Tensor, text_embeds: Tensor, kv: CrossAttentionKV
+    ) -> tuple[Tensor, Tensor, CrossAttentionKV]:
+        """The negative texts, their attention mask, and keys and values of the negative images, out of the pool."""
+        pool = batch.pool
+        texts = pool.gather(text_embeds)[negatives.texts]
+        mask = pool.gather(batch.attention_mask)[negatives.texts]
+        if len(pool.sizes) == 1:
+            return texts, mask, kv.select(negatives.images)
+        return texts, mask, self.student.project_kv(pool.gather(image_embeds)[negatives.images])
 
-        All passes read keys and values that are projected once, and go through the lower fusion layers as one batch.
+
+class FusionPasses:
+    """Passes of texts over images, which go through the lower fusion layers as one batch."""
+
+    def __init__(self, fusion: FusionEncoder) -> None:
+        self.fusion = fusion
+        self.texts: list[Tensor] = []
+        self.masks: list[Tensor] = []
+        self.kvs: list[tuple[CrossAttentionKV, int]] = []
+
+    def add(self, text_embeds: Tensor, attention_mask: Tensor, kv: CrossAttentionKV) -> None:
+        """Add a pass of `[pairs, tokens, width]` over the images that `kv` is of."""
+        self.texts.append(text_embeds)
+        self.masks.append(attention_mask)
+        self.kvs.append((kv, len(text_embeds)))
+
+    def run_lower(self) -> None:
+        """All passes through all layers but the last."""
+        hidden = self.fusion.lower(torch.cat(self.texts), torch.cat(self.masks), JoinedKV(self.kvs))
+        self.texts = list(hidden.split([pairs for _, pairs in self.kvs]))
+
+    def run_last(self, passes: slice, rows: Tensor | None = None) -> Tensor:
+        """Some passes through the last layer, at `rows` `[pairs, slots]` alone: `[pairs, slots, width]`.
+
+        `rows` None computes `[CLS]`.
         """
-        student, mask = self.student, batch.attention_mask
-        own = student.project_kv(image_embeds)
-        passes: list[tuple[Tensor, Tensor, CrossAttentionKV]] = []
-        if negatives is not None:
-            if self._gathers(batch):
-                gather = batch.spread.gather
-                texts, texts_mask = gather(text_embeds)[negatives.texts], gather(mask)[negatives.texts]
-                images = student.project_kv(gather(image_embeds)[negatives.images])
-            else:
-                texts, texts_mask = text_embeds[negatives.texts], mask[negatives.texts]
-                images = own.select(negatives.images)
-            passes += [(text_embeds, mask, own), (text_embeds, mask, images), (texts, texts_mask, own)]
-        if masked_embeds is not None:
-            passes.append((masked_embeds, mask, own))
-        masks = torch.cat([mask for _, mask, _ in passes])
-        kv = [(kv, len(mask)) for _, mask, kv in passes]
-        hidden = student.fusion.lower(torch.cat([embeds for embeds, _, _ in passes]), masks, JoinedKV(kv))
-
-        # The last layer computes [CLS] for matching, and the masked positions for masked language modelling.
-        itm_logits, mlm_logits = None, None
-        if negatives is not None:
-            matched = slice(3 * len(mask))
-            rows = class_rows(hidden[matched])
-            fused = student.fusion.last(hidden[matched], masks[matched], JoinedKV(kv[:3]), rows)
-            itm_logits = student.itm_head(fused[:, 0])
-        if masked_embeds is not None and batch.masked is not None:
-            fused = student.fusion.last(hidden[-len(mask) :], mask, own, batch.masked.rows)
-            mlm_logits = student.mlm_logits(fused.flatten(0, 1)[batch.masked.chosen])
-        return itm_logits, mlm_logits
+        hidden, kv = torch.cat(self.texts[passes]), JoinedKV(self.kvs[passes])
+        return self.fusion.last(hidden, torch.cat(self.masks[passes]), kv, class_rows(hidden) if rows is None else rows)
 
 
 def encode_texts(
-    model: Tercet, batch: PairBatch, clean: bool = True, masked: bool = True
-) -> tuple[Tensor | None, Tensor | None]:
-    """`text_embeds` `[batch, tokens, width]` of the clean and of the masked texts, through the encoder together."""
-    ids = [batch.input_ids] * clean + ([batch.masked.input_ids] if masked and batch.masked is not None else [])
-    embeds = list(model.encode_text(torch.cat(ids), batch.attention_mask.repeat(len(ids), 1)).chunk(len(ids)))
-    return embeds.pop(0) if clean else None, embeds.pop() if embeds else None
+    model: Tercet, attention_mask: Tensor, input_ids: Tensor | None, masked: MaskedTexts | None
+) -> list[Tensor]:
+    """`text_embeds` `[batch, tokens, width]` of the clean and the masked texts that are given, in one pass."""
+    readings = [ids for ids in (input_ids, None if masked is None else masked.input_ids) if ids is not None]
+    embeds = model.encode_text(torch.cat(readings), attention_mask.repeat(len(readings), 1))
+    return list(embeds.chunk(len(readings)))
 
 
 def collate(
@@ -411,6 +400,7 @@ def collate(
         image_ids=batch.image_ids,
         masked=None if masked is None else masked.to(device),
         spread=spread,
+        pool=spread if gather else RankLayout((len(batch),)),
         all_image_ids=all_image_ids.to(device, non_blocking=True),
         counts={name: (count or 1) / ranks.world for name, count in counts.items()},
         seed=seed,
