@@ -13,7 +13,7 @@ from tercet.arguments import CommandParser
 from tercet.cli import COMMANDS, load_command
 from tercet.config import Config, Section
 from tercet.config_io import load_config, recipe_meaning, recipe_names
-from tercet.train.cost import count_flops, expected_shape
+from tercet.train.dry_run import measure_step
 
 # Section titles and their pages in order; a page that is not there (yet) is left out, one not named here comes last.
 NAVIGATION: dict[str, list[str]] = {
@@ -125,8 +125,8 @@ def hours() -> str:
     rows = []
     for name, pairs in PAIRS.items():
         config = load_config(name)
-        shape = expected_shape(config.train.batch_size, config.data.max_tokens, config.objectives.mlm_probability)
-        flops = count_flops(config.model, config.objectives, shape).total / shape.batch
+
+        flops = measure_step(config, config.train.batch_size, "bf16", cuda=True).flops / config.train.batch_size
         total = flops * pairs * config.train.epochs
         spent = total / (PEAK * DEVICES * UTILISATION) / 3600
         counted = f"{flops / 1e9:,.0f} | {total / 1e18:,.1f} | {spent:,.1f}"

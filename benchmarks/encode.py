@@ -28,7 +28,7 @@ from tercet.config import ModelConfig
 from tercet.model.int8 import quantise_encoders
 from tercet.model.tercet import Tercet
 from tercet.tasks.encoding import encode_texts
-from tercet.train.compilation import compile_encoders
+from tercet.train.setup import compile_encoders
 
 CAPTIONS_AN_IMAGE = 5
 QUICK_MODEL = {

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from tercet.device import tune_malloc
+from tercet.device import processor_name, tune_malloc
 
 # Rows, inner and outer width of a matrix product: the up-projection of 8 images of 257 tokens in a base-size block,
 # which the published method's share of the rate was measured against, and a large square one.
@@ -100,37 +97,6 @@ def take_turns(runs: Mapping[str, Callable[[], object]], rounds: int, rate: Matr
     return seconds
 
 
-def count_flops(run: Callable[[], object]) -> int:
-    """FLOPs of the matrix products of one run, attention's among them; a multiply and an add are two."""
-    with FlopCounterMode(display=False, custom_mapping=_CPU_KERNELS) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def _attention_flops(query: torch.Size, key: torch.Size, *_: object, **__: object) -> int:
-    *batch, queries, width = query
-    return 4 * math.prod(batch) * queries * key[-2] * width
-
-
-def _attention_backward_flops(
-    gradient: torch.Size, query: torch.Size, key: torch.Size, *_: object, **__: object
-) -> int:
-    # Of the four products that the gradients take; what the kernel computes again is left out.
-    return 2 * _attention_flops(query, key)
-
-
-def _linear_flops(hidden: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
-    return 2 * math.prod(hidden) * weight[0]
-
-
-# PyTorch's counter knows the attention kernels of a GPU and plain matrix products only.
-_CPU_KERNELS = {
-    torch.ops.mkldnn._linear_pointwise: _linear_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
-
-
 def describe_machine(arguments: argparse.Namespace) -> dict[str, object]:
     """Processor, cores, threads, versions and how it was timed: what a figure means nothing without."""
     return {
@@ -145,16 +111,6 @@ def describe_machine(arguments: argparse.Namespace) -> dict[str, object]:
         "clock": "processor" if arguments.processor_time else "wall",
         "card": torch.cuda.get_device_name() if getattr(arguments, "device", "cpu") == "cuda" else None,
     }
-
-
-def processor_name() -> str:
-    """The processor as the system names it."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -1,11 +1,11 @@
-"""Memory of a pre-training step of the base model: what `--dry-run` foretells and what a process took, as JSON.
+"""Memory of a pre-training step of the base model: what `--dry-run` estimates and what a process took, as JSON.
 
     python benchmarks/memory.py --batch 8            # base size; two steps in a process of their own
     python benchmarks/memory.py --quick              # a small model
     python benchmarks/memory.py --device cuda --batch 128
 
 On a CPU the measured number is the largest resident size of the process, on a GPU the most that PyTorch had allocated.
-`ratio` is the foretold over the measured: 1 is right.
+`ratio` is the estimate over the measured: 1 is right.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ import sys
 
 import torch
 
-from machine import processor_name
 from step import OurStep, draw_batch, step_config
-from tercet.device import resolve_device, tune_malloc
-from tercet.train.cost import expected_shape
-from tercet.train.memory import count_memory
+from tercet.config import DataConfig
+from tercet.device import processor_name, resolve_device, tune_malloc
+from tercet.train.dry_run import measure_step
 
 
 def run_steps(arguments: argparse.Namespace) -> int:
@@ -43,32 +42,31 @@ def run_steps(arguments: argparse.Namespace) -> int:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
-    """Foretell, then run the steps in another process."""
+    """Estimate, then run the steps in another process."""
+    cuda = arguments.device == "cuda"
     config = step_config(
         arguments.quick, arguments.batch, arguments.device, grad_checkpointing=arguments.grad_checkpointing
     )
-    half = resolve_device(config.train.device, config.train.precision).precision == "bf16"
-    shape = expected_shape(arguments.batch, arguments.caption_tokens, config.objectives.mlm_probability)
-    parts = count_memory(
-        config.model, config.objectives, shape, half, arguments.device == "cuda", arguments.grad_checkpointing
-    )
+    config = config.model_copy(update={"data": DataConfig(max_tokens=arguments.caption_tokens)})
+    precision = resolve_device(config.train.device, config.train.precision).precision
+    cost = measure_step(config, arguments.batch, precision, cuda)
+    estimated = cost.bytes_on(cuda)
     command = [sys.executable, __file__, *sys.argv[1:], "--child"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     measured = int(done.stdout.split()[-1])
-    foretold = sum(parts.values())
     return {
         "name": "memory",
         "ours": round(measured / 2**30, 3),
-        "plain": round(foretold / 2**30, 3),
-        "ratio": round(foretold / measured, 3),
-        "unit": "GiB measured, and GiB foretold",
+        "plain": round(estimated / 2**30, 3),
+        "ratio": round(estimated / measured, 3),
+        "unit": "GiB measured, and GiB estimated",
         "size": "small" if arguments.quick else "base",
         "batch": arguments.batch,
         "caption_tokens": arguments.caption_tokens,
         "grad_checkpointing": arguments.grad_checkpointing,
-        "parts": {name: round(value / 2**30, 3) for name, value in parts.items()},
+        "parts": {name: round(value / 2**30, 3) for name, value in {**cost.fixed, "passing": cost.passing}.items()},
         "machine": {
-            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else processor_name(),
+            "device": torch.cuda.get_device_name() if cuda else processor_name(),
             "cores": os.cpu_count(),
             "torch": torch.__version__,
         },

@@ -25,9 +25,9 @@ import torch
 from PIL import Image
 
 import pillow_views
-from machine import processor_name
 from tercet.data.images import EncodedImage, ViewTransform
 from tercet.data.loader import stack
+from tercet.device import processor_name
 
 WIDTH, HEIGHT, QUALITY = 640, 480, 90
 PHOTOGRAPHS = Path(__file__).resolve().parents[2] / "shared" / "data" / "flickr8k" / "originals"

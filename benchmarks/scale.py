@@ -29,7 +29,6 @@ import pyarrow as pa
 import torch
 
 import pipeline
-from machine import processor_name
 from tercet.config import DataConfig
 from tercet.data.loader import TrainLoader, cleaned_captions
 from tercet.data.order import PairOrder
@@ -37,6 +36,7 @@ from tercet.data.readers import open_sources
 from tercet.data.shards import SCHEMA, index_path, save_index
 from tercet.data.table import TEXTS
 from tercet.data.tokenizer import Tokenizer
+from tercet.device import processor_name
 
 ENTRIES, SHARDS = 10_000_000, 500
 CAPTION, KEY_LENGTH, IMAGE_BYTES = (

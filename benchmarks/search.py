@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from machine import processor_name
+from tercet.device import processor_name
 from tercet.search.approximate import build_approximate
 from tercet.search.index import Index
 

@@ -22,7 +22,7 @@ from typing import cast
 
 import torch
 
-from machine import add_options, count_flops, describe_machine, prepare, spread, take_turns
+from machine import add_options, describe_machine, prepare, spread, take_turns
 from plain import PlainModel
 from plain_step import PlainBatch, PlainPretraining, plain_optimizer, sum_of_losses
 from tercet.config import Config, ModelConfig, ObjectivesConfig, TrainConfig
@@ -32,12 +32,10 @@ from tercet.distributed import Ranks
 from tercet.model.layers import set_grad_checkpointing
 from tercet.model.tercet import Tercet
 from tercet.tasks.pretrain import Pretraining
-from tercet.train.compilation import compile_encoders, compiled_models
-from tercet.train.cost import count_flops as cost_flops
-from tercet.train.cost import expected_shape
-from tercet.train.loop import StepResult, take_step
+from tercet.train.dry_run import count_flops, measure_step
+from tercet.train.loop import StepResult, train_step
 from tercet.train.optim import build_optimizer
-from tercet.train.session import Session
+from tercet.train.setup import TrainState, compile_encoders, compiled_models
 
 # Counted on the published code: base size, 256 px, queue 65536, captions of 8 to 14 word pieces.
 PUBLISHED_FLOPS_A_PAIR = 264.2e9
@@ -50,15 +48,15 @@ QUICK_MODEL = {
 
 
 class OurStep:
-    """`tercet.train.loop.take_step` itself, over one batch drawn at random."""
+    """`tercet.train.loop.train_step` itself, over one batch drawn at random."""
 
     def __init__(self, config: Config, batch: Batch) -> None:
         # As the loader hands it over.
         self.batch = batch.pin_memory() if config.train.device == "cuda" else batch
         student = Tercet(config.model)
-        placement = resolve_device(config.train.device, config.train.precision)
+        spec = resolve_device(config.train.device, config.train.precision)
         self.last: StepResult | None = None
-        self.task = Pretraining(student, config.objectives).to(placement.device).train()
+        self.task = Pretraining(student, config.objectives).to(spec.device).train()
         set_grad_checkpointing(student, config.train.grad_checkpointing)
         if config.train.compile:
             compile_encoders(compiled_models(self.task))
@@ -66,14 +64,14 @@ class OurStep:
         # A queue that earlier batches filled: empty slots would be left out of the contrast.
         self.task.queue.image_ids.copy_(torch.arange(self.task.queue.size) + 1_000_000)
         optimizer = build_optimizer(student, config.optim, published=False)
-        # What a step reads of a session: all but the files, the source and the loader.
-        self.session = cast(
-            Session,
+        # What a step reads: all but the files, the source and the loader.
+        self.state = cast(
+            TrainState,
             SimpleNamespace(
                 config=config,
                 task=self.task,
                 optimizer=optimizer,
-                placement=placement,
+                spec=spec,
                 trained=self.task,
                 ranks=Ranks(),
                 step=0,
@@ -84,19 +82,19 @@ class OurStep:
     def __call__(self) -> None:
         """One step."""
         # The step before is looked at once this one is on its way, as in the training loop.
-        before, self.last = self.last, take_step(self.session, [self.batch])
-        assert before is None or before.trouble is None, before.trouble
-        self.session.step += 1
+        before, self.last = self.last, train_step(self.state, [self.batch])
+        assert before is None or before.failure is None, before.failure
+        self.state.step += 1
 
 
 class PlainStep:
     """The published computation of the same step on the same weights; normalising the pixels is left to its loader."""
 
     def __init__(self, config: Config, batch: Batch, student: Tercet) -> None:
-        self.placement = resolve_device(config.train.device, config.train.precision)
-        batch = to_device(batch, self.placement.device)
+        self.spec = resolve_device(config.train.device, config.train.precision)
+        batch = to_device(batch, self.spec.device)
         model = PlainModel.of(student)
-        self.task = PlainPretraining(model, config.model.text, config.objectives).to(self.placement.device).train()
+        self.task = PlainPretraining(model, config.model.text, config.objectives).to(self.spec.device).train()
         self.optimizer = plain_optimizer(model, config.optim)
         self.alpha = config.objectives.alpha
         assert batch.second_views is not None
@@ -110,7 +108,7 @@ class PlainStep:
     def __call__(self) -> None:
         """One step."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self.placement.autocast():
+        with self.spec.autocast():
             loss = sum_of_losses(self.task(self.batch, self.alpha))
         loss.backward()
         self.optimizer.step()
@@ -161,11 +159,11 @@ def step_config(
 
 
 def count_each(runs: dict[str, OurStep | PlainStep], config: Config, arguments: argparse.Namespace) -> dict[str, float]:
-    """FLOPs a pair; by arithmetic for compiled layers, which PyTorch's counter does not see into."""
+    """FLOPs a pair; on fake tensors for compiled layers, which PyTorch's counter does not see into."""
     flops: dict[str, float] = {name: count_flops(step) for name, step in runs.items() if not arguments.compile}
     if arguments.compile:
-        shape = expected_shape(arguments.batch, arguments.caption_tokens, config.objectives.mlm_probability)
-        flops["ours"] = cost_flops(config.model, config.objectives, shape).total
+        data = config.data.model_copy(update={"max_tokens": arguments.caption_tokens})
+        flops["ours"] = measure_step(config.model_copy(update={"data": data}), arguments.batch, "fp32").flops
         if "plain" in runs:
             flops["plain"] = count_flops(runs["plain"])
     return {name: value / arguments.batch for name, value in flops.items()}
@@ -195,7 +193,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
             step()
     # A GPU goes from one step to the next without a pause; a turn of several shows it.
     turn = arguments.turn or (5 if arguments.device == "cuda" else 1)
-    turns = {name: partial(take_steps, step, turn) for name, step in runs.items()}
+    turns = {name: partial(train_steps, step, turn) for name, step in runs.items()}
     seconds = take_turns(turns, max(1, arguments.steps // turn), rate)
     seconds = {name: [one / turn for one in times] for name, times in seconds.items()}
     medians = {name: statistics.median(times) / arguments.batch for name, times in seconds.items()}
@@ -233,7 +231,7 @@ def quartiles(seconds: Mapping[str, list[float]]) -> list[float]:
     return [round(ratio, 3) for ratio in statistics.quantiles(ratios)]
 
 
-def take_steps(step: Callable[[], object], count: int) -> None:
+def train_steps(step: Callable[[], object], count: int) -> None:
     """`count` steps without a look at what they gave."""
     for _ in range(count):
         step()

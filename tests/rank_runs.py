@@ -130,50 +130,52 @@ def poisoned_step(overrides: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from tercet.config_io import load_config
-    from tercet.distributed import Ranks, init_distributed
-    from tercet.train.loop import take_step
-    from tercet.train.session import due_steps, open_session
+    from tercet.distributed import init_distributed
+    from tercet.train.loop import remaining_steps, train_step
+    from tercet.train.setup import open_run_folder, set_up
 
-    with init_distributed("cpu"):
-        session = open_session(load_config("demo", overrides))
-        steps = due_steps(session)
-        first = take_step(session, next(steps)).trouble
+    config = load_config("demo", overrides)
+    with init_distributed("cpu"), open_run_folder(config) as folder:
+        state = set_up(config, folder)
+        steps = remaining_steps(state)
+        first = train_step(state, next(steps)).failure
         batch: Any = next(steps)[0]
-        before = {name: value.clone() for name, value in session.task.student.state_dict().items()}
+        before = {name: value.clone() for name, value in state.task.student.state_dict().items()}
         poisoned = dataclasses.replace(batch, images=torch.full(batch.images.shape, float("nan")))
-        result = take_step(session, [poisoned if Ranks().rank == 1 else batch])
-        unchanged = all(torch.equal(value, before[name]) for name, value in session.task.student.state_dict().items())
-        after = take_step(session, [batch]).trouble
-        return {"first": first, "trouble": result.trouble, "keys": batch.keys, "unchanged": unchanged, "after": after}
+        result = train_step(state, [poisoned if state.ranks.rank == 1 else batch])
+        unchanged = all(torch.equal(value, before[name]) for name, value in state.task.student.state_dict().items())
+        after = train_step(state, [batch]).failure
+        return {"first": first, "failure": result.failure, "keys": batch.keys, "unchanged": unchanged, "after": after}
 
 
 def fail_while_writing(overrides: dict[str, Any], rank: int, moment: str | None) -> None:
     """Two steps with a checkpoint each; in the second write one rank fails.
 
-    It dies in the function `moment` of `tercet.train.checkpoint`; None: its disk is full, for which a limit on the size
-    of files stands.
+    It dies in the function `moment` of `tercet.train.checkpoint`; None: its disk is full, simulated by a limit on the
+    size of files.
     """
     import resource
     import signal
 
     from tercet.config_io import load_config
-    from tercet.distributed import Ranks, init_distributed
+    from tercet.distributed import init_distributed
     from tercet.train import checkpoint
-    from tercet.train.loop import take_step
-    from tercet.train.session import due_steps, open_session
+    from tercet.train.evaluate import save_checkpoint
+    from tercet.train.loop import remaining_steps, train_step
+    from tercet.train.setup import open_run_folder, set_up
 
-    with init_distributed("cpu"):
-        session = open_session(load_config("demo", overrides))
-        steps = due_steps(session)
+    config = load_config("demo", overrides)
+    with init_distributed("cpu"), open_run_folder(config) as folder:
+        state = set_up(config, folder)
+        steps = remaining_steps(state)
         for step in (1, 2):
-            take_step(session, next(steps))
-            session.step = step
-            if step == 2 and Ranks().rank == rank and moment is None:
+            train_step(state, next(steps))
+            state.step = step
+            if step == 2 and state.ranks.rank == rank and moment is None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-            elif step == 2 and Ranks().rank == rank and moment is not None:
+            elif step == 2 and state.ranks.rank == rank and moment is not None:
                 setattr(checkpoint, moment, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-            session.checkpoints.save(session.task, session.optimizer, session.position)
-            session.checkpoints.wait()
+            save_checkpoint(state, wait=True)
 
 
 def train_in_little_memory(overrides: dict[str, Any], more: int) -> None:

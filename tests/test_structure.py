@@ -35,7 +35,7 @@ PARTS = {
     "objectives": {"model"},
     "tasks": {"model", "objectives", "data"},
     "predictor": {"model", "tasks", "data"},
-    "train": {"model", "objectives", "tasks", "data"},
+    "train": {"model", "objectives", "tasks", "predictor", "data"},
     "search": {"model", "tasks", "predictor", "data"},
     "serve": {"model", "tasks", "predictor", "data", "search"},
     "report": {"tasks"},

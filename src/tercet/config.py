@@ -201,10 +201,6 @@ class ObjectivesConfig(Section):
     lmi: float = Field(default=1.0, ge=0, description="weight of local-global mutual information")
     itm: float = Field(default=1.0, ge=0, description="weight of image-text matching with hard negatives")
     mlm: float = Field(default=1.0, ge=0, description="weight of masked language modelling")
-    alignment: Literal["softmax", "sigmoid"] = Field(
-        default="softmax",
-        description="cma: a positive against all candidates, as published, or each pair judged alone, as in SigLIP",
-    )
     teacher: bool = Field(default=True, description="keep an EMA teacher; without one only cma, itm and mlm can be on")
     momentum: float = Field(default=0.995, ge=0, le=1, description="EMA momentum of the teacher")
     alpha: float = Field(default=0.4, ge=0, le=1, description="weight of the teacher's soft targets in cma and mlm")
@@ -214,12 +210,6 @@ class ObjectivesConfig(Section):
         default=False, description="several ranks: itm and lmi find negatives among the pairs of all of them"
     )
     mlm_probability: float = Field(default=0.15, ge=0, le=1, description="share of word pieces that mlm masks")
-    second_text_mask: float = Field(
-        default=0.0, ge=0, lt=1, description="share of word pieces masked for the teacher: a second view of the text"
-    )
-    local_grid: int | None = Field(
-        default=None, ge=1, description="side of the pooled patch grid of lmi; default the root of the grid"
-    )
     patch_drop: float = Field(
         default=0.0, ge=0, lt=1, description="share of the student's image patches dropped at random, as in FLIP"
     )

@@ -257,8 +257,12 @@ def _origin(path: list[str], layers: list[Layer]) -> str:
 _ABSENT = object()
 
 # Keys of earlier versions by section, which configs in old run folders and recipes still have.
-MOVED_KEYS = {
-    "objectives": {"mask_probability": "mlm_probability", "alpha_ramp": "alpha_warmup"},
+MOVED_KEYS: dict[str, dict[str, str | None]] = {
+    "objectives": {
+        "mask_probability": "mlm_probability",
+        "alpha_ramp": "alpha_warmup",
+        **dict.fromkeys(("alignment", "second_text_mask", "local_grid")),
+    },
     "optim": {"accumulate": "grad_accum_steps"},
     "train": {"recompute": "grad_checkpointing"},
 }
@@ -288,7 +292,8 @@ def _word(detail: ErrorDetails, key: str) -> str:
         close = nearest(key, [name for name, _ in config_fields()])
         section, _, name = key.partition(".")
         if name in MOVED_KEYS.get(section, ()):
-            return f"is now {section}.{MOVED_KEYS[section][name]}"
+            new = MOVED_KEYS[section][name]
+            return f"is now {section}.{new}" if new else "no longer exists; remove the line"
         if close == key:
             return f"write the key under its section, as '{key.replace('.', ': {', 1)}: ...}}'"
         return "unknown key" + (f"; did you mean {close}?" if close else "; see tercet train --help")

@@ -19,31 +19,14 @@ def write_atomic(path: str | Path, data: bytes | str) -> Path:
     Raises:
         TercetError: the disk is full, or the folder cannot be written.
     """
-    path = Path(path)
-    payload = data.encode() if isinstance(data, str) else data
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(payload)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise TercetError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
-        ) from error
-    return path
+    with atomic_stream(path) as stream:
+        stream.write(data.encode() if isinstance(data, str) else data)
+    return Path(path)
 
 
 @contextlib.contextmanager
 def atomic_stream(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when the block ends well, and vanishes when it does not.
+    """A file to write that replaces `path` when the block succeeds, and is removed when it does not.
 
     Raises:
         TercetError: the disk is full, or the folder cannot be written.
@@ -62,72 +45,35 @@ def atomic_stream(path: str | Path) -> Iterator[BinaryIO]:
         temporary = None
         _sync_folder(path.parent)
     except OSError as error:
-        raise TercetError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
-        ) from error
+        raise cannot_write(path, error) from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def only_writer(folder: str | Path, prefix: str) -> Iterator[None]:
-    """Be the only process that writes files of that prefix into a folder; what killed ones left unfinished is removed.
-
-    Raises:
-        TercetError: another process does, or the folder cannot be written.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / f".{prefix}lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise TercetError(f"cannot write into {folder}: {error.strerror or error}; choose another folder") from error
-    try:
-        if os.name != "nt":  # Windows has no such locks
-            import fcntl
-
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise TercetError(f"another process is writing into {folder}; wait for it, or stop it") from error
-        for left in folder.glob(f".{prefix}*.*.*"):
-            left.unlink()
-        yield
-    finally:
-        os.close(lock)
-
-
-@contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well, and vanishes when it does not.
-
-    A folder already at `path` is replaced as a whole.
+    """A temporary folder beside `path` that replaces it when the block succeeds, and is removed when it does not.
 
     Raises:
         TercetError: the disk is full, or the parent folder cannot be written.
     """
     path = Path(path)
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    except OSError as error:
-        raise TercetError(f"cannot write beside {path}: {error.strerror or error}") from error
-    try:
         yield temporary
         settle_folder(temporary, path)
     except OSError as error:
-        raise TercetError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
-        ) from error
+        raise cannot_write(path, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def settle_folder(temporary: Path, path: Path) -> None:
-    """Flush a finished folder to the disk and move it, from beside `path`, into its place.
-
-    A folder already at `path` is replaced as a whole.
+    """Flush a finished folder to the disk and rename it to `path` beside it, replacing a folder there as a whole.
 
     Raises:
         OSError: the disk is full, or the parent folder cannot be written.
@@ -138,19 +84,66 @@ def settle_folder(temporary: Path, path: Path) -> None:
                 os.fsync(stream.fileno())
     _sync_folder(temporary)
     temporary.chmod(0o777 & ~_umask())
-    _swap(temporary, path)
+    if path.exists():
+        # A folder cannot be renamed over one that is not empty.
+        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+        path.rename(old / path.name)
+        temporary.rename(path)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(path)
     _sync_folder(path.parent)
 
 
-def _swap(temporary: Path, path: Path) -> None:
-    """Move `temporary` to `path`; what stood there steps aside, since a folder cannot be renamed over a full one."""
-    if not path.exists():
-        temporary.rename(path)
-        return
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-    path.rename(aside / path.name)
-    temporary.rename(path)
-    shutil.rmtree(aside)
+@contextlib.contextmanager
+def lock_folder(folder: str | Path, name: str, doing: str, timeout: float = 0) -> Iterator[None]:
+    """Be the only process that holds the lock `folder`/`name`; the system releases it however the process ends.
+
+    Args:
+        folder: made where it is missing.
+        name: of the lock file.
+        doing: what the message says of the other process, such as "training in".
+        timeout: seconds to wait for it.
+
+    Raises:
+        TercetError: another process holds it, or the folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    path = Path(folder) / name
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=timeout)
+    except Timeout:
+        raise TercetError(
+            f"another process is {doing} {folder}; wait for it or stop it, or choose another folder"
+        ) from None
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextlib.contextmanager
+def only_writer(folder: str | Path, prefix: str) -> Iterator[None]:
+    """Be the only process that writes files of that prefix into a folder; what killed ones left unfinished is removed.
+
+    Raises:
+        TercetError: another process does, or the folder cannot be written.
+    """
+    with lock_folder(folder, f".{prefix}lock", "writing into"):
+        for unfinished in Path(folder).glob(f".{prefix}*.*.*"):
+            unfinished.unlink()
+        yield
+
+
+def cannot_write(path: Path, error: OSError) -> TercetError:
+    """The error of a disk that is full or read-only."""
+    return TercetError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -27,11 +27,11 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a bit": (flip, "__0_0.distcp"),
-    "cut": (cut, "__0_0.distcp"),
-    "gone": (Path.unlink, "__0_0.distcp"),
-    "metadata": (flip, ".metadata"),
+    "a bit": (flip, SHARD),
+    "cut": (cut, SHARD),
+    "gone": (Path.unlink, SHARD),
     "record": (cut, "checkpoint.json"),
 }
 
@@ -102,15 +102,15 @@ def test_five_percent_of_the_pictures_are_broken(tmp_path: Path) -> None:
     assert len(taken) == 24
     assert sum(line["skipped"] for line in taken) == 2 * len(BROKEN)
     said = events(run.folder)
-    assert f"{2 * len(BROKEN)} samples could not be read and were left out" in said
+    assert f"{2 * len(BROKEN)} samples could not be read and were skipped" in said
     for name in BROKEN:
-        assert f"left out: {name}.jpg: " in said, said
+        assert f"skipped: {name}.jpg: " in said, said
     for name in ODD:
         assert f"{name}.jpg" not in said
-    assert "left out: huge.jpg: more pixels than" in said
+    assert "skipped: huge.jpg: more pixels than" in said
 
 
-def test_a_batch_with_nan_is_left_out_and_the_run_ends_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_with_nan_is_skipped_and_the_run_ends_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The poison enters where a damaged picture would: in the pixels of one batch of a whole run."""
     from faults.runs import TINY
     from tercet.config_io import load_config
@@ -128,7 +128,7 @@ def test_a_batch_with_nan_is_left_out_and_the_run_ends_sound(tmp_path: Path, mon
     monkeypatch.setattr(Pretraining, "prepare", poisoned)
     keys = {**TINY, "data.validation": [], "data.test": [], "output": str(tmp_path / "run")}
     run = train(load_config("demo", keys))
-    assert events(run).count("not finite; the step is left out") == 1
+    assert events(run).count("not finite; the step is skipped") == 1
     named = next(line for line in lines(run, "event") if "not finite" in line["message"])
     assert named["step"] == 5 and calls[4].keys[0] in named["message"]
     after = [line["loss"] for line in lines(run) if line["step"] > 5]

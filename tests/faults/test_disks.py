@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from pathlib import Path
 
@@ -74,7 +75,9 @@ def test_a_disk_that_becomes_read_only(small_disk: Path) -> None:
 def test_two_trainers_in_one_folder(unbroken: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     first = Run(folder, data__workers=1).until_step(1)
+    first.send(signal.SIGSTOP)  # it must not end while the second waits for it
     assert_one_line(Run(folder, resume=True), "another process is training in", str(folder))
+    first.send(signal.SIGCONT)
     first.finish()
     assert_equal(unbroken, folder)
     assert not (folder / ".lock").exists()

@@ -146,8 +146,7 @@ def checkpoint_targets() -> dict[str, Target]:
     best = as_json({"step": 1, "metric": "dual.r_mean", "value": 31.5})
     return {
         "checkpoint record": target("checkpoint.json"),
-        "checkpoint metadata": target(".metadata"),
-        "checkpoint tensors": target("__0_0.distcp"),
+        "checkpoint tensors": target("shard-00001-model-00001-of-00001.safetensors"),
         "checkpoint best": Target("best.json", [best], lambda folder: Checkpoints(folder, 1).best),
     }
 

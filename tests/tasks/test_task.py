@@ -16,7 +16,7 @@ from tercet.data.scenes import SceneSource
 from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
 from tercet.tasks.task import build_loader, further_texts, open_data
-from tercet.train.session import find_tokenizer
+from tercet.train.setup import find_tokenizer
 
 NO_TEACHER = {"objectives": {"teacher": False, "imc": 0, "lmi": 0, "queue_size": 0}}
 

@@ -20,8 +20,8 @@ from tercet.config import Config
 from tercet.config_io import load_config
 from tercet.errors import TercetError
 from tercet.train.checkpoint import list_checkpoints
-from tercet.train.loop import take_step, train
-from tercet.train.session import CHECKPOINTS, due_steps, open_session
+from tercet.train.loop import remaining_steps, train, train_step
+from tercet.train.setup import CHECKPOINTS, open_run_folder, set_up
 from tiny_run import TINY, flag
 
 
@@ -62,7 +62,7 @@ def test_a_run_folder_is_complete(unbroken: Path) -> None:
     }
     assert [path.name for path in list_checkpoints(unbroken / CHECKPOINTS)] == ["step-00000012", "step-00000010"]
     assert load_config(unbroken).train.batch_size == 6
-    assert not [path for path in unbroken.rglob(".*") if path.name != ".metadata"]
+    assert not list(unbroken.rglob(".*"))
 
 
 @pytest.mark.parametrize("steps", [2, 5, 8])
@@ -106,7 +106,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(unbroke
     run = train(tiny(tmp_path / "run", train__max_steps=5))
     newest, before = list_checkpoints(run / CHECKPOINTS)
     assert (newest.name, before.name) == ("step-00000005", "step-00000004")
-    tensors = next(newest.glob("*.distcp"))
+    tensors = next(newest.glob("*.safetensors"))
     content = bytearray(tensors.read_bytes())
     content[len(content) // 2] ^= 0xFF
     tensors.write_bytes(content)
@@ -120,7 +120,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(unbroke
 def test_no_readable_checkpoint_is_one_error(tmp_path: Path) -> None:
     run = train(tiny(tmp_path / "run", train__max_steps=2))
     for path in list_checkpoints(run / CHECKPOINTS):
-        (path / ".metadata").unlink()
+        next(path.glob("*.safetensors")).unlink()
     with pytest.raises(TercetError, match="damaged"):
         train(load_config(run), run)
 
@@ -147,23 +147,25 @@ def test_a_mistake_in_what_is_held_out_is_told_before_the_first_step(tmp_path: P
     train(tiny(tmp_path / "run", train__max_steps=1))  # the folder is not taken
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_named(tmp_path: Path) -> None:
-    session = open_session(tiny(tmp_path / "run"))
-    steps = due_steps(session)
-    assert take_step(session, next(steps)).trouble is None
-    (batch,) = next(steps)
-    before = {name: value.clone() for name, value in session.task.state_dict().items()}
-    poisoned = dataclasses.replace(batch, images=torch.full(batch.images.shape, float("nan")))
-    result = take_step(session, [poisoned])
-    assert result.trouble is not None
-    for word in ("cma", "imc", "lmi", "itm", "mlm", batch.keys[0]):
-        assert word in result.trouble
-    after = session.task.state_dict()
-    for name, value in before.items():
-        if not name.startswith("teacher."):  # the teacher moved towards a student that is still sound
-            assert torch.equal(value, after[name]), name
-    assert all(value.isfinite().all() for value in after.values() if value.is_floating_point())
-    assert take_step(session, [batch]).trouble is None
+def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run")
+    with open_run_folder(config) as folder:
+        state = set_up(config, folder)
+        steps = remaining_steps(state)
+        assert train_step(state, next(steps)).failure is None
+        (batch,) = next(steps)
+        before = {name: value.clone() for name, value in state.task.state_dict().items()}
+        poisoned = dataclasses.replace(batch, images=torch.full(batch.images.shape, float("nan")))
+        failure = train_step(state, [poisoned]).failure
+        assert failure is not None
+        for word in ("cma", "imc", "lmi", "itm", "mlm", batch.keys[0]):
+            assert word in failure
+        after = state.task.state_dict()
+        for name, value in before.items():
+            if not name.startswith("teacher."):  # the teacher moved towards a student that is still sound
+                assert torch.equal(value, after[name]), name
+        assert all(value.isfinite().all() for value in after.values() if value.is_floating_point())
+        assert train_step(state, [batch]).failure is None
 
 
 def test_a_run_that_diverges_gives_up_with_a_sound_checkpoint(tmp_path: Path) -> None:

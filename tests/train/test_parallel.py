@@ -15,8 +15,8 @@ from rank_runs import SMALL, poisoned_step, run_ranks, train_run, train_runs, tr
 from tercet.cli import main
 from tercet.data.scenes import SceneSource
 from tercet.errors import TercetError
+from tercet.files import lock_folder
 from tercet.train.checkpoint import list_checkpoints
-from tercet.train.lock import FolderLock
 from tiny_run import flag
 
 NUMBERS = ("loss", "cma", "imc", "lmi", "itm", "mlm", "grad_norm", "temperature", "lr", "alpha")
@@ -137,22 +137,20 @@ def test_broken_images_on_one_rank_neither_hang_nor_bias_the_other(tmp_path: Pat
     assert sum(line["skipped"] for line in lines(two)) == sum(line["skipped"] for line in lines(one)) == 24
 
 
-def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all_and_named(tmp_path: Path) -> None:
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_named(tmp_path: Path) -> None:
     first, second = run_ranks(2, poisoned_step, {**SMALL, "output": str(tmp_path / "run")})
-    assert first["trouble"] == second["trouble"]
-    assert "Samples of rank 1" in first["trouble"] and "rank 0" not in first["trouble"]
-    assert second["keys"][0] in first["trouble"] and first["keys"][0] not in first["trouble"]
+    assert first["failure"] == second["failure"]
+    assert "Samples of rank 1" in first["failure"] and "rank 0" not in first["failure"]
+    assert second["keys"][0] in first["failure"] and first["keys"][0] not in first["failure"]
     assert all(part["unchanged"] and part["first"] is None and part["after"] is None for part in (first, second))
 
 
 def test_every_rank_hears_that_the_folder_is_taken(tmp_path: Path) -> None:
-    lock, folder = FolderLock(), tmp_path / "run"
-    folder.mkdir()
-    lock.hold(folder)
-    for error in run_ranks(2, train_run, "demo", {**SMALL, "output": str(folder)}):
-        assert isinstance(error, TercetError)
-        assert str(error).startswith(f"another process is training in {folder}; ")
-    lock.release()
+    folder = tmp_path / "run"
+    with lock_folder(folder, ".lock", "training in"):
+        for error in run_ranks(2, train_run, "demo", {**SMALL, "output": str(folder)}):
+            assert isinstance(error, TercetError)
+            assert str(error).startswith(f"another process is training in {folder}; ")
     assert list(folder.iterdir()) == []
     run(folder, 2, train__max_steps=1)
     assert not (folder / ".lock").exists()

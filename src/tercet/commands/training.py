@@ -20,7 +20,7 @@ def demo(**overrides: ConfigKeys) -> None:
     Two runs: `demo-figures` aligns single shapes with their captions, and `demo` goes on from it with scenes and all
     five objectives.  --init MODEL takes the place of the first.
     """
-    from tercet.train.session import name_folder
+    from tercet.train.setup import name_folder
 
     config = load_config("demo", overrides)
     if "RANK" in os.environ:
@@ -42,7 +42,7 @@ def _train_on_shapes(config: Config, overrides: dict[str, Any], folder: Path) ->
     """
     from tercet.tasks.task import open_data
     from tercet.train.loop import train as run_training
-    from tercet.train.session import TOKENIZER, find_tokenizer
+    from tercet.train.setup import TOKENIZER, find_tokenizer
 
     own = ("data.train", "data.validation", "data.test")
     kept = {
@@ -90,7 +90,7 @@ def train(
         raise TercetError("name a recipe: tercet train RECIPE; `tercet recipes` lists them")
     config = load_config(chosen, overrides)
     if dry_run:
-        from tercet.train.plan import describe
+        from tercet.train.dry_run import describe
 
         print(describe(config))
         return
@@ -144,7 +144,7 @@ def _train_and_report(config: Config, resume: Path | None = None, overrides: dic
     """
     from tercet.distributed import Ranks, init_distributed
     from tercet.train.loop import train as run_training
-    from tercet.train.session import CONFIG
+    from tercet.train.setup import CONFIG
 
     with init_distributed(config.train.device):
         if overrides is not None and config.output is not None:

@@ -102,7 +102,7 @@ def load_model(
             that is missing, unexpected or of another shape; a tokenizer that does not fit.
     """
     folder = find_model_folder(source, revision, local_only)
-    config, objectives = _read_config(folder / CONFIG)
+    config, objectives = read_config(folder / CONFIG)
     model = empty_model(config)
     model.load_state_dict(_read_weights(folder / WEIGHTS, model, device), assign=True)
     model.objectives = objectives
@@ -266,7 +266,7 @@ def _read_json(path: Path) -> Any:
         raise TercetError(f"{path}: not valid JSON ({error}); {_AGAIN}") from error
 
 
-def _read_config(path: Path) -> tuple[ModelConfig, list[str] | None]:
+def read_config(path: Path) -> tuple[ModelConfig, list[str] | None]:
     """The sizes, and the objectives; None where the folder does not have them, being converted or made by hand."""
     config = _read_json(path)
     if not isinstance(config, dict) or config.get("library") != "tercet" or not isinstance(config.get("model"), dict):

@@ -1,15 +1,15 @@
-"""Checkpoints: written beside the training, complete or absent, verified when read, the newest few and the best kept.
+"""Checkpoints: written while the training goes on, complete or absent, verified when read.
 
 checkpoints/
     step-00000500/
-        __0_0.distcp ...     tensors of every rank, by torch.distributed.checkpoint
-        .metadata            where each tensor lies
-        checkpoint.json      step, what the data was, and a digest of every other file
-    .step-00001000.partial/  one that is being written, or that a killed run left; never read
-    best.json                which step validated best, and how well
+        shard-00001-….safetensors   tensors of each rank, by torch.distributed.checkpoint
+        checkpoint.json             step, fingerprint of the data, and a digest of every other file
+    .step-00001000.partial/         one that is being written, or that a killed run left; never read
+    best.json                       which step validated best, and how well
 
-A step is taken apart from its checkpoint: tensors are copied to host memory, which is all that the training waits for,
-and a thread writes the copy.  Any number of ranks read what any other number wrote, sharded or not.
+The newest few and the best are kept.  `save` copies tensors to host memory, which is all that the training waits for,
+and a thread writes the copy.  Any number of ranks read what any other number wrote, sharded or not.  Reading runs
+nothing that a file holds: tensors lie in safetensors, all else in JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -38,17 +39,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from tercet.data.rows import parse_json
 from tercet.distributed import Ranks, lost_rank
 from tercet.errors import TercetError
 from tercet.files import settle_folder, write_atomic
-from tercet.train.checkpoint_reader import METADATA, CheckedPlanner, CheckedReader
 
 RECORD = "checkpoint.json"
 BEST = "best.json"
-FORMAT_VERSION = 2
-# How dcp names a failure depends on what is broken; all of these mean that the files do not fit this run.
-LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, CheckpointException)
+FORMAT_VERSION = 3
+WRITE_ERRORS = (OSError, RuntimeError, ValueError, CheckpointException)
 
 
 @dataclass(frozen=True)
@@ -82,20 +80,16 @@ class Best:
 
 
 class Checkpoints:
-    """The checkpoints of one run.  Every rank makes the same calls; the first one names and counts folders.
+    """The checkpoints of one run.  Every rank makes the same calls; rank 0 renames and removes folders.
 
     Attributes:
-        folder: where they lie.
-        best: what `keep_best` was last told, in this process or before; None before any validation.
+        folder: may not exist yet.
+        keep: how many of the newest are kept.
+        best: of the last `keep_best`, in this process or before; None before any validation.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
-        """Open the folder of a run, which need not be there yet.
-
-        Args:
-            folder: where the checkpoints lie.
-            keep: how many of the newest are kept.
-        """
+        """See the attributes."""
         self.folder = folder
         self.keep = keep
         self._ranks = Ranks()
@@ -106,9 +100,9 @@ class Checkpoints:
         self.best = _read_best(folder)
 
     def save(self, task: nn.Module, optimizer: torch.optim.Optimizer, position: Position) -> None:
-        """Copy the state of a run and write it, whole or not at all, while the run goes on.
+        """Copy the state of a run and write it, whole or not at all, while the run goes on; drop older checkpoints.
 
-        Then all but the `keep` newest and the best are dropped.  A write that is still under way is waited for.
+        A write that is still under way is waited for.
 
         Raises:
             TercetError: the write before this one failed.
@@ -118,19 +112,19 @@ class Checkpoints:
             return
         stager = DefaultStager(StagingOptions(False, False, False, False))
         state = stager.stage(_state(task, optimizer))
-        assert isinstance(state, dict)  # a future only where staging runs apart
+        assert isinstance(state, dict)  # a future only where staging is asynchronous
         self._newest = position
         self._write = self._thread.submit(self._write_out, state, position)
 
     def keep_best(self, best: Best) -> None:
-        """Never drop the checkpoint of this step, which `save` was given before, until a better one comes."""
+        """Keep the checkpoint of this step, which was saved before, until a better one comes."""
         self.wait()
         self.best = best
         if self._ranks.first:
             write_atomic(self.folder / BEST, json.dumps(asdict(best)) + "\n")
 
     def wait(self) -> None:
-        """Until nothing is being written.
+        """Wait until nothing is being written.
 
         Raises:
             TercetError: the disk is full, or another rank has gone.
@@ -140,47 +134,48 @@ class Checkpoints:
             write.result()
 
     def load(self, task: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Position, list[str]]:
-        """Load the newest checkpoint that is whole, and clear away what a killed run left half-written.
+        """Load the newest intact checkpoint, and remove what a killed run left half-written.
 
         Returns:
             Where the run stands, and a message for each newer checkpoint that was damaged.
 
         Raises:
-            TercetError: there is no checkpoint, or none is whole.
+            TercetError: there is no checkpoint, or none is intact.
         """
         if self._ranks.first:
             for partial in self.folder.glob(".step-*"):
                 shutil.rmtree(partial, ignore_errors=True)
-        complaints: list[str] = []
+        failures: list[str] = []
         for path in self._ranks.broadcast(list_checkpoints(self.folder)):
             try:
-                return self._load(path, task, optimizer), complaints
+                return self._load(path, task, optimizer), failures
             except TercetError as error:
-                complaints.append(str(error))
-        if not complaints:
-            raise TercetError(f"no checkpoint in {self.folder}; start the run anew")
-        raise TercetError(f"no checkpoint in {self.folder} can be read: {'; '.join(complaints)}")
+                failures.append(str(error))
+        if not failures:
+            raise TercetError(f"no checkpoint in {self.folder}; start a new run")
+        raise TercetError(f"no checkpoint in {self.folder} can be read: {'; '.join(failures)}")
 
     def _write_out(self, state: dict[str, Any], position: Position) -> None:
-        """The thread's work; the ranks speak over a channel of their own meanwhile."""
+        """The thread's work; the ranks use a group of their own meanwhile."""
         ranks = self._writing_ranks
         path = self.folder / f"step-{position.step:08d}"
         partial = self.folder / f".{path.name}.partial"
         try:
-            _agree(ranks, lambda: _clear(partial) if ranks.first else None)
+            _on_rank0(ranks, lambda: _clear(partial))
+            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
             with _one_process():
-                save(state, checkpoint_id=partial, process_group=ranks.group, no_dist=ranks.world == 1)
+                save(state, storage_writer=writer, process_group=ranks.group, no_dist=ranks.world == 1)
             names = ranks.broadcast(sorted(file.name for file in partial.iterdir()))
             own = {name: _digest(partial / name) for name in names[ranks.rank :: ranks.world]}
             digests = {name: digest for part in ranks.gather(own) for name, digest in part.items()}
-            _agree(ranks, lambda: self._settle(partial, path, position, digests) if ranks.first else None)
-        except LOAD_ERRORS as error:
+            _on_rank0(ranks, lambda: self._settle(partial, path, position, digests))
+        except WRITE_ERRORS as error:
             if ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
             reason = _reason(error)
             if lost_rank(error):
                 raise TercetError(
-                    f"another of the {ranks.world} processes is gone, and {path} is not written; see what it said, "
+                    f"another of the {ranks.world} processes is gone, and {path} is not written; see its output, "
                     f"and resume the run ({reason})"
                 ) from error
             raise TercetError(f"cannot write {path}: {reason}; free some space and resume the run") from error
@@ -197,25 +192,26 @@ class Checkpoints:
     def _load(self, path: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> Position:
         record = _read_record(path)
         names = sorted(record["files"])
-        there = {file.name for file in path.iterdir()}  # a name that leads elsewhere is none of them
+        there = {file.name for file in path.iterdir()} - {RECORD}
         own = names[self._ranks.rank :: self._ranks.world]
-        damaged = next((name for name in own if name not in there or not _whole(path, record, name)), None)
-        for name in self._ranks.gather(damaged):
+        damaged = [name for name in own if name not in there or _digest(path / name) != record["files"][name]]
+        damaged += sorted(there - set(names))  # the reader would read those too
+        for name in self._ranks.gather(next(iter(damaged), None)):
             if name is not None:
                 raise TercetError(f"checkpoint {path} is damaged: {name} is not what was written")
-        reader = CheckedReader(path, names)
         state = _state(task, optimizer)
         try:
             with _one_process():
-                load(state, storage_reader=reader, planner=CheckedPlanner(), no_dist=self._ranks.world == 1)
-        except LOAD_ERRORS as error:
+                load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=self._ranks.world == 1)
+        except (Exception, CheckpointException) as error:  # files made to do harm raise nearly anything
             if lost_rank(error):
                 raise
             if any(isinstance(failure, KeyboardInterrupt) for failure, _ in getattr(error, "failures", {}).values()):
                 raise KeyboardInterrupt from error
             raise TercetError(f"checkpoint {path} does not fit this run: {_reason(error)}") from error
         set_model_state_dict(task, state["task"])
-        set_optimizer_state_dict(task, optimizer, state["optimizer"])
+        current = get_optimizer_state_dict(task, optimizer)
+        set_optimizer_state_dict(task, optimizer, {**current, "state": state["optimizer"]})
         return Position(record["step"], record["data"], record["pairs_per_step"])
 
 
@@ -227,16 +223,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = parse_json((path / RECORD).read_text("utf-8"), RECORD)
-    except (OSError, ValueError, TercetError) as error:
+        record = json.loads((path / RECORD).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise TercetError(f"checkpoint {path} is damaged: {RECORD} cannot be read ({error})") from error
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
-        raise TercetError(f"checkpoint {path} has a format that this version does not know; update tercet")
+        raise TercetError(f"checkpoint {path} is of another version of tercet; resume with that, or start a new run")
     counts = [record.get("step"), record.get("pairs_per_step")]
     sound = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
     files = record.get("files")
-    if not sound or not isinstance(record.get("data"), str) or not isinstance(files, dict) or METADATA not in files:
-        raise TercetError(f"checkpoint {path} is damaged: {RECORD} lacks something that was written")
+    if not sound or not isinstance(record.get("data"), str) or not isinstance(files, dict):
+        raise TercetError(f"checkpoint {path} is damaged: {RECORD} is incomplete")
     return record
 
 
@@ -246,49 +242,45 @@ def _read_best(folder: Path) -> Best | None:
     if not file.is_file():
         return None
     try:
-        best = Best(**parse_json(file.read_text("utf-8"), BEST))
-        if (
-            not isinstance(best.step, int)
-            or not isinstance(best.metric, str)
-            or not isinstance(best.value, int | float)
-        ):
+        best = Best(**json.loads(file.read_text("utf-8")))
+        if not (isinstance(best.step, int) and isinstance(best.metric, str) and isinstance(best.value, int | float)):
             raise ValueError("no step, metric and value")
         return best
-    except (OSError, ValueError, TypeError, TercetError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise TercetError(f"{file} cannot be read ({error}); remove it, and the next validation is the best") from error
 
 
 def _state(task: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {"task": get_model_state_dict(task), "optimizer": get_optimizer_state_dict(task, optimizer)}
+    """All tensors of a run; the settings of the optimizer follow from the config and the step."""
+    return {"task": get_model_state_dict(task), "optimizer": get_optimizer_state_dict(task, optimizer)["state"]}
 
 
 def _clear(folder: Path) -> None:
-    """Make `folder`, empty; what a killed run left there goes."""
+    """Make `folder`, empty."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
-def _agree(ranks: Ranks, act: Any) -> None:
-    """Do something that may fail on one rank; the others wait for it, and fail with it.
+def _on_rank0(ranks: Ranks, act: Callable[[], None]) -> None:
+    """Do something on rank 0 that all ranks wait for and fail with.
 
     Raises:
-        OSError: what any rank raised.
+        OSError: what rank 0 raised.
     """
-    failure: OSError | None = None
-    try:
-        act()
-    except OSError as error:
-        failure = error
-    told = [reason for reason in ranks.gather(None if failure is None else str(failure)) if reason is not None]
+    failure = None
+    if ranks.first:
+        try:
+            act()
+        except OSError as error:
+            failure = str(error)
+    failure = ranks.broadcast(failure)
     if failure is not None:
-        raise failure
-    if told:
-        raise OSError(told[0])
+        raise OSError(failure)
 
 
 @contextlib.contextmanager
 def _one_process() -> Iterator[None]:
-    """Without the warning that there is no process group: one process is meant."""
+    """Without the warning that there is no process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
@@ -300,10 +292,6 @@ def _reason(error: BaseException) -> str:
     if failures:
         error = next(iter(failures.values()))[0]
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _whole(path: Path, record: dict[str, Any], name: str) -> bool:
-    return (path / name).is_file() and _digest(path / name) == record["files"][name]
 
 
 def _digest(file: Path) -> str:

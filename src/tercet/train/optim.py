@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tercet.config import ObjectivesConfig, OptimConfig
-from tercet.distributed import Ranks, local_part
+from tercet.distributed import Ranks, is_sharded, local_part
 
 # The published warm-up moves once every so many steps, within the first epoch only.
 PUBLISHED_WARMUP_STRIDE = 100
@@ -28,10 +28,9 @@ def decays(name: str, parameter: nn.Parameter, published: bool) -> bool:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, published: bool) -> torch.optim.AdamW:
-    """AdamW over the parameters that take a gradient: those that decay, those that do not, and the single numbers.
+    """AdamW over the parameters that take a gradient: those that decay, those that do not, and the scalars.
 
-    Numbers stand apart because they are whole where all else is in pieces (FSDP), and one step takes tensors of one
-    kind.
+    Scalars have a group of their own because FSDP does not shard them, and a fused step takes tensors of one kind.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -52,14 +51,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig, published: bool) -> t
 
 @torch.no_grad()
 def gradient_norm(model: nn.Module) -> Tensor:
-    """Norm of all gradients together, `[]`, on their device; of those in pieces, of the pieces of all ranks."""
+    """Norm of all gradients together, `[]`, on their device; of sharded ones, over the shards of all ranks."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    pieces = [local_part(gradient) for gradient in gradients if hasattr(gradient, "to_local")]
-    whole = [gradient for gradient in gradients if not hasattr(gradient, "to_local")]
-    norm = _norm(whole)
-    if not pieces:
+    shards = [local_part(gradient) for gradient in gradients if is_sharded(gradient)]
+    norm = _norm([gradient for gradient in gradients if not is_sharded(gradient)])
+    if not shards:
         return norm
-    squares = _norm(pieces).square()
+    squares = _norm(shards).square()
     return (norm.to(squares).square() + Ranks().sum(squares)).sqrt()
 
 
@@ -72,10 +70,10 @@ def _norm(gradients: list[Tensor]) -> Tensor:
 
 
 def step_clipped(optimizer: torch.optim.Optimizer, grad_norm: Tensor, limit: float | None) -> None:
-    """Step with the gradients scaled down to a norm of `limit` where theirs is larger; do not where it is not finite.
+    """Step with gradients clipped to a norm of `limit`; change nothing where their norm is not finite.
 
-    The fused kernel scales while it reads the gradients, which saves the passes over them that clipping first would
-    take, and leaves everything as it is where the norm is not finite, so that the host need not wait to know.
+    The fused kernel scales while it reads the gradients, which saves the passes over them that clipping would take,
+    and decides on the device whether to step, so that the host does not wait.
 
     Args:
         optimizer: of `build_optimizer`.
@@ -83,15 +81,15 @@ def step_clipped(optimizer: torch.optim.Optimizer, grad_norm: Tensor, limit: flo
         limit: the largest norm; None does not clip.
     """
     gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
-    if any(hasattr(gradient, "to_local") for gradient in gradients):
-        # Parameters in pieces (FSDP) do not take the numbers below, which are no pieces.
+    if any(gradient is not None and is_sharded(gradient) for gradient in gradients):
+        # A step of DTensors does not take the plain tensors below.
         if not bool(torch.isfinite(grad_norm)):
             return
         if limit is not None:
-            pieces = [local_part(gradient) for gradient in gradients if gradient is not None]
-            torch._foreach_mul_(pieces, (limit / grad_norm).clamp(max=1.0))  # pyright: ignore[reportPrivateImportUsage]
+            shards = [local_part(gradient) for gradient in gradients if gradient is not None]
+            torch._foreach_mul_(shards, (limit / grad_norm).clamp(max=1.0))  # pyright: ignore[reportPrivateImportUsage]
     else:
-        # torch.amp's scaler sets both in the same way: what the fused step divides gradients by, and whether to skip.
+        # As torch.amp's scaler sets them: what the fused step divides gradients by, and whether to skip it.
         optimizer.grad_scale = None if limit is None else (grad_norm / limit).clamp(min=1.0)  # type: ignore[attr-defined]
         optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
     optimizer.step()
@@ -135,7 +133,7 @@ def _cosine(config: OptimConfig, progress: float) -> float:
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def alpha_of(config: ObjectivesConfig, step: int, steps_per_epoch: int) -> float:
+def alpha_at(config: ObjectivesConfig, step: int, steps_per_epoch: int) -> float:
     """Weight of the teacher's soft targets at a step: it rises linearly over the first `alpha_warmup` epochs."""
     ramp = config.alpha_warmup * steps_per_epoch
     return config.alpha if step >= ramp else config.alpha * step / ramp

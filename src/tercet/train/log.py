@@ -1,4 +1,4 @@
-"""What a run says while it goes: a progress bar, metrics.jsonl and TensorBoard."""
+"""What a run prints and writes while it trains: a progress bar, metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -24,28 +23,47 @@ from tercet.files import write_atomic
 METRICS = "metrics.jsonl"
 # What a training line holds besides losses.
 NOT_LOSSES = frozenset({"epoch", "lr", "temperature", "grad_norm", "alpha", "pairs_per_second", "skipped"})
-# Lines in a log file, where a bar cannot redraw itself.
+# Lines a run prints into a log file, where a bar cannot be redrawn.
 PLAIN_LINES = 40
 
 
-class Tracker:
-    """Progress bar, metrics.jsonl and TensorBoard of one run.
+class NullLogger:
+    """The logger of the ranks that neither write nor print; the interface of `RunLogger`."""
+
+    def advance(self, step: int) -> None:
+        """Show that `step` steps are done."""
+
+    def log_train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write a line of training metrics and show the losses."""
+
+    def log_evaluation(self, step: int, data: str, metrics: Mapping[str, Mapping[str, float]]) -> None:
+        """Write the line of an evaluation on `data` (`validation` or `test`)."""
+
+    def event(self, step: int, message: str) -> None:
+        """Write and show something that happened."""
+
+    def status(self, description: str) -> None:
+        """Show what the run does outside of training steps."""
+
+
+class RunLogger(NullLogger):
+    """Progress bar, metrics.jsonl and TensorBoard of one run; made by `open_logger`.
 
     Args:
         folder: the run folder.
         total: steps of the run.
-        step: steps already taken; lines of metrics.jsonl beyond it, left by a run that was cut off, are dropped.
+        step: steps already taken.
     """
 
-    def __init__(self, folder: Path, total: int, step: int = 0) -> None:
+    def __init__(self, folder: Path, total: int, step: int) -> None:
         self.folder = folder
         self.total = total
         self.console = Console(stderr=True, soft_wrap=True)
-        _drop_later_lines(folder / METRICS, step)
-        with self._room_needed():
-            # Without a buffer, so that a line that does not fit is known at once, and taken back.
+        with self._report_full_disk():
+            _drop_later_lines(folder / METRICS, step)
+            # Unbuffered, so that a line that does not fit is noticed at once, and taken back.
             self._stream = (folder / METRICS).open("ab", buffering=0)
-        self._board = self._open_board(step)
+        self._board = self._open_tensorboard(step)
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -58,25 +76,23 @@ class Tracker:
             disable=not self.console.is_terminal,
         )
         self._bar = self._progress.add_task("training", total=total, completed=step, status="")
-        self._started = (time.monotonic(), step)
+        self._start = time.monotonic(), step
         self._last_plain = step
 
-    def __enter__(self) -> Tracker:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-        self._stream.close()
-        if self._board is None:
-            return
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[RunLogger]:
+        """While open, the bar is drawn; then all files are closed."""
         try:
-            self._board.close()
-        except OSError as failure:
-            if error is None:
-                raise self._no_room(failure) from failure
+            with self._progress, contextlib.closing(self._stream):
+                yield self
+        except BaseException:
+            if self._board is not None:
+                with contextlib.suppress(OSError):  # the first error counts
+                    self._board.close()
+            raise
+        with self._report_full_disk():
+            if self._board is not None:
+                self._board.close()
 
     def advance(self, step: int) -> None:
         """Show that `step` steps are done."""
@@ -102,43 +118,39 @@ class Tracker:
         self._write("event", step, {"message": message})
         self.console.print(f"step {step}: {message}", highlight=False, markup=False)
 
-    def waiting(self, description: str) -> contextlib.AbstractContextManager[object]:
+    def status(self, description: str) -> None:
         """Show what the run does outside of training steps."""
         if self.console.is_terminal:
             self._progress.update(self._bar, description=description)
         else:
             self.console.print(f"{description} ...", highlight=False, markup=False)
-        return contextlib.nullcontext()
 
     def _write(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
         line = {"kind": kind, "step": step, "time": time.time(), **fields}
-        with self._room_needed():
+        with self._report_full_disk():
             append(self._stream, (json.dumps(_finite(line)) + "\n").encode())
             if self._board is not None and kind != "event":
                 for name, value in _flatten(fields, kind):
                     self._board.add_scalar(name, value, step)
 
     @contextlib.contextmanager
-    def _room_needed(self) -> Iterator[None]:
+    def _report_full_disk(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise self._no_room(error) from error
-
-    def _no_room(self, error: OSError) -> TercetError:
-        return TercetError(
-            f"cannot write into {self.folder}: {error.strerror or error}; make room, or mend the disk, and go on with: "
-            f"tercet train --resume {self.folder}"
-        )
+            raise TercetError(
+                f"cannot write into {self.folder}: {error.strerror or error}; free some space or repair the disk, and "
+                f"go on with: tercet train --resume {self.folder}"
+            ) from error
 
     def _time_left(self, step: int) -> str:
-        since, first = self._started
+        since, first = self._start
         seconds = (time.monotonic() - since) / max(1, step - first) * (self.total - step)
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
-    def _open_board(self, step: int) -> Any:
+    def _open_tensorboard(self, step: int) -> Any:
         if importlib.util.find_spec("tensorboard") is None:
-            hint = "TensorBoard is not installed (pip install 'tercet[track]'); metrics.jsonl has it all"
+            hint = "TensorBoard is not installed (pip install 'tercet[track]'); metrics.jsonl has everything"
             self.console.print(hint, highlight=False, markup=False)
             return None
         from torch.utils.tensorboard import SummaryWriter
@@ -146,35 +158,21 @@ class Tracker:
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=step or None)
 
 
-class Silence(Tracker):
-    """The tracker of the ranks that neither write nor speak."""
+@contextlib.contextmanager
+def open_logger(folder: Path, total: int, step: int = 0, writes: bool = True) -> Iterator[NullLogger]:
+    """The logger of a run.
 
-    def __init__(self) -> None:
-        pass
-
-    def __enter__(self) -> Silence:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-    def advance(self, step: int) -> None:
-        """Nothing."""
-
-    def log_train(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing."""
-
-    def log_evaluation(self, step: int, data: str, metrics: Mapping[str, Mapping[str, float]]) -> None:
-        """Nothing."""
-
-    def event(self, step: int, message: str) -> None:
-        """Nothing."""
-
-    def waiting(self, description: str) -> contextlib.AbstractContextManager[object]:
-        """Nothing."""
-        return contextlib.nullcontext()
+    Args:
+        folder: the run folder.
+        total: steps of the run.
+        step: steps already taken; later lines of metrics.jsonl, left by a run that was cut off, are dropped.
+        writes: whether this rank writes and prints.
+    """
+    if not writes:
+        yield NullLogger()
+        return
+    with RunLogger(folder, total, step).opened() as logger:
+        yield logger
 
 
 def append(stream: FileIO, data: bytes) -> None:
@@ -203,12 +201,12 @@ def _drop_later_lines(file: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
-            print(f"{file}: left out a line that was cut short", file=sys.stderr)
+            print(f"{file}: dropped a line that was cut short", file=sys.stderr)
     write_atomic(file, "".join(f"{line}\n" for line in kept))
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: a number that is none becomes null."""
+    """JSON has no NaN: a number that is not finite becomes null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

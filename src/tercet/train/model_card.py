@@ -1,4 +1,4 @@
-"""The model card of a run: what it was trained on and how, what it reached, what it is for, and where it ends."""
+"""The model card of a run: what it was trained on and how, what it reached, what it is for, and its limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from tercet.config import Config
 from tercet.model.hub import model_card
 from tercet.model.tercet import Tercet
-from tercet.train.track import METRICS
+from tercet.train.log import METRICS
 
 RECALLS = {
     "image_r1": "text→image R@1",
@@ -22,13 +22,13 @@ RECALLS = {
     "text_r10": "R@10",
     "r_mean": "mean",
 }
-WAYS = {"dual": "dual encoder", "reranked": "re-ranked"}
-PURPOSES = {
-    "pretrain": "Finding images by words and words by image; telling whether a sentence fits a picture; a start for "
+RANKINGS = {"dual": "dual encoder", "reranked": "re-ranked"}
+INTENDED_USE = {
+    "pretrain": "Finding images by text and text by image; telling whether a sentence fits an image; a start for "
     "fine-tuning",
-    "retrieval": "Finding images by words and words by image; telling whether a sentence fits a picture",
+    "retrieval": "Finding images by text and text by image; telling whether a sentence fits an image",
     "vqa": "Answering short questions about an image",
-    "entailment": "Telling whether a sentence follows from a picture, contradicts it, or neither",
+    "entailment": "Telling whether a sentence follows from an image, contradicts it, or neither",
     "nlvr_pretrain": "A start for fine-tuning on statements about two images",
     "nlvr": "Telling whether a statement about two images is true",
     "grounding": "Showing where in an image a phrase is seen",
@@ -39,60 +39,47 @@ Line = dict[str, Any]
 
 
 def run_card(model: Tercet, config: Config, folder: Path) -> str:
-    """README.md of the model that the run in `folder` trained; what is not known is not said."""
-    lines = _read(folder / METRICS)
+    """README.md of the model that the run in `folder` trained; what is not known is left out."""
+    metrics, facts = folder / METRICS, folder / "run.json"
+    text = metrics.read_text("utf-8") if metrics.is_file() else ""
+    lines: list[Line] = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    known: Line = json.loads(facts.read_text("utf-8")) if facts.is_file() else {}
     steps = max((line["step"] for line in lines), default=0)
     evaluations = {line["data"]: line for line in lines if line.get("kind") == "evaluate" and "data" in line}
-    facts = _facts(folder)
-    start = model_card(model).split("---\n", 2)[2].strip()
+    introduction = model_card(model).split("---\n", 2)[2].strip().split("\n", 1)[1].strip()
     sections = [
-        f"# {config.name}\n\n{start.split(chr(10), 1)[1].strip()}",
-        f"## Intended use\n\n{PURPOSES[config.task]}, on images and texts like those it was trained on.",
-        "## Training data\n\n" + _data(config, facts),
-        "## Training\n\n" + _training(config, facts, steps),
+        f"# {config.name}\n\n{introduction}",
+        f"## Intended use\n\n{INTENDED_USE[config.task]}, on images and texts like those it was trained on.",
+        "## Training data\n\n" + _data(config, known),
+        "## Training\n\n" + _training(config, known, steps),
         "## Evaluation\n\n" + _evaluation(config, evaluations),
         "## Limits\n\n" + _limits(config, model),
     ]
     return f"---\n{_front_matter(config, evaluations)}---\n" + "\n\n".join(sections) + "\n"
 
 
-def _read(path: Path) -> list[Line]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.endswith("}")]
-
-
-def _facts(folder: Path) -> Line:
-    file = folder / "run.json"
-    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
-
-
-def _data(config: Config, facts: Line) -> str:
-    pairs = f"{facts['pairs']:,} texts with their images, " if "pairs" in facts else ""
+def _data(config: Config, known: Line) -> str:
+    pairs = f"{known['pairs']:,} texts with their images, " if "pairs" in known else ""
     sources = ", ".join(f"`{Path(source).name if '://' not in source else source}`" for source in config.data.train)
-    notes = [f"{pairs}from {sources}."]
-    if any(source.split(":")[0] == "scenes" for source in config.data.train):
-        notes.append("Scenes are drawn by Tercet: coloured shapes, with captions that name them.")
+    start = "It started from random weights."
     if config.init is not None:
-        notes.append(f"It started from the weights of `{config.init}`, whose own training data counts as well.")
-    else:
-        notes.append("It started from random weights.")
-    return " ".join(notes) + "\n\nTell here where the data comes from, its licence, and who is shown in it."
+        start = f"It started from the weights of `{config.init}`, whose own training data counts as well."
+    return f"{pairs}from {sources}. {start}\n\nSay here where the data comes from, its licence, and who is shown in it."
 
 
-def _training(config: Config, facts: Line, steps: int) -> str:
+def _training(config: Config, known: Line, steps: int) -> str:
     objectives, optim, train = config.objectives, config.optim, config.train
     rows = {
         "recipe": f"`{config.name}` (task {config.task})",
-        "steps": f"{steps:,}, {train.batch_size * optim.grad_accum_steps} pairs each on a device",
+        "steps": f"{steps:,} of {train.batch_size * optim.grad_accum_steps} pairs each",
         "learning rate": f"{optim.lr:g} to {optim.min_lr:g} ({optim.schedule}), weight decay {optim.weight_decay:g}",
         "augmentation": f"{config.data.augment}, flip {'on' if config.data.flip else 'off'}",
         "seed": str(train.seed),
     }
     if config.task in ("pretrain", "retrieval", "grounding"):
         rows["objectives"] = ", ".join(f"{name} {getattr(objectives, name):g}" for name in objectives.enabled)
-    if "machine" in facts:
-        rows["machine"] = str(facts["machine"])
+    if "machine" in known:
+        rows["machine"] = str(known["machine"])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"| | |\n|---|---|\n{table}\n\nThe run's `config.yaml` holds every setting."
 
@@ -101,20 +88,27 @@ def _evaluation(config: Config, evaluations: dict[str, Line]) -> str:
     parts = []
     for data, line in evaluations.items():
         sources = getattr(config.data, data, []) if data in ("validation", "test") else []
-        sizes = line.get("size") or {}
-        counted = ", ".join(f"{count:,} {what}" for what, count in sizes.items())
-        parts.append(f"**{data}** ({', '.join(Path(source).name for source in sources)}; {counted})")
-        ways = [way for way in WAYS if isinstance(line.get(way), dict)]
-        if ways:
+        sizes = ", ".join(f"{count:,} {what}" for what, count in (line.get("size") or {}).items())
+        parts.append(f"**{data}** ({', '.join(Path(source).name for source in sources)}; {sizes})")
+        rankings = [ranking for ranking in RANKINGS if isinstance(line.get(ranking), dict)]
+        if rankings:
             head = "| | " + " | ".join(RECALLS.values()) + " |\n|---" + "|---" * len(RECALLS) + "|"
-            rows = [f"| {WAYS[way]} | " + " | ".join(f"{line[way][key]:.1f}" for key in RECALLS) + " |" for way in ways]
-            parts.append("\n".join([head, *rows]))
+            numbers = {ranking: " | ".join(f"{line[ranking][key]:.1f}" for key in RECALLS) for ranking in rankings}
+            parts.append("\n".join([head, *(f"| {RANKINGS[ranking]} | {row} |" for ranking, row in numbers.items())]))
             continue
-        for group, numbers in line.items():
-            if isinstance(numbers, dict) and group != "size":
-                rows = [f"| {name} | {value:.2f} |" for name, value in numbers.items() if value is not None]
-                parts.append("\n".join([f"| {group} | |", "|---|---|", *rows]))
+        for group, metrics in _groups(line):
+            rows = [f"| {name} | {value:.2f} |" for name, value in metrics.items()]
+            parts.append("\n".join([f"| {group} | |", "|---|---|", *rows]))
     return "\n\n".join(parts) if parts else "It was not evaluated: the run names no held-out data."
+
+
+def _groups(line: Line) -> list[tuple[str, dict[str, float]]]:
+    """The groups of metrics of an evaluation, without what is not a number."""
+    return [
+        (group, {name: value for name, value in metrics.items() if value is not None})
+        for group, metrics in line.items()
+        if isinstance(metrics, dict) and group not in ("size", "space")
+    ]
 
 
 def _limits(config: Config, model: Tercet) -> str:
@@ -122,7 +116,7 @@ def _limits(config: Config, model: Tercet) -> str:
     limits = [
         "It knows what its training captions name, in their language and words; elsewhere its scores mean little.",
         "It repeats the biases and mistakes of its training data.",
-        "A match probability compares captions for one picture; it is no measure of truth, and not calibrated.",
+        "A match probability compares captions for one image; it does not measure truth, and is not calibrated.",
         f"Texts are cut after {data.max_words} words or {min(data.max_tokens, model.config.text.max_positions)} word "
         f"pieces; images are resized to {model.config.vision.image_size} px, so that small details are lost.",
         "Not for decisions about people, nor for identifying them.",
@@ -130,7 +124,7 @@ def _limits(config: Config, model: Tercet) -> str:
     if config.task in ("pretrain", "retrieval") and not config.objectives.itm:
         limits.append("Its matching head was not trained: use similarity, not match, and do not re-rank.")
     if data.flip:
-        limits.append("Pictures were mirrored in training, so that it may not tell left from right.")
+        limits.append("Images were mirrored in training, so that it may not tell left from right.")
     return "\n".join(f"- {limit}" for limit in limits)
 
 
@@ -138,18 +132,14 @@ def _front_matter(config: Config, evaluations: dict[str, Line]) -> str:
     matter: Line = {"library_name": "tercet", "tags": ["image-text-retrieval", "vision-language", "tercet"]}
     if config.task in PIPELINES:
         matter["pipeline_tag"] = PIPELINES[config.task]
-    results = []
     for data, line in list(evaluations.items())[-1:]:
         metrics = [
             {"type": name, "name": f"{group} {name}", "value": round(value, 2)}
-            for group, numbers in line.items()
-            if isinstance(numbers, dict) and group not in ("size", "space")
+            for group, numbers in _groups(line)
             for name, value in numbers.items()
-            if value is not None
         ]
+        task = {"type": PIPELINES.get(config.task, "image-text-retrieval")}
+        result = {"task": task, "dataset": {"type": data, "name": data}, "metrics": metrics}
         if metrics:
-            task = {"type": PIPELINES.get(config.task, "image-text-retrieval")}
-            results.append({"task": task, "dataset": {"type": data, "name": data}, "metrics": metrics})
-    if results:
-        matter["model-index"] = [{"name": config.name, "results": results}]
+            matter["model-index"] = [{"name": config.name, "results": [result]}]
     return yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)

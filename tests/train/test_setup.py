@@ -1,4 +1,4 @@
-"""Compiled layers, recomputed layers and dropped patches in whole steps of a tiny model."""
+"""Compiled layers, checkpointed layers and dropped patches in whole steps of a tiny model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tercet.model.layers import set_grad_checkpointing
 from tercet.model.tercet import Tercet
 from tercet.objectives.loss import total
 from tercet.tasks.pretrain import Pretraining
-from tercet.train.compilation import compile_encoders, compiled_models
+from tercet.train.setup import compile_encoders, compiled_models
 
 OBJECTIVES = ObjectivesConfig(queue_size=12)
 BATCH = 3
@@ -116,11 +116,11 @@ def test_compiled_for_a_gpu_with_the_same_losses() -> None:
     torch._dynamo.reset()
 
 
-def test_recomputed_layers_give_the_same_step_bit_for_bit() -> None:
-    plain, recomputed = make_task(dropout=0.1), make_task(dropout=0.1)
-    set_grad_checkpointing(recomputed.student)
+def test_checkpointed_layers_give_the_same_step_bit_for_bit() -> None:
+    plain, checkpointed = make_task(dropout=0.1), make_task(dropout=0.1)
+    set_grad_checkpointing(checkpointed.student)
     for tokens in (9, 14):
-        assert_same_step(recomputed, plain, tokens, 0.0)
+        assert_same_step(checkpointed, plain, tokens, 0.0)
 
 
 def kept_bytes(task: Pretraining) -> int:
@@ -140,10 +140,10 @@ def kept_bytes(task: Pretraining) -> int:
     return sum(kept.values())
 
 
-def test_recomputed_layers_keep_less() -> None:
-    plain, recomputed = make_task(dropout=0.1), make_task(dropout=0.1)
-    set_grad_checkpointing(recomputed.student)
-    assert kept_bytes(recomputed) < 0.6 * kept_bytes(plain)
+def test_checkpointed_layers_keep_less() -> None:
+    plain, checkpointed = make_task(dropout=0.1), make_task(dropout=0.1)
+    set_grad_checkpointing(checkpointed.student)
+    assert kept_bytes(checkpointed) < 0.6 * kept_bytes(plain)
 
 
 def test_dropped_patches_train_the_student_alone() -> None:
