@@ -284,8 +284,8 @@ def onnx_runner(folder: Path) -> Runner:
     """ONNX files, by onnxruntime on the CPU."""
     from onnxruntime import InferenceSession
 
-    options = {"providers": ["CPUExecutionProvider"]}
-    sessions: dict[str, Any] = {file.stem: InferenceSession(str(file), **options) for file in folder.glob("*.onnx")}
+    cpu = ["CPUExecutionProvider"]
+    sessions: dict[str, Any] = {file.stem: InferenceSession(str(file), providers=cpu) for file in folder.glob("*.onnx")}
 
     def run(name: str, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
         arrays = {key: value.numpy() for key, value in inputs.items()}

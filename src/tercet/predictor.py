@@ -165,12 +165,12 @@ class Predictor:
             logits: list[Tensor] = []
             for image_embeds in self._encoded(pictures):
                 logits += self._match(image_embeds, owners[len(logits) : len(logits) + len(image_embeds)])
-        chances = _probability(torch.stack(logits))
+        probabilities = _probability(torch.stack(logits))
         if paired:
-            return chances[:, 0]
-        chances = chances[:, 0] if single_text else chances
-        chances = chances[0] if single_image else chances
-        return chances if chances.ndim else chances.item()
+            return probabilities[:, 0]
+        probabilities = probabilities[:, 0] if single_text else probabilities
+        probabilities = probabilities[0] if single_image else probabilities
+        return probabilities if probabilities.ndim else probabilities.item()
 
     def match_each(self, images: Sequence[ImageInput], texts: Sequence[Sequence[str]]) -> list[list[MatchScore]]:
         """Each image with texts of its own, by both encoders.
@@ -217,14 +217,15 @@ class Predictor:
         """
         if isinstance(labels, str) or not labels:
             raise TercetError("give classify a list of labels, such as ['a dog', 'a cat']")
-        key = (tuple(labels), tuple(templates or TEMPLATES))
+        names = list(labels)
+        key = (tuple(names), tuple(templates or TEMPLATES))
         with evaluating(self.model):
             classes = _cached(self._class_feats, key, CACHED_CLASSES, lambda: class_feats(self.model, *key, _DATA))
         feats = self.embed_images(images)
         result: list[dict[str, float]] = []
         for row in zero_shot(feats.reshape(-1, feats.shape[-1]), classes, self.model.temperature.item()):
             order = row.argsort(descending=True, stable=True).tolist()
-            result.append(dict(zip((labels[index] for index in order), row[order].tolist(), strict=True)))
+            result.append(dict(zip((names[index] for index in order), row[order].tolist(), strict=True)))
         return result[0] if feats.ndim == 1 else result
 
     def answer(
@@ -348,12 +349,12 @@ class Predictor:
             input_ids, mask = (part.to(self.device) for part in tokenise(model, texts, _DATA, clean))
             text_embeds = model.encode_text(input_ids, mask)
             if mode == "itc":
-                words, chances = None, [None] * len(texts)
+                words, probabilities = None, [None] * len(texts)
                 maps = contrast_heatmaps(model, images, model.project_text(text_embeds[:, 0]), layer)
             else:
                 heatmaps = match_heatmaps if mode == "itm" else partial(answer_heatmaps, pieces=first_pieces(model))
                 words, logits = heatmaps(model, model.encode_image(images), text_embeds, mask, layer)
-                maps, chances = average_words(words, mask), _probability(logits).tolist()
+                maps, probabilities = average_words(words, mask), _probability(logits).tolist()
         tokenizer, found = require_tokenizer(model), []
         for index, (text, length) in enumerate(zip(texts, mask.sum(dim=1).tolist(), strict=True)):
             pieces: list[tuple[str, Tensor]] = []
@@ -362,7 +363,7 @@ class Predictor:
                 pieces = list(zip(names, to_grid(words[index, 1:length].cpu(), side, side), strict=True))
             own = pixels[index if len(pixels) > 1 else 0]
             heatmap = to_grid(maps[index].cpu(), side, side)
-            found.append(Explanation(text, own, heatmap, join_pieces(pieces), chances[index]))
+            found.append(Explanation(text, own, heatmap, join_pieces(pieces), probabilities[index]))
         return found
 
 

@@ -282,7 +282,7 @@ def test_errors_name_file_and_entry(
 def test_unknown_files(published: State, base: Path, tmp_path: Path) -> None:
     with pytest.raises(TercetError, match=r"w.pth: neither .* conv1.weight"):
         convert_state({"conv1.weight": torch.ones(2)}, tmp_path)
-    with pytest.raises(TercetError, match=r"width 48 .*--vision-heads"):
+    with pytest.raises(TercetError, match=r"width 48.*--vision-heads"):
         convert_state(published, tmp_path, vision_heads=None)
     with pytest.raises(TercetError, match=r"--text-heads 3 does not divide width 40"):
         convert_state(published, tmp_path, text_heads=3)

@@ -145,8 +145,8 @@ def weights_with(change: Callable[[dict[str, torch.Tensor]], object]) -> Callabl
     return damage
 
 
-def cut(name: str, length: int) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:length]) and None
+def cut(name: str, length: int) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:length])
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def cut(name: str, length: int) -> Callable[[Path], None]:
         (lambda folder: (folder / "answers.json").write_text("[1]"), r"answers.json: not a list of answers"),
     ],
 )
-def test_damage_is_one_line_that_names_the_file(folder: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_damage_is_one_line_that_names_the_file(folder: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(folder)
     with pytest.raises(TercetError, match=message) as caught:
         load_model(folder)

@@ -96,19 +96,20 @@ def test_every_base_size_key_is_used_or_skipped_for_a_reason(key_lists: dict, na
     }
     family = find_family(state)
     assert family is not None
-    gathered, used = gather(state, family)
-    skipped = skipped_entries(state, family, used)
-    entries = [*used.values(), *skipped.values()]
+    gathered = gather(state, family)
+    skipped = skipped_entries(state, family, gathered)
+    entries = [*gathered.used.values(), *skipped.values()]
     assert sorted(key for keys in entries for key in keys) == sorted(state)
     assert skipped.keys() <= REASONS
     config = published_config(state)
     assert (config.text.depth, config.text.fusion_layer) == (12, 6)
     assert config.vision.image_size == (256 if "pretrain" in name else 384)
     wanted = empty_model(config).state_dict()
-    assert gathered.keys() <= wanted.keys()
-    assert all(gathered[key].shape == wanted[key].shape for key in gathered)
+    ours = gathered.weights
+    assert ours.keys() <= wanted.keys()
+    assert all(value.shape == wanted[key].shape for key, value in ours.items())
     heads = ("answer_decoder", "entailment_head", "second_fusion", "nlvr_head", "assignment_head")
-    assert {key for key in wanted if key.startswith(heads)} <= gathered.keys()
+    assert {key for key in wanted if key.startswith(heads)} <= ours.keys()
 
 
 def test_patches_are_the_published_convolution() -> None:

@@ -53,22 +53,22 @@ CAPTIONS = ["a red dog", "a red dog runs", "a blue car", "a blue car stops", "a 
 OWNERS = torch.arange(6)
 
 
-def test_captions_are_alike_by_the_rare_words_that_they_share() -> None:
+def test_captions_are_similar_by_the_rare_words_that_they_share() -> None:
     vectors = caption_vectors(CAPTIONS, OWNERS, 6)
-    alike = vectors @ vectors.T
-    assert alike[0, 1] == pytest.approx(1)
-    assert alike[2, 3] > 0.9
-    assert 0 < alike[0, 2] < 0.2  # 'a' alone
-    assert not alike[5, :5].any()
+    similar = vectors @ vectors.T
+    assert similar[0, 1] == pytest.approx(1)
+    assert similar[2, 3] > 0.9
+    assert 0 < similar[0, 2] < 0.2  # 'a' alone
+    assert not similar[5, :5].any()
 
 
 def test_neighbourhood_lies_between_chance_and_best(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = caption_vectors(CAPTIONS, OWNERS, 6)
-    told = neighbourhood(vectors, vectors, neighbours=1)
-    assert told["kept"] == pytest.approx(100)
-    assert told["chance"] < told["overlap"] <= told["best"]
+    found = neighbourhood(vectors, vectors, neighbours=1)
+    assert found["kept"] == pytest.approx(100)
+    assert found["chance"] < found["overlap"] <= found["best"]
     monkeypatch.setattr("tercet.tasks.embedding.CHUNK", 4)
-    assert neighbourhood(vectors, vectors, neighbours=1) == pytest.approx(told)
+    assert neighbourhood(vectors, vectors, neighbours=1) == pytest.approx(found)
     everyone = neighbourhood(unit(6), vectors, neighbours=5)
     assert everyone["overlap"] == pytest.approx(everyone["chance"]) == pytest.approx(everyone["best"])
     assert everyone["kept"] == pytest.approx(0, abs=1e-6)

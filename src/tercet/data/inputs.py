@@ -35,7 +35,7 @@ def list_images(images: ImageInputs) -> tuple[list[ImageInput], bool]:
         if images.ndim > 4:
             raise TercetError(f"an array of {images.ndim} axes is no batch of images; give {_FORMS}, or a list of them")
     elif isinstance(images, _SINGLE) or not isinstance(images, Iterable):
-        return [images], True  # pyright: ignore[reportReturnType] - bytes-like; to_pixels refuses the rest
+        return [images], True  # pyright: ignore[reportReturnType] - bytes-like; to_pixels rejects the rest
     several: list[ImageInput] = list(images)
     if not several:
         raise TercetError("no image given; give one or more")
@@ -70,7 +70,7 @@ def to_pixels(image: ImageInput, name: str = "the image") -> Pixels:
         name: names it in errors, where it has no path.
 
     Raises:
-        TercetError: not an image, or of values or axes that say nothing certain.
+        TercetError: not an image, or values or axes are ambiguous.
     """
     if isinstance(image, str | os.PathLike):
         return decode(read_bytes(os.fspath(image)), os.fspath(image))

@@ -29,11 +29,9 @@ from tercet.model.names import (
     FOREIGN_HEADS,
     SKIPPED,
     Family,
-    expand,
+    Gathered,
     find_family,
-    find_layers,
     gather,
-    tied_names,
 )
 from tercet.model.tercet import Tercet
 from tercet.model.vision import resize_position_embed
@@ -136,16 +134,15 @@ def convert(
     state = read_weights(path)
     with _errors_name(path):
         family, state, notes = _recognise(state)
-        gathered, used = gather(state, family)
+        gathered = gather(state, family)
         settings = _bert_settings(path.parent / "config.json") if family.kind == "BERT" else {}
-        text_heads = text_heads or settings.get("num_attention_heads")
-        sizes = read_sizes(state, family, gathered, vision_heads, text_heads)
+        sizes = read_sizes(gathered, vision_heads, text_heads or settings.get("num_attention_heads"))
         _apply_settings(sizes, settings)
         start = ModelConfig() if base_model is None else base_model.config
         config = ModelConfig.model_validate(merge(start.model_dump(), sizes))
-        _check(state, family, gathered, used, config)
-        skipped = skipped_entries(state, family, used)
-    weights, kept, random = _fill(gathered, config, base_model, seed)
+        _check(state, family, gathered, config)
+        skipped = skipped_entries(state, family, gathered)
+    weights, kept, random = _fill(gathered.weights, config, base_model, seed)
     config, resized = _resize(weights, config, image_size)
     words, tokenizer_notes = _find_tokenizer(path, tokenizer, "text" in sizes, base_model)
     if words is not None:
@@ -154,8 +151,8 @@ def convert(
     model = empty_model(config)
     model.load_state_dict(weights, assign=True)
     model.tokenizer = words
-    kind, notes = _kind(family, config, gathered), notes + tokenizer_notes
-    report = ConversionReport(path, Path(to), kind, config, used, random, kept, resized, skipped, notes)
+    kind, notes = _kind(family, config), notes + tokenizer_notes
+    report = ConversionReport(path, Path(to), kind, config, gathered.used, random, kept, resized, skipped, notes)
     save_model(model, to, f"{model_card(model)}\n## Origin\n\n{report.summary()}\n")
     return report
 
@@ -168,30 +165,23 @@ def published_config(
     Raises:
         TercetError: a tensor that a size is read from is missing, or a number of heads must be given.
     """
-    family = find_family(state) or DOWNSTREAM
-    return ModelConfig.model_validate(read_sizes(state, family, gather(state, family)[0], vision_heads, text_heads))
+    gathered = gather(state, find_family(state) or DOWNSTREAM)
+    return ModelConfig.model_validate(read_sizes(gathered, vision_heads, text_heads))
 
 
-def read_sizes(
-    state: Mapping[str, Tensor],
-    family: Family,
-    gathered: Mapping[str, Tensor],
-    vision_heads: int | None,
-    text_heads: int | None,
-) -> dict[str, Any]:
-    """The keys of `ModelConfig` that a checkpoint decides, read off the shapes of `gathered`.
+def read_sizes(gathered: Gathered, vision_heads: int | None, text_heads: int | None) -> dict[str, Any]:
+    """The keys of `ModelConfig` that a checkpoint decides, read off the shapes of its tensors.
 
     Raises:
         TercetError: a tensor that a size is read from is missing, the grid is not square, or heads must be given.
     """
-    layers = find_layers(state, family)
-    theirs = expand(family.table, layers)
+    layers, theirs = gathered.layers, gathered.rows
 
     def shape(name: str) -> torch.Size:
-        if name not in gathered:
+        if name not in gathered.weights:
             missing = theirs[name][0] if name in theirs else f"what {name} is made of"
             raise TercetError(f"{missing} is missing; the file is incomplete or of another architecture")
-        return gathered[name].shape
+        return gathered.weights[name].shape
 
     sizes: dict[str, Any] = {}
     if "vision.patch_embed.weight" in theirs:
@@ -220,17 +210,17 @@ def read_sizes(
             "fusion_layer": len(layers["text"]),
             "heads": _heads(width, text_heads, "--text-heads"),
         }
-    if "vision_projection.weight" in gathered:
+    if "vision_projection.weight" in gathered.weights:
         sizes["embed_dim"] = shape("vision_projection.weight")[0]
-    parts = {name.split(".")[0] for name in gathered}
-    if len(sizes) > 1:
+    if "vision" in sizes and "text" in sizes:
+        parts = {name.split(".")[0] for name in gathered.weights}
         sizes["heads"] = [head for part, (head, _) in _HEAD_KINDS.items() if part in parts]
     return sizes
 
 
 def _heads(width: int, heads: int | None, flag: str) -> int:
     if heads is None and width % HEAD_WIDTH:
-        raise TercetError(f"width {width} does not tell the number of attention heads; give it as {flag}")
+        raise TercetError(f"the number of attention heads cannot be read off width {width}; give it as {flag}")
     heads = width // HEAD_WIDTH if heads is None else heads
     if heads < 1 or width % heads:
         raise TercetError(f"{flag} {heads} does not divide width {width}")
@@ -278,14 +268,13 @@ def _recognise(state: dict[str, Tensor]) -> tuple[Family, dict[str, Tensor], lis
     return family, state, ["the distillation token and its position were dropped; only the class token is read"]
 
 
-def _kind(family: Family, config: ModelConfig, gathered: Mapping[str, Tensor]) -> str:
+def _kind(family: Family, config: ModelConfig) -> str:
     if family.kind == "BERT":
         last = config.text.fusion_layer - 1
         return f"BERT; layers 0 to {last} encode the text, the others start the fusion encoder"
     if family is not DOWNSTREAM and not family.two_images:
         return family.kind
-    parts = {name.split(".")[0] for name in gathered}
-    task = next((kind for part, (_, kind) in reversed(_HEAD_KINDS.items()) if part in parts), "retrieval")
+    task = next((kind for head, kind in reversed(_HEAD_KINDS.values()) if head in config.heads), "retrieval")
     return f"published {task} model"
 
 
@@ -317,51 +306,44 @@ def _apply_settings(sizes: dict[str, Any], settings: Mapping[str, Any]) -> None:
         sizes["text"]["dropout"] = settings["hidden_dropout_prob"]
 
 
-def _check(
-    state: Mapping[str, Tensor],
-    family: Family,
-    gathered: Mapping[str, Tensor],
-    used: Mapping[str, list[str]],
-    config: ModelConfig,
-) -> None:
+def _check(state: Mapping[str, Tensor], family: Family, gathered: Gathered, config: ModelConfig) -> None:
     """Every needed tensor is there, every shape fits, and tied tensors are equal.
 
     Raises:
         TercetError: names the entry of the checkpoint.
     """
-    layers = find_layers(state, family)
-    theirs, parts = expand(family.table, layers), {name.split(".")[0] for name in gathered}
+    weights, used, theirs = gathered.weights, gathered.used, gathered.rows
+    parts = {name.split(".")[0] for name in weights}
     for name, value in empty_model(config).state_dict().items():
         part = name.split(".")[0]
-        if name not in gathered:
+        if name not in weights:
             if name in theirs and (part in parts or part not in family.optional):
                 raise TercetError(f"{theirs[name][0]} is missing, and {name} needs it; the file is incomplete")
-        elif gathered[name].shape != value.shape:
+        elif weights[name].shape != value.shape:
             raise TercetError(
-                f"{', '.join(used[name])} give {name} the shape {list(gathered[name].shape)}, "
+                f"{', '.join(used[name])} give {name} the shape {list(weights[name].shape)}, "
                 f"the rest of the file asks for {list(value.shape)}"
             )
-        elif not gathered[name].is_floating_point():
-            raise TercetError(f"{used[name][0]} holds {gathered[name].dtype}, not floats; convert the original file")
-    for alias, first in tied_names(family, layers).items():
+        elif not weights[name].is_floating_point():
+            raise TercetError(f"{used[name][0]} holds {weights[name].dtype}, not floats; convert the original file")
+    for alias, first in gathered.tied.items():
         if alias in state and first in state and not torch.equal(state[alias], state[first]):
             raise TercetError(f"{alias} differs from {first}; in Tercet, as in the published model, they are tied")
 
 
-def skipped_entries(state: Mapping[str, Tensor], family: Family, used: Mapping[str, list[str]]) -> dict[str, list[str]]:
+def skipped_entries(state: Mapping[str, Tensor], family: Family, gathered: Gathered) -> dict[str, list[str]]:
     """The entries of the checkpoint that were not used, by reason.
 
     Raises:
         TercetError: one of them belongs to an encoder, which then computes something else.
     """
-    taken = {name for names in used.values() for name in names}
-    second = tied_names(family, find_layers(state, family))
+    taken = {name for names in gathered.used.values() for name in names}
     skipped: dict[str, list[str]] = {}
     for name in state:
         if name in taken:
             continue
         reason = next((reason for reason, pattern in SKIPPED.items() if re.fullmatch(pattern, name)), None)
-        reason = reason or ("second names of tied tensors" if name in second else "heads of other tasks")
+        reason = reason or ("second names of tied tensors" if name in gathered.tied else "heads of other tasks")
         if reason == "heads of other tasks":
             for prefix in family.encoders:
                 if name.startswith(prefix) and not re.fullmatch(FOREIGN_HEADS, name.removeprefix(prefix)):

@@ -285,37 +285,52 @@ def expand(table: Table, layers: Layers) -> Table:
 
 def tied_names(family: Family, layers: Layers) -> dict[str, str]:
     """Second names of tied tensors, and the first."""
-    pairs = family.tied.items()
     return {
         alias: name
-        for second, first in pairs
+        for second, first in family.tied.items()
         for alias, name in zip(_expand_name(second, layers), _expand_name(first, layers), strict=True)
     }
 
 
-def gather(state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """Their tensors as ours.
+@dataclass(frozen=True)
+class Gathered:
+    """A checkpoint under our names.
 
-    Returns:
-        Our tensors, and for each their names.  A tensor of which nothing is there is missing.
+    Attributes:
+        weights: our tensors; one of which nothing is there is missing.
+        used: for each of them their names.
+        rows: the table of the family, expanded to the layers of the checkpoint.
+        tied: second names of tied tensors, and the first.
+        layers: the numbers of the layers.
+    """
+
+    weights: dict[str, Tensor]
+    used: dict[str, list[str]]
+    rows: Table
+    tied: dict[str, str]
+    layers: Layers
+
+
+def gather(state: Mapping[str, Tensor], family: Family) -> Gathered:
+    """Their tensors as ours.
 
     Raises:
         TercetError: a part of a tensor is missing, or its parts do not fit together.
     """
     layers = find_layers(state, family)
-    second = {first: alias for alias, first in tied_names(family, layers).items()}
-    gathered: dict[str, Tensor] = {}
-    origins: dict[str, list[str]] = {}
-    for ours, theirs in expand(family.table, layers).items():
+    rows, tied = expand(family.table, layers), tied_names(family, layers)
+    second = {first: alias for alias, first in tied.items()}
+    gathered = Gathered({}, {}, rows, tied, layers)
+    for ours, theirs in rows.items():
         found = [name if name in state else second.get(name, name) for name in theirs]
         missing = [name for name in found if name not in state]
         if len(missing) == len(found):
             continue
         if missing:
             raise TercetError(f"{missing[0]} is missing, though {next(n for n in found if n in state)} is there")
-        gathered[ours] = _concatenate(ours, found, [state[name] for name in found])
-        origins[ours] = found
-    return gathered, origins
+        gathered.weights[ours] = _concatenate(ours, found, [state[name] for name in found])
+        gathered.used[ours] = found
+    return gathered
 
 
 def published_to_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -327,7 +342,7 @@ def published_to_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         TercetError: a part of a tensor is missing.
     """
-    return gather(state, find_family(state) or DOWNSTREAM)[0]
+    return gather(state, find_family(state) or DOWNSTREAM).weights
 
 
 def state_to_published(

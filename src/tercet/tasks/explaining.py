@@ -45,7 +45,7 @@ class Explanation:
         pixels: the image, uint8 `[height, width, 3]`.
         heatmap: of the whole text, `[rows, columns]` of patches; higher is more.
         words: in their order; empty where the mode does not tell words apart.
-        match: the probability that they belong together; None where the fusion encoder was not asked.
+        match: the probability that they belong together; None without the fusion encoder.
         answer: what the model answers, where the text is a question to it.
     """
 
@@ -96,7 +96,7 @@ def join_pieces(pieces: Sequence[tuple[str, Tensor]]) -> list[WordHeat]:
 
 
 def blend(pixels: Pixels, heatmap: Tensor, strength: float = 1.0) -> Pixels:
-    """Heat in colour over an image in grey; the scale ends at the map's own maximum, and nothing is drawn of zeros.
+    """Heat in colour over an image in grey; the scale ends at the map's own maximum, and zeros have no colour.
 
     Args:
         pixels: uint8 `[height, width, 3]`.
@@ -112,7 +112,7 @@ def blend(pixels: Pixels, heatmap: Tensor, strength: float = 1.0) -> Pixels:
     heat = enlarge(heatmap[None].float(), height, width)[0].clamp(min=0)
     heat = (heat / heat.max().clamp(min=1e-12)).numpy()[..., None]
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None].astype(np.float32) / 255
-    # Light grey, so that the dark end of the colours stands apart from a dark image.
+    # Light grey, so that the dark end of the colours shows on a dark image.
     grey = 0.25 + 0.75 * grey
     colours = colormaps["inferno"](0.15 + 0.8 * heat[..., 0])[..., :3]
     opacity = MIN_OPACITY + (1 - MIN_OPACITY) * math.sqrt(strength)
