@@ -18,7 +18,7 @@ from tercet.config import Config
 from tercet.data.drawn import drawn_table
 from tercet.data.scenes import SceneSource
 from tercet.data.table import SampleTable, concatenate
-from tercet.tasks.filtering import FilterReport, Score, filter_pairs
+from tercet.tasks.filtering import Score, filter_pairs
 
 
 class Exchanged(SampleTable):
@@ -54,17 +54,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     wrong = rng.permutation(scenes.image_count)[: round(arguments.wrong * scenes.image_count)]
     right = np.ones(scenes.image_count, bool)
     right[wrong] = False
-    model = load(arguments.model)
+    model = load(arguments.model).model
     config = Config.model_validate({"data": {"workers": 0}})
     result: dict[str, object] = {"name": "filtering", "pairs": len(right), "wrong_share": arguments.wrong}
     kinds: tuple[Score, ...] = ("match", "similarity")
     with tempfile.TemporaryDirectory() as folder:
         for by in kinds:
-            to = Path(folder) / "kept.jsonl"
-            steps = filter_pairs(
-                model, Exchanged(scenes, wrong), config, to, {"model": "x"}, by, share=1 - arguments.wrong
-            )
-            report = next(step for step in steps if isinstance(step, FilterReport))
+            output, identity = Path(folder) / "kept.jsonl", {"model": "x"}
+            source = Exchanged(scenes, wrong)
+            report = filter_pairs(model, source, config, output, identity, by, fraction=1 - arguments.wrong)
             kept = report.scores >= report.threshold
             result[by] = {
                 "auc": round(area_under_curve(report.scores, right), 4),

@@ -24,11 +24,11 @@ from tercet.errors import TercetError
 from tercet.model.hub import load_model, push_model, require_tokenizer, save_model
 from tercet.model.tercet import Tercet
 from tercet.tasks.answering import Answer, Answerer, first_pieces
-from tercet.tasks.encoding import BATCH, encode_sentences, tokenise
+from tercet.tasks.encoding import BATCH, encode_sentences, pad_texts, tokenise
 from tercet.tasks.evaluation import evaluating
 from tercet.tasks.explaining import Explanation, join_pieces
 from tercet.tasks.heatmaps import Mode, answer_heatmaps, average_words, contrast_heatmaps, match_heatmaps, to_grid
-from tercet.tasks.rerank import match_image, pad_texts
+from tercet.tasks.rerank import match_image
 from tercet.tasks.zero_shot import TEMPLATES, class_feats, zero_shot
 
 Result = TypeVar("Result")

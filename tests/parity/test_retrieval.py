@@ -11,7 +11,8 @@ from fixtures import assert_close_to_norm, load_fixture, load_student, load_task
 from tercet.config import ObjectivesConfig
 from tercet.model.names import published_to_state
 from tercet.objectives.loss import total
-from tercet.tasks.rerank import EncodedTexts, candidate_pairs
+from tercet.tasks.encoding import EncodedTexts
+from tercet.tasks.rerank import candidate_pairs
 from tercet.tasks.retrieval import RANKS, Scores, recall, rerank
 
 FILL = -100.0

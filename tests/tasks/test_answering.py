@@ -169,13 +169,13 @@ def test_writing_equals_a_plain_search(case: Case, beams: int, penalty: float) -
         case.decoder.head.bias[SEP] += 3
     try:
         text = ModelConfig.model_validate(SIZES).text
-        written = generate_answers(case.decoder, case.states, case.mask, text, beams, 6, penalty)
+        generated = generate_answers(case.decoder, case.states, case.mask, text, beams, 6, penalty)
         lengths = set()
         for question in range(3):
             ids, value = search(case, question, beams, 6, penalty)
             lengths.add(len(ids))
-            assert written.input_ids[question].tolist() == ids + [0] * (6 - len(ids))
-            assert written.scores[question].item() == pytest.approx(value, abs=1e-4)
+            assert generated.input_ids[question].tolist() == ids + [0] * (6 - len(ids))
+            assert generated.scores[question].item() == pytest.approx(value, abs=1e-4)
         assert min(lengths) < 6
     finally:
         with torch.no_grad():
@@ -184,9 +184,9 @@ def test_writing_equals_a_plain_search(case: Case, beams: int, penalty: float) -
 
 def test_writing_stops_at_the_end_of_the_positions(case: Case) -> None:
     text = ModelConfig.model_validate(SIZES).text
-    written = generate_answers(case.decoder, case.states, case.mask, text, 2, 50)
-    assert written.input_ids.shape == (3, 50)
-    assert (written.input_ids[:, 9:] == 0).all()
+    generated = generate_answers(case.decoder, case.states, case.mask, text, 2, 50)
+    assert generated.input_ids.shape == (3, 50)
+    assert (generated.input_ids[:, 9:] == 0).all()
     with pytest.raises(TercetError, match="0 beams"):
         generate_answers(case.decoder, case.states, case.mask, text, 0)
 

@@ -1,4 +1,4 @@
-"""Heatmaps by any grouping of images and texts, and boxes against them."""
+"""Heatmaps by any grouping of images and texts, against their definition."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tercet.config import ModelConfig
 from tercet.errors import TercetError
 from tercet.model.layers import AttentionTap, attention_weights
 from tercet.model.tercet import Tercet
-from tercet.tasks.grounding import box_scores, choose_box, inside, overlap, peak
+from tercet.model.text import TextLayer
 from tercet.tasks.heatmaps import (
     answer_heatmaps,
     average_words,
@@ -137,7 +135,9 @@ def test_heat_for_an_answer_is_attention_times_what_looking_there_would_do_for_i
         text_embeds = answering.encode_text(ids, own)
     found, _ = answer_heatmaps(answering, image_embeds, text_embeds, own, layer)
 
-    attention = answering.fusion.layers[layer - 2].cross_attention
+    chosen = answering.fusion.layers[layer - 2]
+    assert isinstance(chosen, TextLayer)
+    attention = chosen.cross_attention
     kept: list[torch.Tensor] = []
     nudge: list[tuple[tuple[int, ...], float]] = []
 
@@ -206,35 +206,3 @@ def test_a_patch_takes_its_neighbours_along() -> None:
     torch.testing.assert_close(blur(maps, 0.5)[1, 1:4, 1:4], line[:, None] * line)
     torch.testing.assert_close(blur(maps, 0.5)[0, 0, :3], torch.tensor([0.5, 1.0, 0.5]))
     assert blur(maps, 0.5)[1].sum() == pytest.approx(1.0)
-
-
-def test_boxes_that_reach_over_the_edge_count_what_is_inside() -> None:
-    heatmap = torch.ones(10, 20)
-    scores = box_scores(heatmap, [(-5, -5, 5, 5), (0, 0, 10, 10), (15, 5, 25, 15)])
-    assert scores.tolist() == pytest.approx([2.5, 10.0, 2.5])
-
-
-def test_a_map_without_any_positive_score_still_chooses() -> None:
-    assert choose_box(-torch.ones(8, 8), [(0, 0, 4, 4), (0, 0, 2, 2)]) == (1, -2.0)
-
-
-def test_peak_and_inside() -> None:
-    heatmap = torch.zeros(6, 8)
-    heatmap[4, 5] = 1
-    assert peak(heatmap) == (5.5, 4.5)
-    assert inside((5.5, 4.5), [(0, 0, 1, 1), (5, 4, 6, 5)])
-    assert not inside((5.5, 4.5), [(0, 0, 5, 5)])
-
-
-sides = st.floats(0, 100, allow_nan=False)
-
-
-@given(st.tuples(sides, sides, sides, sides), st.tuples(sides, sides, sides, sides))
-def test_overlap_is_symmetric_and_within_bounds(first: tuple, second: tuple) -> None:
-    one = (first[0], first[1], first[0] + first[2] + 1, first[1] + first[3] + 1)
-    other = (second[0], second[1], second[0] + second[2] + 1, second[1] + second[3] + 1)
-    assert overlap(one, one) == pytest.approx(1)
-    assert 0 <= overlap(one, other) <= 1 + 1e-9
-    assert overlap(one, other) == pytest.approx(overlap(other, one))
-    # The published measure differs only where the boxes share a pixel or less.
-    assert overlap(one, other, published=True) in (0.0, pytest.approx(overlap(one, other)))

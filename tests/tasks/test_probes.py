@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from task_runs import write_image
 
 from tercet.config import Config, DataConfig
-from tercet.data.scenes import SceneSource
 from tercet.errors import TercetError
+from tercet.predictor import Predictor
 from tercet.tasks.probes import choice_scores, open_probes, winoground_scores
 from tercet.tasks.task import evaluate_task
 from tiny_model import make_model
 
-SCENES = SceneSource(4, "test", distinct=True)
+CAPTIONS = ["red beside red", "green beside red", "blue beside red", "red beside green"]
 
 
 def config(**evaluate: int) -> Config:
@@ -28,13 +29,17 @@ def config(**evaluate: int) -> Config:
 def photos(tmp_path: Path) -> Path:
     (tmp_path / "images").mkdir()
     for index in range(4):
-        cv2.imwrite(str(tmp_path / f"images/{index}.png"), cv2.cvtColor(SCENES.array(index), cv2.COLOR_RGB2BGR))
+        write_image(tmp_path / f"images/{index}.png", index, 64)
     return tmp_path
+
+
+def pixels(photos: Path, index: int) -> np.ndarray:
+    return np.asarray(Image.open(photos / f"images/{index}.png"))
 
 
 def sugarcrepe(folder: Path, name: str = "swap_obj.json", images: tuple[str, ...] = ("0.png", "1.png")) -> str:
     rows = {
-        str(row): {"filename": image, "caption": SCENES.captions(row)[0], "negative_caption": "a red circle"}
+        str(row): {"filename": image, "caption": CAPTIONS[row], "negative_caption": "a red circle"}
         for row, image in enumerate(images)
     }
     (folder / name).write_text(json.dumps(rows), "utf-8")
@@ -48,10 +53,10 @@ def test_a_tie_is_no_choice() -> None:
     assert by_kind == {"all": pytest.approx(100 / 3), "mean": 25.0, "a": 50.0, "b": 0.0}
 
 
-def test_of_many_kinds_only_the_frequent_ones_are_told() -> None:
+def test_of_many_kinds_only_the_frequent_ones_have_a_number() -> None:
     kinds = ["often"] * 30 + [f"kind {number}" for number in range(20)]
-    told = choice_scores([torch.tensor([[1.0, 0.0]])] * 50, kinds)
-    assert set(told) == {"all", "mean", "often"}
+    found = choice_scores([torch.tensor([[1.0, 0.0]])] * 50, kinds)
+    assert set(found) == {"all", "mean", "often"}
 
 
 def test_winoground_asks_for_both_images_and_both_texts() -> None:
@@ -59,8 +64,8 @@ def test_winoground_asks_for_both_images_and_both_texts() -> None:
     text_only = torch.tensor([[2.0, 1.0], [3.0, 4.0]])  # image 1 beats image 0 for text 0
     image_only = torch.tensor([[2.0, 3.0], [1.0, 4.0]])
     neither = torch.zeros(2, 2)
-    told = winoground_scores([both, text_only, image_only, neither], ["a", "a", "b", "b"])
-    assert told == {"text": 50.0, "image": 50.0, "group": 25.0, "group a": 50.0, "group b": 0.0}
+    found = winoground_scores([both, text_only, image_only, neither], ["a", "a", "b", "b"])
+    assert found == {"text": 50.0, "image": 50.0, "group": 25.0, "group a": 50.0, "group b": 0.0}
 
 
 def test_sugarcrepe_by_both_scorers(photos: Path) -> None:
@@ -74,7 +79,8 @@ def test_sugarcrepe_by_both_scorers(photos: Path) -> None:
     assert result.sizes == {"samples": 4}
     # The same numbers as the one-line calls give.
     texts = result.predictions[1]["texts"]
-    similarity, chance = model.similarity(SCENES.array(1), texts), model.match(SCENES.array(1), texts)
+    predictor, image = Predictor(model), pixels(photos, 1)
+    similarity, chance = predictor.similarity(image, texts), predictor.match(image, texts)
     assert isinstance(similarity, torch.Tensor) and isinstance(chance, torch.Tensor)
     torch.testing.assert_close(torch.tensor(result.predictions[1]["similarity"][0]), similarity, rtol=1e-4, atol=1e-5)
     first, second = result.predictions[1]["matching"][0]
@@ -82,7 +88,7 @@ def test_sugarcrepe_by_both_scorers(photos: Path) -> None:
 
 
 def test_winoground_names_images_without_their_ending(photos: Path) -> None:
-    row = {"image_0": "0", "image_1": "1", "caption_0": SCENES.captions(0)[0], "caption_1": SCENES.captions(1)[0]}
+    row = {"image_0": "0", "image_1": "1", "caption_0": CAPTIONS[0], "caption_1": CAPTIONS[1]}
     (photos / "examples.jsonl").write_text(json.dumps(row), "utf-8")
     probes = open_probes([str(photos / "examples.jsonl")], DataConfig(), "test")
     result = evaluate_task("probes", make_model(), probes, config())
@@ -95,7 +101,7 @@ def test_aro_looks_at_the_box_alone(photos: Path) -> None:
     rows[0] |= {"true_caption": "a circle on a star", "false_caption": "a star on a circle"}
     (photos / "rows.json").write_text(json.dumps(rows), "utf-8")
     probes = open_probes([str(photos / "rows.json")], DataConfig(), "test")
-    assert np.array_equal(probes.pixels(0, 0, 10**6), SCENES.array(0)[4:24, 8:38])
+    assert np.array_equal(probes.pixels(0, 0, 10**6), pixels(photos, 0)[4:24, 8:38])
     rows[0]["bbox_x"] = 64
     (photos / "rows.json").write_text(json.dumps(rows), "utf-8")
     probes = open_probes([str(photos / "rows.json")], DataConfig(), "test")
@@ -103,7 +109,7 @@ def test_aro_looks_at_the_box_alone(photos: Path) -> None:
         evaluate_task("probes", make_model(), probes, config())
 
 
-def test_broken_images_are_left_out_and_told(photos: Path) -> None:
+def test_broken_images_are_skipped_and_named(photos: Path) -> None:
     (photos / "images/1.png").write_bytes(b"no image")
     result = evaluate_task("probes", make_model(), open_probes([sugarcrepe(photos)], DataConfig(), "test"), config())
     assert result.sizes == {"samples": 1}

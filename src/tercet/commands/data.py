@@ -157,21 +157,15 @@ def data_filter(
         json: print the numbers as one JSON object.
     """
     from tercet.data.readers import open_sources
-    from tercet.tasks.filtering import FilterReport, filter_pairs
+    from tercet.tasks.filtering import filter_pairs
 
     folder, config = model_and_config(model, overrides)
     predictor = load_predictor(folder)
     source = open_sources(sources, config.data, split)
     _print_rejected(source)
     identity = {"model": model_fingerprint(predictor.model), "source": [*sources, split]}
-    report = None
     with progress_bar("scoring", "images") as progress:
-        for step in filter_pairs(predictor.model, source, config, output, identity, by, threshold, fraction):
-            if isinstance(step, FilterReport):
-                report = step
-            else:
-                progress(step, source.image_count)
-    assert report is not None
+        report = filter_pairs(predictor.model, source, config, output, identity, by, threshold, fraction, progress)
     print_skipped(report.problems, len(report.problems))
     if json:
         numbers = {

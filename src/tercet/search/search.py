@@ -19,9 +19,8 @@ from tercet.data.inputs import to_batch, to_pixels
 from tercet.errors import TercetError
 from tercet.predictor import Predictor
 from tercet.search.index import Hit, Index, model_digest
-from tercet.tasks.encoding import encode_sentences
+from tercet.tasks.encoding import EncodedTexts, encode_sentences, pad_texts
 from tercet.tasks.evaluation import evaluating
-from tercet.tasks.rerank import EncodedTexts, pad_texts
 
 RERANK = 64
 MAX_RESULTS = 1000

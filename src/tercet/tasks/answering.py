@@ -36,10 +36,10 @@ def fuse_questions(
     Returns:
         `[questions, tokens, width]`.
     """
-    memory = model.project_kv(model.encode_image(images))
+    kv = model.project_kv(model.encode_image(images))
     if image_rows is not None:
-        memory = memory.select(image_rows)
-    return model.fuse(model.encode_text(input_ids, attention_mask), attention_mask, memory)
+        kv = kv.select(image_rows)
+    return model.fuse(model.encode_text(input_ids, attention_mask), attention_mask, kv)
 
 
 def decoder_of(model: Tercet) -> AnswerDecoder:
@@ -129,26 +129,26 @@ def rank_answers(
         k: answers that are scored in full; all of them where the list is shorter.
         published: count the first word piece twice, as the published code does.
     """
-    memory = decoder.project_kv(question_states, question_mask)
+    kv = decoder.project_kv(question_states, question_mask)
     cache = TokenCache()
-    first_log = next_log_probabilities(decoder, answers.input_ids[:1, :1].expand(len(memory), 1), memory, cache)
+    first_log = next_log_probabilities(decoder, answers.input_ids[:1, :1].expand(len(kv), 1), kv, cache)
     first = first_log[:, answers.input_ids[:, 1]]
     first, candidates = first.topk(max(1, min(k, len(answers))), dim=1)
-    rest = _score_rest(decoder, memory, cache, answers, candidates)
+    rest = _score_rest(decoder, kv, cache, answers, candidates)
     scores = first + rest + (first if published else 0)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return RankedAnswers(candidates.gather(1, order), scores, scores.softmax(dim=1))
 
 
 def next_log_probabilities(
-    decoder: AnswerDecoder, input_ids: Tensor, memory: CrossAttentionKV, cache: TokenCache | None = None
+    decoder: AnswerDecoder, input_ids: Tensor, kv: CrossAttentionKV, cache: TokenCache | None = None
 ) -> Tensor:
     """`[answers, vocabulary]` after one more token `[answers, 1]` of each answer; without a cache the first."""
-    return decoder.logits(decoder(input_ids, memory, cache)[:, 0]).float().log_softmax(dim=-1)
+    return decoder.logits(decoder(input_ids, kv, cache)[:, 0]).float().log_softmax(dim=-1)
 
 
 def _score_rest(
-    decoder: AnswerDecoder, memory: CrossAttentionKV, cache: TokenCache, answers: AnswerList, candidates: Tensor
+    decoder: AnswerDecoder, kv: CrossAttentionKV, cache: TokenCache, answers: AnswerList, candidates: Tensor
 ) -> Tensor:
     """Log-probability `[questions, k]` of what follows the first word piece of `candidates` `[questions, k]`.
 
@@ -163,8 +163,8 @@ def _score_rest(
         if longest <= 2:  # nothing follows a first word piece that is [SEP]
             continue
         ids = answers.input_ids[chosen.flatten(), 1:longest]
-        rows = torch.arange(len(memory), device=ids.device).repeat_interleave(block.shape[1])
-        states = decoder(ids[:, :-1], memory, cache.select(rows))
+        rows = torch.arange(len(kv), device=ids.device).repeat_interleave(block.shape[1])
+        states = decoder(ids[:, :-1], kv, cache.select(rows))
         real = torch.arange(2, longest, device=ids.device) < lengths[:, None]
         predicted = torch.zeros(real.shape, device=ids.device)
         predicted[real] = _log_probabilities_of(decoder, states[real], ids[:, 1:][real])
@@ -221,10 +221,10 @@ def generate_answers(
     if beams < 1 or max_tokens < 1:
         raise TercetError(f"cannot generate answers with {beams} beams of {max_tokens} tokens; give at least 1 of each")
     search = _BeamSearch(len(question_states), beams, max_tokens, length_penalty, text, question_states.device)
-    memory = decoder.project_kv(question_states, question_mask)
+    kv = decoder.project_kv(question_states, question_mask)
     cache = TokenCache()
     for _ in range(min(max_tokens, decoder.position_embed.num_embeddings)):
-        log_probabilities = next_log_probabilities(decoder, search.last_tokens, memory, cache)
+        log_probabilities = next_log_probabilities(decoder, search.last_tokens, kv, cache)
         rows = search.advance(log_probabilities)
         if bool(search.done.all()):
             break

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tercet.config import Config, DataConfig, HeadName, ObjectivesConfig
-from tercet.data.batch import Batch, to_device
+from tercet.data.batch import Batch, HostBatch, to_device
 from tercet.data.drawn import open_samples
 from tercet.data.entailment_files import LABELS, draw_entailments, read_entailments
 from tercet.data.loader import image_batches, tokenize
@@ -42,7 +42,7 @@ EVALUATION_SEED = 0
 
 
 @dataclass
-class ClassBatch:
+class ClassBatch(HostBatch):
     """Samples on the device.
 
     Attributes:
@@ -65,9 +65,8 @@ class ClassBatch:
     def of(cls, batch: Batch, device: torch.device) -> ClassBatch:
         """The tensors of `batch` on `device`, with the labels of its targets."""
         labels = torch.tensor([target["label"] for target in batch.targets], dtype=torch.int64)
-        batch = to_device(batch, device)
-        labels = labels.to(device, non_blocking=True)
-        return cls(batch.images, batch.image_rows, batch.input_ids, batch.attention_mask, labels)
+        own = cls(batch.images, batch.image_rows, batch.input_ids, batch.attention_mask, labels)
+        return to_device(own, device)
 
 
 @dataclass(frozen=True)
@@ -129,38 +128,38 @@ class ClassificationTask(FineTuning):
 def entailment_logits(model: Tercet, batch: ClassBatch) -> Tensor:
     """Logits `[batch, 3]` of each sentence and its image, in the order of `LABELS`."""
     assert model.entailment_head is not None
-    memory = select_images(model.project_kv(model.encode_image(batch.images)), batch.image_rows, 0, 1)
+    kv = select_images(model.project_kv(model.encode_image(batch.images)), batch.image_rows, 0, 1)
     text_embeds = model.encode_text(batch.input_ids, batch.attention_mask)
-    fused = model.fuse(text_embeds, batch.attention_mask, memory, class_rows(text_embeds))
+    fused = model.fuse(text_embeds, batch.attention_mask, kv, class_rows(text_embeds))
     return model.entailment_head(fused[:, 0])
 
 
 def nlvr_logits(model: Tercet, batch: ClassBatch) -> Tensor:
     """Logits `[batch, 2]`, class 1 true, of each sentence and its two images."""
     assert model.nlvr_head is not None
-    memory = model.project_kv(model.encode_image(batch.images))
-    first, second = (select_images(memory, batch.image_rows, slot, 2) for slot in (0, 1))
+    kv = model.project_kv(model.encode_image(batch.images))
+    first, second = (select_images(kv, batch.image_rows, slot, 2) for slot in (0, 1))
     text_embeds = model.encode_text(batch.input_ids, batch.attention_mask)
     return model.nlvr_head(fused_class(model, text_embeds, batch.attention_mask, first, second))
 
 
 def select_images(
-    memory: CrossAttentionKV, image_rows: Tensor | None, slot: int, images_per_sample: int
+    kv: CrossAttentionKV, image_rows: Tensor | None, slot: int, images_per_sample: int
 ) -> CrossAttentionKV:
     """Keys and values of one image of each sample.
 
     Args:
-        memory: of the images of a batch.
+        kv: of the images of a batch.
         image_rows: `[batch, images_per_sample]` or None, as in `Batch`.
         slot: which of a sample's images.
         images_per_sample: how many a sample has.
     """
     if image_rows is not None:
-        return memory.select(image_rows[:, slot])
+        return kv.select(image_rows[:, slot])
     if images_per_sample == 1:
-        return memory
-    device = memory.keys_values[0][0].device
-    return memory.select(torch.arange(slot, len(memory), images_per_sample, device=device))
+        return kv
+    device = kv.keys_values[0][0].device
+    return kv.select(torch.arange(slot, len(kv), images_per_sample, device=device))
 
 
 def accuracies(chosen: Sequence[int], targets: Sequence[dict[str, Any]], classes: tuple[str, ...]) -> dict[str, float]:
@@ -237,7 +236,7 @@ def open_statements(specs: Sequence[str], data: DataConfig, split: str) -> Sampl
 
 
 @dataclass
-class AssignmentBatch:
+class AssignmentBatch(HostBatch):
     """Pairs on the device.
 
     Attributes:
@@ -291,9 +290,9 @@ class TextAssignment(FineTuning):
         ids = batch.image_ids if self.match_ids else None
         others = ~same_image(ids, len(batch), batch.image_ids.device).all(dim=1)
         count = rank_layout(int(others.sum())).mean or 1.0
-        spread, batch = rank_layout(len(batch)), to_device(batch, device)
-        ids = batch.image_ids if self.match_ids else None
-        return AssignmentBatch(batch.images, batch.input_ids, batch.attention_mask, ids, spread, count)
+        spread = rank_layout(len(batch))
+        own = AssignmentBatch(batch.images, batch.input_ids, batch.attention_mask, ids, spread, count)
+        return to_device(own, device)
 
     def forward(
         self, batch: AssignmentBatch, alpha: float, /, assignment: Assignment | None = None
@@ -321,9 +320,9 @@ def assign_texts(
             image_feats = model.project_image(image_embeds[:, 0])
         same = same_image(batch.image_ids, len(image_feats), image_feats.device)
         assignment = sample_assignment(image_feats, same)
-    memory = model.project_kv(image_embeds)
+    kv = model.project_kv(image_embeds)
     text_embeds = model.encode_text(batch.input_ids, batch.attention_mask)
-    first, second = memory.select(assignment.first), memory.select(assignment.second)
+    first, second = kv.select(assignment.first), kv.select(assignment.second)
     fused = fused_class(model, text_embeds, batch.attention_mask, first, second)
     return model.assignment_head(fused), assignment
 

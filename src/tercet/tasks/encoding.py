@@ -1,8 +1,9 @@
-"""Sentences and pictures through the encoders, whatever task reads them."""
+"""Texts through the text encoder, whatever task reads them: those of similar length in one pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,11 +13,27 @@ from tercet.data.tokenizer import clean_caption
 from tercet.errors import TercetError
 from tercet.model.hub import require_tokenizer
 from tercet.model.tercet import Tercet
-from tercet.tasks.rerank import EncodedTexts, chunks_by_length
 
 BATCH = 64
+# Text tokens in one pass, padding included.
+BATCH_TOKENS = 8192
+# A pass reads all weights and starts its kernels, which takes as long as about this many tokens do.
+PASS_COST = 64
 
 Clean = Callable[[str, int], str]
+
+
+@dataclass
+class EncodedTexts:
+    """Texts out of the text encoder.
+
+    Attributes:
+        text_feats: unit vectors `[texts, embed_dim]`.
+        text_embeds: for each text its own real tokens `[tokens, width]`, without padding.
+    """
+
+    text_feats: Tensor
+    text_embeds: list[Tensor]
 
 
 def tokenise(
@@ -61,3 +78,45 @@ def encode_texts(model: Tercet, input_ids: Tensor, attention_mask: Tensor) -> En
         for index, tokens in zip(chunk, text_embeds.cpu(), strict=True):
             embeds[index] = tokens[: lengths[index]].clone()
     return EncodedTexts(feats, [embeds[index] for index in range(len(lengths))])
+
+
+def pad_texts(text_embeds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Texts of several lengths, `[tokens, ...]` each, to `[texts, longest, ...]` and their mask `[texts, longest]`."""
+    padded = torch.nn.utils.rnn.pad_sequence(text_embeds, batch_first=True)
+    lengths = torch.tensor([text.shape[0] for text in text_embeds], device=padded.device)
+    return padded, torch.arange(padded.shape[1], device=padded.device)[None, :] < lengths[:, None]
+
+
+def group_by_length(lengths: Sequence[int], pass_cost: int = PASS_COST) -> list[list[int]]:
+    """Indices of texts in groups that go through the model together, so that padding and passes cost least.
+
+    Args:
+        lengths: tokens of each text.
+        pass_cost: what one more pass costs, in tokens.
+    """
+    by_length: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(index)
+    steps = sorted(by_length)
+    # Of the texts up to each length: the least cost, and where the last group begins.
+    best: list[tuple[int, int]] = [(0, 0)]
+    for end, longest in enumerate(steps, start=1):
+        count, options = 0, []
+        for start in range(end - 1, -1, -1):
+            count += len(by_length[steps[start]])
+            options.append((best[start][0] + count * longest + pass_cost, start))
+        best.append(min(options))
+    groups, end = [], len(steps)
+    while end:
+        start = best[end][1]
+        groups.append([index for length in steps[start:end] for index in by_length[length]])
+        end = start
+    return groups
+
+
+def chunks_by_length(lengths: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
+    """`group_by_length`, cut so that no pass has more than `batch_tokens` tokens, padding included."""
+    for group in group_by_length(lengths):
+        count = max(1, batch_tokens // max(lengths[index] for index in group))
+        for start in range(0, len(group), count):
+            yield group[start : start + count]

@@ -140,13 +140,14 @@ def fusion_attention(
         )
     chosen = model.fusion.layers[layer - text.fusion_layer]
     assert isinstance(chosen, TextLayer)
-    with _differentiable(), _tapped(chosen.cross_attention) as tap:
-        memory = model.project_kv(_without_graph(image_embeds))
+    with _tapped(chosen.cross_attention) as tap:
+        kv = model.project_kv(_without_graph(image_embeds))
         # Whatever parameters are frozen, the graph starts here.
         texts = _without_graph(text_embeds).requires_grad_()
-        fused = model.fuse(texts, attention_mask, memory)
+        fused = model.fuse(texts, attention_mask, kv)
         logits = model.itm_head(fused[:, 0])
-        weights = _read(tap)
+        weights = tap.weights
+        assert weights is not None
         scores = logits[:, 1] if score is None else score(fused)
         (gradient,) = torch.autograd.grad(scores.sum(), weights)
     pairs = texts.shape[0]
@@ -168,10 +169,11 @@ def contrast_attention(model: Tercet, images: Tensor, text_feats: Tensor, layer:
     attention = blocks[layer].attention
     assert isinstance(attention, SelfAttention)
     group = text_feats.shape[0] // images.shape[0]
-    with _differentiable(), _tapped(attention) as tap:
+    with _tapped(attention) as tap:
         pixels = _without_graph(model.vision.normalise(images)).requires_grad_()
         image_feats = model.project_image(model.encode_image(pixels)[:, 0])
-        weights = _read(tap)
+        weights = tap.weights
+        assert weights is not None
         feats = _without_graph(text_feats).unflatten(0, (images.shape[0], group))
         logits = torch.einsum("ie,ige->gi", image_feats, feats) / model.temperature.detach()
         # One backward pass for each text of an image, over the blocks above the tapped one alone.
@@ -223,13 +225,6 @@ def _token_maps(weights: Tensor, gradient: Tensor, image_embeds: Tensor, attenti
     return maps * attention_mask[..., None]
 
 
-@contextmanager
-def _differentiable() -> Iterator[None]:
-    """Gradients, even where the caller has switched them off."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
 def _without_graph(values: Tensor) -> Tensor:
     """`values` without their graph; a tensor of inference mode is copied, since no graph can hold it."""
     return values.clone() if values.is_inference() else values.detach()
@@ -237,20 +232,17 @@ def _without_graph(values: Tensor) -> Tensor:
 
 @contextmanager
 def _tapped(attention: SelfAttention | CrossAttention) -> Iterator[AttentionTap]:
+    """Keeps the weights of `attention`, with gradients even where the caller has switched them off."""
     tap = attention.tap = AttentionTap()
     try:
-        yield tap
+        with torch.inference_mode(False), torch.enable_grad():
+            yield tap
     finally:
         attention.tap = None
 
 
-def _read(tap: AttentionTap) -> Tensor:
-    assert tap.weights is not None
-    return tap.weights
-
-
 def _unfold(weights: Tensor, pairs: int) -> Tensor:
-    """Weights `[pairs, heads, queries, keys]`; the memory may have folded the pairs of an image into one query."""
+    """Weights `[pairs, heads, queries, keys]`; attention may have folded the pairs of an image into one query."""
     images = weights.shape[0]
     if pairs == images:
         return weights

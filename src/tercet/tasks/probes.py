@@ -21,7 +21,7 @@ from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
 from tercet.tasks.encoding import encode_sentences
 from tercet.tasks.evaluation import TaskResult, map_over_ranks, require_some
-from tercet.tasks.rerank import score_image
+from tercet.tasks.rerank import match_image
 from tercet.tasks.task import TaskSpec
 
 SCORERS = ("similarity", "matching")
@@ -212,7 +212,7 @@ def _score_rows(
         shown = slice(image, image + len(own))
         asked = slice(text, text + len(probes.probes[row].texts))
         tokens = [embeds.to(device) for embeds in texts.text_embeds[asked]]
-        matching = torch.stack([score_image(model, embeds, tokens).cpu() for embeds in image_embeds[shown]])
+        matching = torch.stack([match_image(model, embeds, tokens)[:, 1].cpu() for embeds in image_embeds[shown]])
         similarity = cosines(image_feats[shown], texts.text_feats[asked])
         scored.append((row, {"similarity": similarity, "matching": matching}))
         image, text = shown.stop, asked.stop

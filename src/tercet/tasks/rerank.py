@@ -3,78 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tercet.model.tercet import Tercet
+from tercet.tasks.encoding import BATCH_TOKENS, chunks_by_length, pad_texts
 
-# A pass reads all weights of the fusion encoder and starts its kernels, which takes as long as about so many tokens do.
-PASS_COST = 64
-# Text tokens in one pass.
-BATCH_TOKENS = 8192
 # On a GPU: texts of an image that stay together, text tokens in one pass, and images whose keys and values are held.
 BLOCK = 16
 DEVICE_TOKENS = 32768
 WINDOW = 64
-
-
-@dataclass
-class EncodedTexts:
-    """Texts out of the text encoder.
-
-    Attributes:
-        text_feats: unit vectors `[texts, embed_dim]`.
-        text_embeds: for each text its own real tokens `[tokens, width]`, without padding.
-    """
-
-    text_feats: Tensor
-    text_embeds: list[Tensor]
-
-
-def pad_texts(text_embeds: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Texts of several lengths, `[tokens, ...]` each, to `[texts, longest, ...]` and their mask `[texts, longest]`."""
-    padded = torch.nn.utils.rnn.pad_sequence(text_embeds, batch_first=True)
-    lengths = torch.tensor([text.shape[0] for text in text_embeds], device=padded.device)
-    return padded, torch.arange(padded.shape[1], device=padded.device)[None, :] < lengths[:, None]
-
-
-def group_by_length(lengths: Sequence[int], pass_cost: int = PASS_COST) -> list[list[int]]:
-    """Indices of texts in groups that go through the model together, so that padding and passes cost least.
-
-    Args:
-        lengths: tokens of each text.
-        pass_cost: what one more pass costs, in tokens.
-    """
-    by_length: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        by_length.setdefault(length, []).append(index)
-    steps = sorted(by_length)
-    # Of the texts up to each length: the least cost, and where the last group begins.
-    best: list[tuple[int, int]] = [(0, 0)]
-    for end, longest in enumerate(steps, start=1):
-        count, options = 0, []
-        for start in range(end - 1, -1, -1):
-            count += len(by_length[steps[start]])
-            options.append((best[start][0] + count * longest + pass_cost, start))
-        best.append(min(options))
-    groups, end = [], len(steps)
-    while end:
-        start = best[end][1]
-        groups.append([index for length in steps[start:end] for index in by_length[length]])
-        end = start
-    return groups
-
-
-def chunks_by_length(lengths: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
-    """`group_by_length`, cut so that no pass has more than `batch_tokens` tokens, padding included."""
-    for group in group_by_length(lengths):
-        count = max(1, batch_tokens // max(lengths[index] for index in group))
-        for start in range(0, len(group), count):
-            yield group[start : start + count]
 
 
 @torch.no_grad()
@@ -92,58 +34,61 @@ def match_image(
     Returns:
         `[texts, 2]`.
     """
-    memory = model.project_kv(image_embeds[None])
+    kv = model.project_kv(image_embeds[None])
     logits = image_embeds.new_empty(len(text_embeds), 2, dtype=torch.float32)
     for chunk in chunks_by_length([text.shape[0] for text in text_embeds], batch_tokens):
         padded, mask = pad_texts([text_embeds[index] for index in chunk])
-        logits[torch.tensor(chunk, device=logits.device)] = model.match_logits(padded, mask, memory)
+        logits[torch.tensor(chunk, device=logits.device)] = model.match_logits(padded, mask, kv)
     return logits
 
 
-@dataclass
-class TextTokens:
-    """The tokens of many texts behind one another on one device, where a pass picks its texts from.
+class TextBank:
+    """The tokens of many texts, concatenated on one device, from which a pass takes its texts.
 
     Attributes:
         tokens: `[tokens, width]`, of all texts.
         starts: where each text begins, `[texts]`.
         lengths: tokens of each text, `[texts]`.
-        counts: the same on the host.
+        host_lengths: the same on the host.
     """
 
-    tokens: Tensor
-    starts: Tensor
-    lengths: Tensor
-    counts: np.ndarray
+    def __init__(self, text_embeds: Sequence[Tensor], device: torch.device) -> None:
+        """Concatenate texts `[tokens, width]`."""
+        self.host_lengths = np.array([len(text) for text in text_embeds], dtype=np.int64)
+        self.lengths = torch.from_numpy(self.host_lengths).to(device)
+        self.starts = self.lengths.cumsum(0) - self.lengths
+        self.tokens = torch.cat(list(text_embeds)).to(device)
 
-    @classmethod
-    def of(cls, text_embeds: Sequence[Tensor], device: torch.device) -> TextTokens:
-        """Of texts `[tokens, width]` each."""
-        counts = np.array([len(text) for text in text_embeds], dtype=np.int64)
-        lengths = torch.from_numpy(counts).to(device)
-        return cls(torch.cat(list(text_embeds)).to(device), lengths.cumsum(0) - lengths, lengths, counts)
-
-    def padded(self, texts: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    def pad(self, texts: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """`[chosen, longest, width]` of the `texts` `[chosen]`, and their mask `[chosen, longest]`."""
-        places = torch.arange(longest, device=texts.device)[None, :]
-        mask = places < self.lengths[texts, None]
-        # What lies behind the end of a text is any other token, which the mask hides.
-        rows = (self.starts[texts, None] + places).clamp(max=len(self.tokens) - 1)
+        positions = torch.arange(longest, device=texts.device)[None, :]
+        mask = positions < self.lengths[texts, None]
+        # After the end of a text comes any other token, which the mask hides.
+        rows = (self.starts[texts, None] + positions).clamp(max=len(self.tokens) - 1)
         return self.tokens[rows], mask
+
+
+class _Block(NamedTuple):
+    """Texts of one image that read its keys and values together: their longest, their indices, and their results."""
+
+    longest: int
+    image: int
+    texts: np.ndarray
+    results: np.ndarray
 
 
 @torch.no_grad()
 def match_images(
     model: Tercet,
     image_embeds: Tensor,
-    texts: TextTokens,
+    texts: TextBank,
     wanted: Sequence[np.ndarray],
     batch_tokens: int = DEVICE_TOKENS,
     block: int = BLOCK,
 ) -> list[Tensor]:
     """`itm_logits` of several images, each with texts of its own; for a GPU, which a single image does not fill.
 
-    The texts of an image are cut, by length, into blocks; a pass takes blocks of like length of any images.
+    The texts of an image are cut, by length, into blocks; a pass takes blocks of similar length of any images.
 
     Args:
         model: in evaluation mode.
@@ -151,75 +96,65 @@ def match_images(
         texts: of all images.
         wanted: for each image the indices of its texts.
         batch_tokens: text tokens in one pass, padding included.
-        block: texts of an image that read its keys and values together; the last one repeats to fill its block.
+        block: texts of a block; the last one of an image repeats its longest text.
 
     Returns:
         For each image `[texts, 2]`, on the host.
     """
-    ends = np.cumsum([len(chosen) for chosen in wanted])
-    places, members, owners = [], [], []
+    counts = [len(chosen) for chosen in wanted]
+    blocks: list[_Block] = []
     for image, chosen in enumerate(wanted):
-        if len(chosen) == 0:
+        if not len(chosen):
             continue
-        order = np.argsort(texts.counts[chosen], kind="stable")
+        order = np.argsort(texts.host_lengths[chosen], kind="stable")
         order = np.pad(order, (0, -len(order) % block), mode="edge").reshape(-1, block)
-        places.append(order + (ends[image] - len(chosen)))
-        members.append(chosen[order])
-        owners += [image] * len(order)
-    logits = torch.empty(ends[-1] if len(ends) else 0, 2)
-    if not owners:
-        return list(logits.split([0] * len(wanted)))
-    place, member = np.concatenate(places), np.concatenate(members)
-    longest = texts.counts[member[:, -1]]
-    memory = model.project_kv(image_embeds)
-    done: list[Tensor] = []
-    by_length = np.argsort(longest, kind="stable")
-    for rows in _passes(longest[by_length], by_length, batch_tokens // block):
-        told = np.concatenate([np.array(owners)[rows][:, None], member[rows]], axis=1)
-        index = torch.from_numpy(told).to(image_embeds.device, non_blocking=True)
-        padded, mask = texts.padded(index[:, 1:].flatten(), int(longest[rows[-1]]))
-        done.append(model.match_logits(padded, mask, memory.select(index[:, 0])))
-    logits[torch.from_numpy(place[by_length].flatten())] = torch.cat(done).cpu()
-    return list(logits.split([len(chosen) for chosen in wanted]))
+        first = sum(counts[:image])
+        blocks += [_Block(int(texts.host_lengths[chosen[own[-1]]]), image, chosen[own], first + own) for own in order]
+    if not blocks:
+        return list(torch.empty(0, 2).split(counts))
+    blocks.sort(key=lambda own: own.longest)
+    kv = model.project_kv(image_embeds)
+    found: list[Tensor] = []
+    for some in _passes(blocks, batch_tokens // block):
+        index = np.stack([np.append(own.texts, own.image) for own in some])
+        index = torch.from_numpy(index).to(image_embeds.device, non_blocking=True)
+        padded, mask = texts.pad(index[:, :-1].flatten(), some[-1].longest)
+        found.append(model.match_logits(padded, mask, kv.select(index[:, -1])))
+    logits = torch.empty(sum(counts), 2)
+    logits[torch.from_numpy(np.concatenate([own.results for own in blocks]))] = torch.cat(found).cpu()
+    return list(logits.split(counts))
 
 
-def _passes(longest: np.ndarray, blocks: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
+def _passes(blocks: Sequence[_Block], batch_tokens: int) -> Iterator[Sequence[_Block]]:
     """`blocks`, the longest last, cut so that no pass has more than `batch_tokens` tokens in a row of its blocks."""
     start = 0
     while start < len(blocks):
         end = start + 1
-        while end < len(blocks) and (end + 1 - start) * longest[end] <= batch_tokens:
+        while end < len(blocks) and (end + 1 - start) * blocks[end].longest <= batch_tokens:
             end += 1
         yield blocks[start:end]
         start = end
 
 
-def score_image(
-    model: Tercet, image_embeds: Tensor, text_embeds: list[Tensor], batch_tokens: int = BATCH_TOKENS
-) -> Tensor:
-    """What re-ranking goes by: the logit of a match of one image with each text, `[texts]`; see `match_image`."""
-    return match_image(model, image_embeds, text_embeds, batch_tokens)[:, 1]
-
-
 def score_images(
-    model: Tercet, asked: Iterable[tuple[Tensor, np.ndarray]], text_embeds: Sequence[Tensor], device: torch.device
+    model: Tercet, pairs: Iterable[tuple[Tensor, np.ndarray]], text_embeds: Sequence[Tensor], device: torch.device
 ) -> Iterator[Tensor]:
-    """The same for many images, in their order: one after the other on a CPU, several together on a GPU.
+    """The logits of a match of many images with texts of each: one image at a time on a CPU, several on a GPU.
 
     Args:
         model: in evaluation mode, on `device`.
-        asked: tokens of each image `[1 + patches, vision_width]`, and the indices of its texts.
+        pairs: tokens of each image `[1 + patches, vision_width]`, and the indices of its texts.
         text_embeds: tokens of all texts `[tokens, width]` each.
         device: where the fusion encoder runs.
 
     Returns:
-        For each image the scores of its texts, `[texts]`, on the host.
+        For each image, in order, the scores of its texts, `[texts]`, on the host.
     """
     if device.type == "cpu":
-        for image_embeds, chosen in asked:
-            yield score_image(model, image_embeds, [text_embeds[index] for index in chosen])
+        for image_embeds, chosen in pairs:
+            yield match_image(model, image_embeds, [text_embeds[index] for index in chosen])[:, 1]
         return
-    texts, waiting = TextTokens.of(text_embeds, device), iter(asked)
+    texts, waiting = TextBank(text_embeds, device), iter(pairs)
     while window := list(islice(waiting, WINDOW)):
         image_embeds = torch.stack([tokens.to(device) for tokens, _ in window])
         for logits in match_images(model, image_embeds, texts, [chosen for _, chosen in window]):

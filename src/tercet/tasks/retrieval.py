@@ -18,10 +18,10 @@ from tercet.distributed import Ranks
 from tercet.model.hub import require_tokenizer
 from tercet.model.tercet import Tercet
 from tercet.tasks.embedding import shared_space
-from tercet.tasks.encoding import encode_texts
+from tercet.tasks.encoding import EncodedTexts, encode_texts
 from tercet.tasks.evaluation import TaskResult, gather_batches, map_over_ranks, require_some, within_positions
 from tercet.tasks.pretrain import Pretraining
-from tercet.tasks.rerank import EncodedTexts, candidate_pairs, score_images
+from tercet.tasks.rerank import candidate_pairs, score_images
 from tercet.tasks.task import TaskSpec
 
 RANKS = (1, 5, 10)

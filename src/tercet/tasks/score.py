@@ -65,29 +65,31 @@ def score_retrieval(predictions: str, gold: str, data: DataConfig) -> Metrics:
             cleaned = clean_caption(caption, data.max_words)
             images_of.setdefault(cleaned, set()).add(key)
             captions_of.setdefault(key, set()).add(cleaned)
-    ranks: dict[str, list[int]] = {"text": [], "image": []}
-    seen: dict[str, set[str]] = {"text": set(), "image": set()}
+    ranks: dict[str, dict[str, list[int]]] = {"text": {}, "image": {}}  # by query
     for where, row in read_objects(predictions):
         if isinstance(row.get("caption"), str):
             way, query, right = "image", clean_caption(row["caption"], data.max_words), images_of
             found = [_image_name(name) for name in _names(row, "images", where)]
-        else:
-            way, query, right = "text", _image_name(_one_name(row, "image", where)), captions_of
+        elif isinstance(row.get("image"), str):
+            way, query, right = "text", _image_name(row["image"]), captions_of
             found = [clean_caption(text, data.max_words) for text in _names(row, "captions", where)]
+        else:
+            raise TercetError(f"{where}: neither 'caption' nor 'image' names the query")
         if query not in right:
             raise TercetError(f"{where}: {query[:60]!r} is not in {gold}; give the annotations of the same split")
-        seen[way].add(query)
         never = max(len(found), RANKS[-1])
-        ranks[way].append(next((rank for rank, name in enumerate(found) if name in right[query]), never))
+        rank = next((rank for rank, name in enumerate(found) if name in right[query]), never)
+        ranks[way].setdefault(query, []).append(rank)
     result: dict[str, float] = {}
     for way, everything in (("text", captions_of), ("image", images_of)):
         if not ranks[way]:
             continue
-        missing = next((query for query in everything if query not in seen[way]), None)
+        missing = next((query for query in everything if query not in ranks[way]), None)
         if missing is not None:
             raise TercetError(f"{predictions}: no results for {missing[:60]!r}; every query of {gold} needs them")
+        every = [rank for own in ranks[way].values() for rank in own]
         for rank in RANKS:
-            result[f"{way}_r{rank}"] = 100.0 * sum(rank_found < rank for rank_found in ranks[way]) / len(ranks[way])
+            result[f"{way}_r{rank}"] = 100.0 * sum(own < rank for own in every) / len(every)
     if not result:
         raise TercetError(f"{predictions}: no results in it")
     return {"recall": result}
@@ -125,7 +127,7 @@ def score_statements(predictions: str, gold: str, data: DataConfig) -> Metrics:
 def _score_labels(
     head: ClassHead, rows: Iterable[tuple[str, dict[str, Any]]], file: str, source: SampleTable
 ) -> Metrics:
-    matched = _matched(rows, source, head.id_key, file, "id")
+    matched = _match(rows, source, head.id_key, file, "id")
     numbers = {name.lower(): number for number, name in enumerate(head.classes)}
     chosen = []
     for where, row in matched:
@@ -139,7 +141,7 @@ def _score_labels(
 def score_grounding(predictions: str, gold: str, data: DataConfig) -> Metrics:
     """Pointing and chosen boxes."""
     source = open_expressions([gold], data, "test")
-    rows = _matched(read_objects(predictions), source, "ref_id", predictions, "ref_id")
+    rows = _match(read_objects(predictions), source, "ref_id", predictions, "ref_id")
     found = []
     for index, (where, row) in enumerate(rows):
         sample = source.sample(index)
@@ -147,14 +149,9 @@ def score_grounding(predictions: str, gold: str, data: DataConfig) -> Metrics:
         if point is None and box is None:
             raise TercetError(f"{where}: neither 'point' [x, y] nor 'box' [left, top, right, bottom]")
         size = sample.target["size"]
-        found.append(
-            Localization(
-                sample,
-                None if size is None else (size[0], size[1]),
-                None if point is None else (point[0], point[1]),
-                None if box is None else as_box(box),
-            )
-        )
+        pair = None if size is None else (size[0], size[1])
+        pointed = None if point is None else (point[0], point[1])
+        found.append(Localization(sample, pair, pointed, None if box is None else as_box(box)))
     return grounding_metrics(found)
 
 
@@ -167,7 +164,7 @@ SCORERS: dict[str, Callable[[str, str, DataConfig], Metrics]] = {
 }
 
 
-def _matched(
+def _match(
     rows: Iterable[tuple[str, dict[str, Any]]],
     source: SampleTable,
     id_key: str,
@@ -232,13 +229,6 @@ def _names(row: dict[str, Any], key: str, where: str) -> list[str]:
     value = row.get(key)
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise TercetError(f"{where}: {key!r} is {str(value)[:60]!r}, not a list of names, best first")
-    return value
-
-
-def _one_name(row: dict[str, Any], key: str, where: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise TercetError(f"{where}: neither 'caption' nor {key!r} says what was searched for")
     return value
 
 

@@ -195,7 +195,7 @@ def get_task(name: str) -> TaskSpec:
 
 
 def open_data(task: str, specs: Sequence[str], data: DataConfig, split: str) -> Any:
-    """What the specifications name, as `task` reads it: a `SampleTable` of pairs or a `SampleTable`.
+    """What the specifications name, as `task` reads it.
 
     Raises:
         TercetError: a file is missing or wrong; names file and row.
@@ -217,11 +217,11 @@ def build_task(config: Config, student: Tercet) -> Task:
 
 def build_loader(config: Config, source: Any, tokenizer: Tokenizer, image_size: int) -> TrainLoader:
     """Training batches of `source`, this rank's part of each."""
-    spec, train, ranks, data = get_task(config.task), config.train, Ranks(), config.data
+    spec, train, ranks = get_task(config.task), config.train, Ranks()
     return TrainLoader(
         source,
         tokenizer,
-        data,
+        config.data,
         image_size,
         train.batch_size,
         train.seed,

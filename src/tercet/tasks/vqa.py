@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tercet.config import Config, DataConfig, ObjectivesConfig
-from tercet.data.batch import Batch
+from tercet.data.batch import Batch, HostBatch, to_device
 from tercet.data.table import SampleTable
 from tercet.data.tokenizer import Tokenizer, clean_question
 from tercet.data.vqa_files import Gold, common_answers, open_questions, read_answer_list, weighted_answers
@@ -32,7 +32,7 @@ PARTS = ("vision", "text", "fusion", "answer_decoder")
 
 
 @dataclass
-class AnswerBatch:
+class AnswerBatch(HostBatch):
     """Questions and their answers on the device.
 
     Attributes:
@@ -59,11 +59,6 @@ class AnswerBatch:
     weights: Tensor
     image_rows: Tensor | None = None
     spread: RankLayout | None = None
-
-    def to(self, device: torch.device) -> AnswerBatch:
-        """The same on another device."""
-        tensors = {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
-        return replace(self, **{name: part.to(device, non_blocking=True) for name, part in tensors.items()})
 
 
 def collate_answers(
@@ -117,7 +112,7 @@ class QuestionAnswering(FineTuning):
         rows = None if batch.image_rows is None else batch.image_rows[:, 0]
         tokenizer = require_tokenizer(self.student)
         collated = collate_answers(batch.images, batch.input_ids, batch.attention_mask, answers, tokenizer, rows)
-        return replace(collated, spread=rank_layout(len(batch))).to(device)
+        return to_device(replace(collated, spread=rank_layout(len(batch))), device)
 
     def forward(self, batch: AnswerBatch, alpha: float, /) -> TaskOutput:
         """The loss of a batch; `alpha` is the teacher's weight in the targets now."""
@@ -132,8 +127,8 @@ def answer_logits(model: Tercet, batch: AnswerBatch) -> Tensor:
     """Vocabulary logits `[predictions, vocabulary]` of `batch.labels`, by student or teacher."""
     decoder = decoder_of(model)
     states = fuse_questions(model, batch.images, batch.input_ids, batch.attention_mask, batch.image_rows)
-    memory = decoder.project_kv(states, batch.attention_mask).select(batch.owners)
-    hidden = decoder(batch.answer_ids[:, :-1], memory)
+    kv = decoder.project_kv(states, batch.attention_mask).select(batch.owners)
+    hidden = decoder(batch.answer_ids[:, :-1], kv)
     return decoder.logits(hidden.flatten(0, 1)[batch.positions])
 
 

@@ -1,18 +1,20 @@
-"""Classification: by names, and by linear probes that reach their optimum."""
+"""Frozen features: classes by name, linear probes that reach their optimum, the quality of embeddings."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from task_runs import COLOURS, NAMES
 from torch.nn import functional as F
 
-from tercet.config import DataConfig
-from tercet.data.class_folders import labels_of, open_labelled
+from tercet.config import Config
 from tercet.errors import TercetError
+from tercet.tasks.evaluation import TaskResult
+from tercet.tasks.task import build_task, evaluate_task, open_data
 from tercet.tasks.zero_shot import (
     PENALTIES,
     LabelledFeats,
@@ -24,6 +26,7 @@ from tercet.tasks.zero_shot import (
     sample_shots,
     zero_shot,
 )
+from tiny_model import make_model
 
 
 def clusters(images: int, classes: int, spread: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,22 +95,53 @@ def test_more_shots_are_no_worse_on_clusters() -> None:
     assert many > one and many > 80
 
 
-def test_folders_of_classes(tmp_path: Path) -> None:
-    for label in ("red_square", "blue_square"):
-        (tmp_path / label).mkdir()
-        for number in range(2):
-            cv2.imwrite(str(tmp_path / label / f"{number}.png"), np.zeros((8, 8, 3), np.uint8))
-    source = open_labelled([str(tmp_path)], DataConfig(), "test")
-    assert labels_of(source) == ["blue square", "blue square", "red square", "red square"]
-    assert source.key(0) == "blue_square/0.png"
-    assert source.image(3) == (tmp_path / "red_square/1.png").read_bytes()
+def write_classes(root: Path, count: int, seed: int, names: tuple[str, ...] = NAMES) -> str:
+    """A folder for each colour, of noisy images."""
+    rng = np.random.default_rng(seed)
+    for name in names:
+        (root / f"{name}_square").mkdir(parents=True)
+        for number in range(count):
+            pixels = np.clip(np.array(COLOURS[name]) + rng.integers(-60, 60, (32, 32, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"{name}_square" / f"{number}.png")
+    return str(root)
 
 
-def test_labels_of_an_annotation_file(tmp_path: Path) -> None:
-    (tmp_path / "0.png").write_bytes(b"x")
-    (tmp_path / "rows.csv").write_text("image,label\n0.png,dog\n", "utf-8")
-    data = DataConfig(caption_column="label")
-    assert labels_of(open_labelled([str(tmp_path / "rows.csv")], data, "test")) == ["dog"]
-    (tmp_path / "rows.csv").write_text("image,label\n0.png,dog\n0.png,cat\n", "utf-8")
-    with pytest.raises(TercetError, match=r"0\.png: 2 labels, such as 'dog' and 'cat'"):
-        labels_of(open_labelled([str(tmp_path / "rows.csv")], data, "test"))
+def evaluate_classes(folder: str, **classify: object) -> TaskResult:
+    config = Config.model_validate({"data": {"workers": 0}, "classify": classify})
+    return evaluate_task("classify", make_model(), open_data("classify", [folder], config.data, "test"), config)
+
+
+def test_classes_by_name_and_by_probe(tmp_path: Path) -> None:
+    train, test = write_classes(tmp_path / "train", 4, 0), write_classes(tmp_path / "test", 5, 1)
+    result = evaluate_classes(test, train=[train], shots=[1, 2, 8])
+    assert result.sizes == {"images": 15, "classes": 3}
+    # Colours are told apart even by random features; 8 shots are more than there are.
+    assert result.metrics["linear probe"]["all"] > 90
+    assert set(result.metrics["linear probe"]) == {
+        *(f"{shots} shots{kind}" for shots in (1, 2) for kind in ("", ", deviation")),
+        "all",
+    }
+    rows = result.predictions
+    assert rows[0]["gold"] == "blue square" and rows[0]["image"] == "blue_square/0.png"
+    right = sum(row["label"] == row["gold"] for row in rows)
+    assert 100 * right / 15 == pytest.approx(result.metrics["zero-shot"]["r1"])
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    test = write_classes(tmp_path / "test", 2, 0)
+    with pytest.raises(TercetError, match=r"classify\.train has no image of 'green square'"):
+        evaluate_classes(test, train=[write_classes(tmp_path / "train", 2, 1, ("red", "blue"))])
+    with pytest.raises(TercetError, match="all images have the label 'red square'"):
+        evaluate_classes(write_classes(tmp_path / "one", 2, 2, ("red",)))
+    with pytest.raises(TercetError, match="classify is measured, not trained"):
+        build_task(Config().model_copy(update={"task": "classify"}), make_model())
+
+
+def test_quality_of_embeddings(files: dict[str, str]) -> None:
+    config = Config.model_validate({"data": {"workers": 0}})
+    source = open_data("embedding", [files["embedding"]], config.data, "test")
+    result = evaluate_task("embedding", make_model(), source, config)
+    assert result.sizes == {"images": 8, "texts": 16}
+    assert 0 <= result.metrics["space"]["alignment"] <= 4
+    assert result.metrics["space"]["image_uniformity"] <= 0
+    assert 0 <= result.metrics["neighbourhood"]["caption_r1"] <= 100

@@ -73,8 +73,8 @@ def test_small_batches() -> None:
         assert logits.grad is not None and torch.equal(logits.grad, torch.zeros(size, 3))
 
 
-def test_alike_images_do_not_underflow() -> None:
-    """One image alike beyond measure, and the others opposite: every draw still names another image."""
+def test_similar_images_do_not_underflow() -> None:
+    """One image nearly the same, and the others opposite: every draw still names another image."""
     image_feats = F.normalize(torch.tensor([[1.0, 0.0], [1.0, 1e-4], [-1.0, 0.0], [-1.0, 1e-4]]), dim=-1)
     for drawn in draws(image_feats, torch.eye(4, dtype=torch.bool), 20):
         assert (drawn.labels != IGNORED).all()
