@@ -82,7 +82,7 @@ def perform(grid: Grid, run: Run, sources: Sources, folder: Path) -> None:
         return
     started = time.monotonic()
     train(grid.recipe, [*sources.flags(run, folder), *run.command()], place)
-    space = call(place, "evaluate", str(place), "--task", "embedding", "--data", *sources.test, "--json")
+    embeddings = call(place, "evaluate", str(place), "--task", "embedding", "--data", *sources.test, "--json")
     splits = last_evaluations(place / "metrics.jsonl")
     result = {
         "cell": run.cell,
@@ -90,7 +90,7 @@ def perform(grid: Grid, run: Run, sources: Sources, folder: Path) -> None:
         "seed": run.seed,
         "minutes": round((time.monotonic() - started) / 60, 2),
         "validation": splits["validation"],
-        "test": splits["test"] | json.loads(space),
+        "test": splits["test"] | json.loads(embeddings),
     }
     write_atomic(place / RESULT, json.dumps(result))
     for entry in place.iterdir():

@@ -21,9 +21,9 @@ MEASURES = {
     "image→text R@10": ("dual", "text_r10"),
     "mean recall": ("dual", "r_mean"),
     "re-ranked mean recall": ("reranked", "r_mean"),
-    "alignment": ("space", "alignment"),
-    "image uniformity": ("space", "image_uniformity"),
-    "text uniformity": ("space", "text_uniformity"),
+    "alignment": ("embeddings", "alignment"),
+    "image uniformity": ("embeddings", "image_uniformity"),
+    "text uniformity": ("embeddings", "text_uniformity"),
     "neighbourhood kept": ("neighbourhood", "kept"),
 }
 COMPARED = ("dual", "r_mean")

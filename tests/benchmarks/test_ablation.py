@@ -92,7 +92,7 @@ def test_a_grid_runs_and_goes_on(tmp_path: Path) -> None:
     assert set(results) == {f"{cell}-noise50-seed0" for cell in cells}
     for result in results.values():
         assert 0 <= result["test"]["dual"]["r_mean"] <= 100
-        assert {"space", "neighbourhood"} <= result["test"].keys()
+        assert {"embeddings", "neighbourhood"} <= result["test"].keys()
     assert not list(folder.glob("*/checkpoints"))
     kept = {file.name for file in (folder / "both-noise50-seed0").iterdir()}
     assert kept == {"config.yaml", "metrics.jsonl", "run.json", "result.json"}

@@ -42,7 +42,7 @@ def make_run(folder: Path, rate: float = 1e-4, recall: float = 40.0) -> Path:
         groups = {
             "dual": {**recalls, "r_mean": recall + step / 100},
             "reranked": {key: value + 10 for key, value in recalls.items()},
-            "space": {"alignment": 2 - recall / 100},
+            "embeddings": {"alignment": 2 - recall / 100},
         }
         size = {"images": 100, "texts": 500}
         lines.append({"kind": "evaluate", "step": step, "data": "validation", "size": size, **groups})

@@ -96,7 +96,7 @@ def test_a_gallery(index: str, pictures: Path, tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.strip() == str(page)
     text = page.read_text()
     assert text.count("<figure") == 4 and text.count("data:image/jpeg") == 5
-    assert "<b>heart" not in text and "<script" not in text and "http" not in re.sub(r"base64,[^\"]*", "", text)
+    assert "<b>heart" not in text and "<script" not in text and not re.search("https?:", text)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,6 @@ def test_nearest_caption_of_the_same_image() -> None:
 
 def test_all_together() -> None:
     quality = embedding_quality(unit(3), unit(6, seed=1), torch.tensor([0, 0, 1, 1, 2, 2]), CAPTIONS)
-    assert set(quality) == {"space", "neighbourhood"}
+    assert set(quality) == {"embeddings", "neighbourhood"}
     assert "caption_r1" in quality["neighbourhood"]
     assert all(math.isfinite(value) for group in quality.values() for value in group.values())

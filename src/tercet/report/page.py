@@ -36,12 +36,12 @@ UNSMOOTHED = ("lr", "temperature", "alpha")
 OVER_TIME = {
     ("dual", "r_mean"): "Mean recall, dual encoder",
     ("reranked", "r_mean"): "Mean recall, re-ranked",
-    ("space", "alignment"): "Alignment (0 is best, 2 chance)",
-    ("space", "image_uniformity"): "Uniformity of images (lower is more spread)",
-    ("space", "text_uniformity"): "Uniformity of texts (lower is more spread)",
+    ("embeddings", "alignment"): "Alignment (0 is best, 2 chance)",
+    ("embeddings", "image_uniformity"): "Uniformity of images (lower is more spread)",
+    ("embeddings", "text_uniformity"): "Uniformity of texts (lower is more spread)",
 }
 RECALLS = {"dual": "Dual encoder", "reranked": "Re-ranked"}
-GROUPS = {**RECALLS, "space": "Embedding metrics"}
+GROUPS = {**RECALLS, "embeddings": "Embedding metrics"}
 CUTOFFS = (1, 5, 10)
 MAX_QUERIES = 30
 MAX_EVENTS = 200

@@ -111,14 +111,14 @@ def caption_recall(text_feats: Tensor, image_of_text: Tensor) -> float:
     return 100.0 * torch.cat(found).double().mean().item() if found else float("nan")
 
 
-def shared_space(image_feats: Tensor, text_feats: Tensor, image_of_text: Tensor) -> dict[str, float]:
+def embedding_metrics(image_feats: Tensor, text_feats: Tensor, image_of_text: Tensor) -> dict[str, float]:
     """`alignment`, `image_uniformity`, `text_uniformity` (of two points at least) and `modality_gap`; arguments as of
     `alignment`."""
-    space = {"alignment": alignment(image_feats, text_feats, image_of_text)}
+    metrics = {"alignment": alignment(image_feats, text_feats, image_of_text)}
     for name, feats in (("image_uniformity", image_feats), ("text_uniformity", text_feats)):
         if feats.shape[0] > 1:
-            space[name] = uniformity(feats)
-    return space | {"modality_gap": modality_gap(image_feats, text_feats)}
+            metrics[name] = uniformity(feats)
+    return metrics | {"modality_gap": modality_gap(image_feats, text_feats)}
 
 
 def embedding_quality(
@@ -133,10 +133,10 @@ def embedding_quality(
         captions: the texts, cleaned.
 
     Returns:
-        `{"space": {...}, "neighbourhood": {...}}`.
+        `{"embeddings": {...}, "neighbourhood": {...}}`.
     """
     near = neighbourhood(image_feats, caption_vectors(captions, image_of_text, image_feats.shape[0]))
     recall = caption_recall(text_feats, image_of_text)
     if not math.isnan(recall):
         near["caption_r1"] = recall
-    return {"space": shared_space(image_feats, text_feats, image_of_text), "neighbourhood": near}
+    return {"embeddings": embedding_metrics(image_feats, text_feats, image_of_text), "neighbourhood": near}

@@ -17,7 +17,7 @@ from tercet.device import cosines
 from tercet.distributed import Ranks
 from tercet.model.hub import require_tokenizer
 from tercet.model.tercet import Tercet
-from tercet.tasks.embedding import shared_space
+from tercet.tasks.embedding import embedding_metrics
 from tercet.tasks.encoding import EncodedTexts, encode_texts
 from tercet.tasks.evaluation import TaskResult, gather_batches, map_over_ranks, require_some, within_positions
 from tercet.tasks.pretrain import Pretraining
@@ -230,7 +230,7 @@ class RetrievalResult(TaskResult):
         images: the images, in the order of the scores.
         captions: the captions, in the order of the scores.
         similarities: cosines of the dual encoder `[images, texts]`.
-        space: alignment and uniformity of the shared space; see `tercet.tasks.embedding`.
+        embeddings: alignment and uniformity of the shared space; see `tercet.tasks.embedding`.
     """
 
     scores: Scores
@@ -238,7 +238,7 @@ class RetrievalResult(TaskResult):
     images: EncodedImages
     captions: list[str]
     similarities: Tensor
-    space: dict[str, float]
+    embeddings: dict[str, float]
 
 
 def evaluate_retrieval(model: Tercet, source: SampleTable, config: Config) -> RetrievalResult:
@@ -272,7 +272,7 @@ def evaluate_retrieval(model: Tercet, source: SampleTable, config: Config) -> Re
         images=images,
         captions=captions,
         similarities=similarities,
-        space=shared_space(images.image_feats, texts.text_feats, image_of_text),
+        embeddings=embedding_metrics(images.image_feats, texts.text_feats, image_of_text),
     )
 
 

@@ -111,8 +111,8 @@ def evaluate_split(
     if result is None:
         return None
     metrics = result.metrics
-    space = {"space": result.space} if isinstance(result, RetrievalResult) else {}
-    logger.log_evaluation(state.step, split, metrics | space | {"size": result.sizes})
+    embeddings = {"embeddings": result.embeddings} if isinstance(result, RetrievalResult) else {}
+    logger.log_evaluation(state.step, split, metrics | embeddings | {"size": result.sizes})
     for name, group in metrics.items():
         numbers = " ".join(f"{key} {value:.1f}" for key, value in group.items())
         logger.event(state.step, f"{split}, {name}: {numbers}")

@@ -107,7 +107,7 @@ def _groups(line: Line) -> list[tuple[str, dict[str, float]]]:
     return [
         (group, {name: value for name, value in metrics.items() if value is not None})
         for group, metrics in line.items()
-        if isinstance(metrics, dict) and group not in ("size", "space")
+        if isinstance(metrics, dict) and group not in ("size", "embeddings")
     ]
 
 
