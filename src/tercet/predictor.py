@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,17 +25,16 @@ from tercet.errors import TercetError
 from tercet.model.hub import load_model, push_model, require_tokenizer, save_model
 from tercet.model.tercet import Tercet
 from tercet.tasks.answering import Answer, Answerer, first_pieces
-from tercet.tasks.encoding import BATCH, encode_sentences, pad_texts, tokenise
+from tercet.tasks.encoding import BATCH, chunks_by_length, encode_sentences, pad_texts, tokenise
 from tercet.tasks.evaluation import evaluating
 from tercet.tasks.explaining import Explanation, join_pieces
 from tercet.tasks.heatmaps import Mode, answer_heatmaps, average_words, contrast_heatmaps, match_heatmaps, to_grid
-from tercet.tasks.rerank import match_image
 from tercet.tasks.zero_shot import TEMPLATES, class_feats, zero_shot
 
 Result = TypeVar("Result")
 
 CACHED_CLASSES, CACHED_ANSWER_LISTS = 32, 4
-FEW_TEXTS = 16  # images with so many texts of their own share passes of the fusion encoder
+KV_IMAGES = 16  # images whose keys and values are held at once
 _DATA = DataConfig()  # texts are cut as in pre-training
 
 
@@ -164,7 +164,7 @@ class Predictor:
             owners = [[own] for own in text_embeds] if paired else [text_embeds] * len(pictures)
             logits: list[Tensor] = []
             for image_embeds in self._encoded(pictures):
-                logits += self._match(image_embeds, owners[len(logits) : len(logits) + len(image_embeds)])
+                logits += self.match_logits(image_embeds, owners[len(logits) : len(logits) + len(image_embeds)])
         probabilities = _probability(torch.stack(logits))
         if paired:
             return probabilities[:, 0]
@@ -192,7 +192,7 @@ class Predictor:
                 rows = slice(len(scores), len(scores) + len(image_embeds))
                 image_feats = self.model.project_image(image_embeds[:, 0]).cpu()
                 for logits, own, image in zip(
-                    self._match(image_embeds, text_embeds[rows]), feats[rows], image_feats, strict=True
+                    self.match_logits(image_embeds, text_embeds[rows]), feats[rows], image_feats, strict=True
                 ):
                     pairs = zip(_probability(logits).tolist(), (own @ image).tolist(), strict=True)
                     scores.append([MatchScore(*pair) for pair in pairs])
@@ -316,28 +316,30 @@ class Predictor:
             pixels = [to_pixels(image, f"image {start + number}") for number, image in enumerate(chunk, 1)]
             yield self.model.encode_image(self._preprocess(pixels))
 
-    def _match(self, image_embeds: Tensor, text_embeds: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    def match_logits(self, image_embeds: Tensor, text_embeds: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """`itm_logits` of images `[images, 1 + patches, width]`, each with its own texts, `[tokens, width]` each.
 
-        Images with equally few texts share a pass without copies of keys and values; of many texts, those of like
-        length share one.
+        Images with equally many texts share passes, so that no keys and values are copied.
 
         Returns:
             For each image `[texts, 2]`, on the host.
         """
-        device, logits = image_embeds.device, [torch.empty(0)] * len(text_embeds)
-        counts = [len(own) for own in text_embeds]
-        for count in sorted(set(counts)):
-            rows = [row for row, own in enumerate(counts) if own == count]
-            if count > FEW_TEXTS:
-                for row in rows:
-                    texts = [text.to(device) for text in text_embeds[row]]
-                    logits[row] = match_image(self.model, image_embeds[row], texts).cpu()
-                continue
-            padded, mask = pad_texts([text.to(device) for row in rows for text in text_embeds[row]])
-            own = self.model.match_logits(padded, mask, self.model.project_kv(image_embeds[rows]))
-            for row, part in zip(rows, own.cpu().split(count), strict=True):
-                logits[row] = part
+        logits = [torch.empty(len(own), 2) for own in text_embeds]
+        by_count = sorted(range(len(text_embeds)), key=lambda row: len(text_embeds[row]))
+        for count, group in groupby(by_count, key=lambda row: len(text_embeds[row])):
+            members = list(group)
+            for start in range(0, len(members), KV_IMAGES):
+                rows = members[start : start + KV_IMAGES]
+                kv = self.model.project_kv(image_embeds[rows])
+                # The texts of each image from short to long, so that a pass holds texts of like length.
+                texts = [sorted(enumerate(text_embeds[row]), key=lambda pair: len(pair[1])) for row in rows]
+                tokens = [len(rows) * max(len(own[rank][1]) for own in texts) for rank in range(count)]
+                for ranks in chunks_by_length(tokens):
+                    chosen = [own[rank] for own in texts for rank in ranks]
+                    padded, mask = pad_texts([text.to(self.device) for _, text in chosen])
+                    parts = self.model.match_logits(padded, mask, kv).cpu().split(len(ranks))
+                    for row, own, part in zip(rows, texts, parts, strict=True):
+                        logits[row][[own[rank][0] for rank in ranks]] = part
         return logits
 
     def _ground(self, pixels: list[Pixels], texts: list[str], mode: Mode, layer: int | None) -> list[Explanation]:

@@ -7,7 +7,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 import torch
 from PIL import Image
@@ -19,13 +18,13 @@ from tercet.data.inputs import to_batch, to_pixels
 from tercet.errors import TercetError
 from tercet.predictor import Predictor
 from tercet.search.index import Hit, Index, model_digest
-from tercet.tasks.encoding import EncodedTexts, encode_sentences, pad_texts
+from tercet.tasks.encoding import EncodedTexts, encode_sentences
 from tercet.tasks.evaluation import evaluating
 
 RERANK = 64
 MAX_RESULTS = 1000
 WITHOUT = 0.5  # how far a query is moved away from what must not be in the image
-BATCH_IMAGES, BATCH_PAIRS = 16, 256  # that go through the fusion encoder together
+BATCH_IMAGES = 16  # that go through the fusion encoder together
 CACHE_BYTES = 512 * 2**20
 
 Margins = dict[tuple[str, str], float]  # by image id and text: logit of a match less that of none
@@ -163,26 +162,20 @@ class Searcher:
         return found
 
     def _margins(self, wanted: list[tuple[Hit, list[str]]], text_embeds: dict[str, Tensor]) -> Margins:
-        """Matching logits of images with their texts; images that cannot be read are missing.
-
-        Images with equally many texts share a pass, so that no keys and values are copied.
-        """
+        """Margins of images with their texts; images that cannot be read are missing."""
         margins: Margins = {}
-        device = self.model.temperature.device
-        wanted.sort(key=lambda pair: len(pair[1]))
-        for count, group in groupby(wanted, key=lambda pair: len(pair[1])):
-            members = list(group)
-            size = max(1, min(BATCH_IMAGES, BATCH_PAIRS // count))
-            for start in range(0, len(members), size):
-                chunk = members[start : start + size]
-                tokens = self._image_embeds([hit for hit, _ in chunk])
-                readable = [pair for pair, own in zip(chunk, tokens, strict=True) if own is not None]
-                if not readable:
-                    continue
-                pairs = [(hit.id, text) for hit, texts in readable for text in texts]
-                padded, mask = pad_texts([text_embeds[text].to(device) for _, text in pairs])
-                memory = self.model.project_kv(torch.stack([own for own in tokens if own is not None]))
-                logits = self.model.match_logits(padded, mask, memory).cpu()
+        wanted.sort(key=lambda pair: len(pair[1]))  # images with equally many texts share a pass
+        for start in range(0, len(wanted), BATCH_IMAGES):
+            chunk = wanted[start : start + BATCH_IMAGES]
+            tokens = self._image_embeds([hit for hit, _ in chunk])
+            readable = [(hit.id, texts) for (hit, texts), own in zip(chunk, tokens, strict=True) if own is not None]
+            if not readable:
+                continue
+            image_embeds = torch.stack([own for own in tokens if own is not None])
+            asked = [[text_embeds[text] for text in texts] for _, texts in readable]
+            found = self.predictor.match_logits(image_embeds, asked)
+            for (image_id, texts), logits in zip(readable, found, strict=True):
+                pairs = ((image_id, text) for text in texts)
                 margins |= zip(pairs, (logits[:, 1] - logits[:, 0]).tolist(), strict=True)
         return margins
 

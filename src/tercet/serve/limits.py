@@ -259,8 +259,9 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         seconds = self._settings.request_seconds
+        limit = asyncio.timeout(seconds)
         try:
-            async with asyncio.timeout(seconds) as limit:
+            async with limit:
                 await self._app(scope, receive, send)
         except TimeoutError:
             if not limit.expired():
