@@ -40,7 +40,7 @@ NUMBERS: dict[str, Callable[[TaskResult], list[Any]]] = {
     "entailment": lambda result: [list(row["probabilities"].values()) for row in result.predictions],
     "nlvr": lambda result: [list(row["probabilities"].values()) for row in result.predictions],
     "probes": rows_of("similarity", "matching"),
-    "embedding": lambda result: [result.metrics["space"][name] for name in sorted(result.metrics["space"])],
+    "embedding": lambda result: [result.metrics["embeddings"][name] for name in sorted(result.metrics["embeddings"])],
     "retrieval": lambda result: result.similarities.tolist() if isinstance(result, RetrievalResult) else [],
 }
 

@@ -142,6 +142,6 @@ def test_quality_of_embeddings(files: dict[str, str]) -> None:
     source = open_data("embedding", [files["embedding"]], config.data, "test")
     result = evaluate_task("embedding", make_model(), source, config)
     assert result.sizes == {"images": 8, "texts": 16}
-    assert 0 <= result.metrics["space"]["alignment"] <= 4
-    assert result.metrics["space"]["image_uniformity"] <= 0
+    assert 0 <= result.metrics["embeddings"]["alignment"] <= 4
+    assert result.metrics["embeddings"]["image_uniformity"] <= 0
     assert 0 <= result.metrics["neighbourhood"]["caption_r1"] <= 100
