@@ -32,9 +32,9 @@ def index(model_folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.Cap
 def test_index_again(index: str, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (pictures / "broken.png").write_bytes(b"")
     assert main(["index", str(pictures), "--output", index, "--json"]) == 0  # the model is the one that made it
-    told = json.loads(capsys.readouterr().out)
-    assert (told["images"], told["added"], told["unchanged"]) == (4, 0, 4)
-    assert len(told["skipped"]) == 1 and "broken.png" in told["skipped"][0]
+    report = json.loads(capsys.readouterr().out)
+    assert (report["images"], report["added"], report["unchanged"]) == (4, 0, 4)
+    assert len(report["skipped"]) == 1 and "broken.png" in report["skipped"][0]
     assert main(["index", str(pictures), "--output", index]) == 0
     assert "skipped: " in capsys.readouterr().err
 

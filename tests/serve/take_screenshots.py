@@ -1,8 +1,8 @@
-"""Screenshots of the page for docs/images/, of drawn scenes alone.
+"""Screenshots of the page for docs/images/, of synthetic scenes alone.
 
     python tests/serve/take_screenshots.py http://127.0.0.1:8000/ docs/images
 
-Each picture holds the page 1440 px wide and 360 px wide, one light and one dark.  The server must hold drawn scenes.
+Each image shows the page 1440 px wide and 360 px wide, one light and one dark.  The server must hold synthetic scenes.
 """
 
 from __future__ import annotations

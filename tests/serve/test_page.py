@@ -67,7 +67,7 @@ def test_it_opens_on_what_was_indexed_last(watched: Watched, server: Serving) ->
     assert names(page, "#newest") == newest
     page.click("#newest .hit >> nth=1")
     page.wait_for_selector("dialog[open]")
-    assert page.inner_text("#place") == f"2 of {PICTURES}" and "cosine" not in page.inner_text("#facts")
+    assert page.inner_text("#position") == f"2 of {PICTURES}" and "cosine" not in page.inner_text("#facts")
     page.keyboard.press("Escape")
     search(page)
     assert page.is_hidden("#newest")
@@ -139,9 +139,9 @@ def test_by_keyboard_alone(watched: Watched) -> None:
     assert page.evaluate("document.activeElement.dataset.id") == names(page)[1]
     page.keyboard.press("Enter")
     page.wait_for_selector("dialog[open]")
-    assert page.inner_text("#place") == f"2 of {PICTURES}"
+    assert page.inner_text("#position") == f"2 of {PICTURES}"
     page.keyboard.press("ArrowRight")
-    assert page.inner_text("#place") == f"3 of {PICTURES}"
+    assert page.inner_text("#position") == f"3 of {PICTURES}"
     page.keyboard.press("Escape")
     assert page.is_hidden("dialog")
 

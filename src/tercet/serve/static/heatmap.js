@@ -1,4 +1,4 @@
-// A heatmap over a picture: the grid of patches is enlarged smoothly, strong places glow, weak ones are dimmed.
+// A heatmap over a picture: the grid of patches is enlarged smoothly, strong patches glow, weak ones are dimmed.
 
 // From weak to strong: red, green, blue, opacity.
 const STOPS = [
@@ -10,16 +10,16 @@ const STOPS = [
 ];
 
 function colour(value) {
-  const place = Math.min(value, 1) * (STOPS.length - 1);
-  const index = Math.min(Math.floor(place), STOPS.length - 2);
-  const part = place - index;
+  const position = Math.min(value, 1) * (STOPS.length - 1);
+  const index = Math.min(Math.floor(position), STOPS.length - 2);
+  const part = position - index;
   return STOPS[index].map((low, channel) => low + (STOPS[index + 1][channel] - low) * part);
 }
 
 // What is left of the colour for a word without heat; as in the pictures of `tercet explain`.
 const THINNEST = 0.35;
 
-// `strength`: the heat of this map beside that of the strongest, 0 to 1; weak ones are laid on thinly.
+// `strength`: the heat of this map beside that of the strongest, 0 to 1; weak ones are drawn thinly.
 export function draw(canvas, grid, strength) {
   const rows = grid.length;
   const columns = grid[0].length;

@@ -119,7 +119,7 @@ async function searchByFile(file) {
     fail(error, () => searchByFile(file));
     return;
   }
-  remember();
+  saveSearch();
   search();
 }
 
@@ -159,13 +159,13 @@ function asDataAddress(blob) {
 function searchLike(hit) {
   part("text").value = "";
   setPicture({ id: hit.id, name: hit.name, caption: hit.caption, width: hit.width, height: hit.height });
-  remember();
+  saveSearch();
   search();
   scrollTo({ top: 0 });
 }
 
-// A search lives in the address, so that it can be reloaded, shared and gone back to; a dropped picture cannot.
-function remember() {
+// A search is kept in the URL, so that it can be reloaded, shared and gone back to; a dropped picture cannot be.
+function saveSearch() {
   const address = new URLSearchParams();
   if (part("text").value.trim()) address.set("q", part("text").value.trim());
   if (part("without").value.trim()) address.set("without", part("without").value.trim());
@@ -174,7 +174,7 @@ function remember() {
   if (next !== location.search) history.pushState(null, "", next);
 }
 
-function recall() {
+function loadSearch() {
   const address = new URLSearchParams(location.search);
   part("text").value = address.get("q") ?? "";
   part("without").value = address.get("without") ?? "";
@@ -194,7 +194,7 @@ function clear() {
     part("hint").textContent = "Type what you look for, or drop a picture anywhere on this page.";
     showNewest();
   } else {
-    part("hint").replaceChildren("This index holds no pictures yet.", make("br"), make("code", {}, "tercet index FOLDER --model MODEL --to INDEX"));
+    part("hint").replaceChildren("This index holds no pictures yet.", make("br"), make("code", {}, "tercet index FOLDER --model MODEL --output INDEX"));
   }
 }
 
@@ -213,7 +213,7 @@ async function showNewest() {
 function listen() {
   part("search").onsubmit = (event) => {
     event.preventDefault();
-    remember();
+    saveSearch();
     search();
   };
   part("file").onchange = (event) => {
@@ -227,7 +227,7 @@ function listen() {
   part("chip-open").onclick = () => open([picture], 0, part("text").value.trim());
   part("order").onchange = () => load();
   part("results").onkeydown = walk;
-  addEventListener("popstate", recall);
+  addEventListener("popstate", loadSearch);
   addEventListener("paste", (event) => {
     const file = [...event.clipboardData.files].find((item) => item.type.startsWith("image/"));
     if (file) searchByFile(file);
@@ -237,7 +237,7 @@ function listen() {
     event.preventDefault();
     part("text").select();
   });
-  let inside = 0; // enter and leave are told for every element under the pointer
+  let inside = 0; // enter and leave come for every element under the pointer
   addEventListener("dragenter", (event) => {
     if (event.dataTransfer.types.includes("Files")) part("drop").hidden = !++inside;
   });
@@ -262,7 +262,7 @@ async function start() {
   part("about").textContent = `${about.images.toLocaleString("en")} pictures`;
   setUp(about, searchLike);
   listen();
-  recall();
+  loadSearch();
 }
 
 start();

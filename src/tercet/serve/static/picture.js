@@ -1,4 +1,4 @@
-// The large view: one picture, what can be asked of it, and where its words are seen.
+// The large view: one picture, what can be asked of it, and where each word is seen.
 
 import { post, show } from "./api.js";
 import { draw } from "./heatmap.js";
@@ -7,7 +7,7 @@ import { make, meter, percent, title } from "./results.js";
 const part = (id) => document.getElementById(id);
 const dialog = part("picture");
 let hits = [];
-let place = 0;
+let current = 0;
 let shown = null; // what the server is asked about: {id} or {base64}
 let maps = [];
 let visit = 0; // answers that come after the picture was turned are not shown
@@ -18,7 +18,7 @@ export function setUp(about, searchLike) {
   part("next").onclick = () => turn(1);
   part("like").onclick = () => {
     dialog.close();
-    searchLike(hits[place]);
+    searchLike(hits[current]);
   };
   dialog.onclick = (event) => {
     if (event.target === dialog) dialog.close(); // beside the picture
@@ -50,11 +50,11 @@ export function open(list, index, sentence) {
 }
 
 function turn(step) {
-  if (hits[place + step]) visitPicture(place + step);
+  if (hits[current + step]) visitPicture(current + step);
 }
 
 function visitPicture(index) {
-  place = index;
+  current = index;
   visit += 1;
   const hit = hits[index];
   shown = hit.id ? { id: hit.id } : { base64: hit.base64 };
@@ -65,7 +65,7 @@ function visitPicture(index) {
   else part("large").src = hit.source;
   part("picture-title").textContent = title(hit);
   part("facts").textContent = facts(hit).join("\n");
-  part("place").textContent = hits.length > 1 ? `${index + 1} of ${hits.length}` : "";
+  part("position").textContent = hits.length > 1 ? `${index + 1} of ${hits.length}` : "";
   part("previous").hidden = part("next").hidden = hits.length < 2;
   part("previous").disabled = index === 0;
   part("next").disabled = index === hits.length - 1;
@@ -81,7 +81,7 @@ function facts(hit) {
   lines.push(`${hit.width} × ${hit.height} pixels`);
   const scores = [];
   if (hit.match !== null && hit.match !== undefined) scores.push(`match ${percent(hit.match)}`);
-  if (hit.cosine !== undefined) scores.push(`cosine ${hit.cosine.toFixed(3)}`, `place ${hit.dual_rank} by the dual encoder`);
+  if (hit.cosine !== undefined) scores.push(`cosine ${hit.cosine.toFixed(3)}`, `rank ${hit.dual_rank} by the dual encoder`);
   if (scores.length) lines.push(scores.join(" · "));
   return lines;
 }

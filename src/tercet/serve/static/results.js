@@ -46,7 +46,7 @@ export function drawGrid(list, hits, open) {
   );
 }
 
-// How far re-ranking moved a picture, told beside its score.
+// How far re-ranking moved a picture, shown beside its score.
 function moved(hit, rank) {
   const steps = hit.dual_rank - (rank + 1);
   if (!steps) return make("span", { className: "move down" }, "=");
@@ -65,7 +65,7 @@ export function drawOrder(list, hits, open, withMoves) {
   );
 }
 
-// Arrow keys walk over the pictures as they lie on the page.
+// Arrow keys walk over the pictures as they are laid out.
 export function walk(event) {
   const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
   if (!steps || !event.target.classList.contains("hit")) return;
