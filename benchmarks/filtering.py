@@ -1,4 +1,4 @@
-"""How well `tercet data filter` finds wrong captions: drawn scenes with a share of their captions exchanged, as JSON.
+"""How well `tercet data filter` finds wrong captions: scenes with a share of their captions exchanged, as JSON.
 
 python benchmarks/filtering.py runs/demo/model           # 1,000 held-out scenes, 40 % wrong
 python benchmarks/filtering.py runs/demo/model --quick   # 200
@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from tercet import load
-from tercet.config import Config
-from tercet.data.drawn import drawn_table
-from tercet.data.scenes import SceneSource
-from tercet.data.table import SampleTable, concatenate
+from tercet.config import Config, DataConfig
+from tercet.data.readers import open_sources
+from tercet.data.scene_files import write_pairs
+from tercet.data.table import SampleTable
 from tercet.tasks.filtering import Score, filter_pairs
 
 
@@ -47,9 +47,10 @@ def area_under_curve(scores: np.ndarray, right: np.ndarray) -> float:
 
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
     """Exchange, score, compare."""
-    count = 100 if arguments.quick else 500
-    splits = ("validation", "test")
-    scenes = concatenate([drawn_table(SceneSource(count, split, distinct=True)) for split in splits])
+    files = tempfile.TemporaryDirectory()
+    for split in ("validation", "test"):
+        write_pairs(Path(files.name), split, 100 if arguments.quick else 500)
+    scenes = open_sources([files.name], DataConfig())
     rng = np.random.default_rng(0)
     wrong = rng.permutation(scenes.image_count)[: round(arguments.wrong * scenes.image_count)]
     right = np.ones(scenes.image_count, bool)
@@ -58,9 +59,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     config = Config.model_validate({"data": {"workers": 0}})
     result: dict[str, object] = {"name": "filtering", "pairs": len(right), "wrong_share": arguments.wrong}
     kinds: tuple[Score, ...] = ("match", "similarity")
-    with tempfile.TemporaryDirectory() as folder:
+    with files:
         for by in kinds:
-            output, identity = Path(folder) / "kept.jsonl", {"model": "x"}
+            output, identity = Path(files.name) / "kept.jsonl", {"model": "x"}
             source = Exchanged(scenes, wrong)
             report = filter_pairs(model, source, config, output, identity, by, fraction=1 - arguments.wrong)
             kept = report.scores >= report.threshold

@@ -28,7 +28,8 @@ import torch
 
 from machine import processor_name
 from tercet.config import ModelConfig
-from tercet.data.scenes import SceneSource
+from tercet.data.scene_files import encode_jpeg
+from tercet.data.scenes import split_scenes
 from tercet.data.tokenizer import Tokenizer, clean_caption
 from tercet.model.hub import save_model
 from tercet.model.tercet import Tercet
@@ -73,17 +74,17 @@ class Load:
 def write_scenes(folder: Path, count: int) -> None:
     """A folder of synthetic scenes with captions."""
     folder.mkdir()
-    scenes = SceneSource(count, "test")
+    scenes = list(split_scenes("test", count))
     for index in range(count):
-        (folder / f"{index:04}.png").write_bytes(scenes.image(index))
-        (folder / f"{index:04}.txt").write_text(scenes.captions(index)[0])
+        (folder / f"{index:04}.jpg").write_bytes(encode_jpeg(scenes[index].image))
+        (folder / f"{index:04}.txt").write_text(scenes[index].captions[0])
 
 
 def make_model(folder: Path, size: str) -> None:
     """A model of random weights that reads the captions of scenes and answers questions."""
     torch.manual_seed(0)
-    scenes = SceneSource(200, "test")
-    captions = [clean_caption(caption, 30) for index in range(200) for caption in scenes.captions(index)]
+    scenes = list(split_scenes("test", 200))
+    captions = [clean_caption(caption, 30) for index in range(200) for caption in scenes[index].captions]
     tokenizer = Tokenizer.train(captions, 256)
     ids = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in ("pad", "cls", "sep", "mask")}
     config = {"size": size, "text": {"vocabulary_size": tokenizer.vocabulary_size, **ids}}
@@ -96,9 +97,9 @@ def make_model(folder: Path, size: str) -> None:
 
 def make_loads() -> dict[str, list[tuple[str, bytes]]]:
     """Requests of each kind, and all of them in turn."""
-    scenes = SceneSource(64, "validation")
-    captions = [scenes.captions(index)[0] for index in range(64)]
-    pictures = [{"base64": base64.b64encode(scenes.image(index)).decode()} for index in range(64)]
+    scenes = list(split_scenes("validation", 64))
+    captions = [scenes[index].captions[0] for index in range(64)]
+    pictures = [{"base64": base64.b64encode(encode_jpeg(scenes[index].image)).decode()} for index in range(64)]
     pairs = list(zip(pictures, captions, strict=True))
     labels = ["circle", "star", "ring"]
     loads = {
@@ -209,8 +210,8 @@ def measure_calls(size: str, images: int, loads: list[str], jobs: int = 32, roun
     from tercet.search.search import Query, Searcher
 
     torch.set_num_threads(1)
-    scenes = SceneSource(jobs, "validation")
-    captions = [scenes.captions(index)[0] for index in range(jobs)]
+    scenes = list(split_scenes("validation", jobs))
+    captions = [scenes[index].captions[0] for index in range(jobs)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_model(folder / "model", size)
@@ -218,7 +219,7 @@ def measure_calls(size: str, images: int, loads: list[str], jobs: int = 32, roun
         write_scenes(folder / "scenes", images)
         index, _ = build_index([str(folder / "scenes")], predictor, "model", str(folder / "index"))
         searcher, side = Searcher(index, predictor), predictor.model.config.vision.image_size
-        pictures = [resize(scenes.array(number), side) for number in range(jobs)]
+        pictures = [resize(scenes[number].image, side) for number in range(jobs)]
         labels, questions = ["circle", "star"], ["what colour is it?"] * jobs
         calls: dict[str, tuple[Callable[..., object], tuple[list, ...]]] = {
             "match": (predictor.match_each, (pictures, [[caption] for caption in captions])),

@@ -1,8 +1,9 @@
-"""Every downstream task on drawn scenes, from a pre-trained model and from random weights, side by side, as JSON.
+"""Every downstream task on synthetic scenes, from a pre-trained model and from random weights, side by side, as JSON.
 
     make demo
+    tercet data scenes vqa entailment nlvr grounding
     OMP_NUM_THREADS=1 python benchmarks/tasks.py --init runs/demo/model --output runs/tasks
-    python benchmarks/tasks.py --init runs/demo/model --output runs/tasks --tasks vqa --set data.scenes=2000
+    python benchmarks/tasks.py --init runs/demo/model --output runs/tasks --tasks vqa --set train.max_steps=200
 
 The two runs of a task are the recipe `demo-TASK`, after those that prepare it (`demo-vqa-first` and
 `demo-vqa-referred`; `demo-nlvr-pretrain`, as published, and `demo-nlvr-first`), with the same seed, data, steps and
@@ -22,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+DATA = "runs/demo/data"
 TASKS = ("vqa", "entailment", "nlvr", "grounding")
 PREPARATIONS = {"vqa": ("vqa-first", "vqa-referred"), "nlvr": ("nlvr-pretrain", "nlvr-first")}
 STARTS = ("pre-trained", "random")
@@ -74,7 +76,8 @@ def run_pair(task: str, output: Path, init: str, settings: list[str]) -> dict[st
 
 def pointing(run: Path) -> dict[str, Any]:
     """Where a run that learned questions points at what expressions mean, by what its answers rest on."""
-    command = [sys.executable, "-m", "tercet", "evaluate", str(run), "--task", "grounding", "--data", "scenes:test"]
+    data = ["--data", f"{DATA}/grounding-test.jsonl", "--data.detections", f"{DATA}/detections.json"]
+    command = [sys.executable, "-m", "tercet", "evaluate", str(run), "--task", "grounding", *data]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{run}: {done.stderr.splitlines()[-1]}")

@@ -1,6 +1,6 @@
 """From a folder of pictures to a model that finds them by words and answers questions about them.
 
-    python examples/tutorial.py                          # draws its own pictures; a few minutes on two CPU cores
+    python examples/tutorial.py                          # makes its own pictures; a few minutes on two CPU cores
     python examples/tutorial.py --pictures my_folder/    # each picture with a .txt of its name that holds its caption
     python examples/tutorial.py --pictures my_folder/ --questions questions.json
 
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import tercet
 from tercet.config_io import load_config
-from tercet.data.scenes import SceneSource
+from tercet.data.scene_files import encode_jpeg, write_task
+from tercet.data.scenes import split_scenes
 from tercet.report.page import write_report
 from tercet.train.loop import train
 
@@ -25,13 +26,18 @@ HELD_OUT = 8  # one picture of so many is kept from training
 
 
 def draw_pictures(folder: Path, count: int) -> Path:
-    """Step 0, without pictures of your own: drawn scenes with captions."""
-    source = SceneSource(count, "train")
+    """Step 0, without pictures of your own: synthetic scenes with captions."""
     folder.mkdir(parents=True)
-    for index in range(count):
-        (folder / f"{index:05}.png").write_bytes(source.image(index))
-        (folder / f"{index:05}.txt").write_text("\n".join(source.captions(index)) + "\n", "utf-8")
+    for index, scene in enumerate(split_scenes("train", count)):
+        (folder / f"{index:05}.jpg").write_bytes(encode_jpeg(scene.image))
+        (folder / f"{index:05}.txt").write_text("\n".join(scene.captions) + "\n", "utf-8")
     return folder
+
+
+def write_questions(folder: Path, count: int) -> Path:
+    """Step 0, without questions of your own: questions about synthetic scenes."""
+    write_task(folder, "vqa", count)
+    return folder / "vqa.jsonl"
 
 
 def split(folder: Path, work: Path) -> tuple[Path, Path]:
@@ -47,11 +53,12 @@ def split(folder: Path, work: Path) -> tuple[Path, Path]:
     return parts
 
 
-def train_search(pictures: Path, held_out: Path, work: Path, steps: int | None) -> Path:
+def train_search(pictures: Path, held_out: Path, questions: Path, work: Path, steps: int | None) -> Path:
     """Step 2: train the encoders and the matching head on pictures and captions."""
     keys = {
         "data.train": [str(pictures)],
         "data.test": [str(held_out)],
+        "data.tokenizer_texts": [f"vqa={questions}"],
         "train.epochs": 30,
         "train.max_steps": steps,
         "output": str(work / "search"),
@@ -84,9 +91,9 @@ def search_index(predictor: tercet.Predictor, run: Path, pictures: Path, index: 
         print(f"{hit.match:.3f}  {hit.uri}")
 
 
-def train_answers(run: Path, questions: str, work: Path, steps: int | None) -> tercet.Predictor:
+def train_answers(run: Path, questions: Path, work: Path, steps: int | None) -> tercet.Predictor:
     """Step 5: fine-tune on questions."""
-    keys = {"data.train": [questions], "data.validation": [], "data.test": [], "init": str(run / "model")}
+    keys = {"data.train": [str(questions)], "data.validation": [], "data.test": [], "init": str(run / "model")}
     answering = train(load_config("demo-vqa", {**keys, "train.max_steps": steps, "output": str(work / "answers")}))
     return tercet.load(answering)
 
@@ -94,10 +101,10 @@ def train_answers(run: Path, questions: str, work: Path, steps: int | None) -> t
 def main() -> None:
     """All steps, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path, help="folder of pictures with captions; default: drawn scenes")
-    parser.add_argument("--questions", type=Path, help="JSON list of questions; default: about drawn scenes")
+    parser.add_argument("--pictures", type=Path, help="folder of pictures with captions; default: synthetic scenes")
+    parser.add_argument("--questions", type=Path, help="JSON list of questions; default: about synthetic scenes")
     parser.add_argument("--work", type=Path, default=Path("runs/tutorial"), help="a new folder for everything made")
-    parser.add_argument("--scenes", type=int, default=1000, help="how many pictures are drawn")
+    parser.add_argument("--scenes", type=int, default=1000, help="how many scenes are made")
     parser.add_argument("--steps", type=int, help="stop each training after so many steps")
     parser.add_argument("--query", default="a large red circle", help="what is searched for")
     parser.add_argument("--question", default="what colour is the circle", help="what is asked")
@@ -106,7 +113,8 @@ def main() -> None:
     work: Path = arguments.work
     pictures = arguments.pictures or draw_pictures(work / "pictures", arguments.scenes)
     training, held_out = split(pictures, work)
-    run = train_search(training, held_out, work, arguments.steps)
+    questions = arguments.questions or write_questions(work / "data", arguments.scenes)
+    run = train_search(training, held_out, questions, work, arguments.steps)
 
     predictor = tercet.load(run)
     found = search(predictor, held_out, arguments.query)
@@ -114,7 +122,7 @@ def main() -> None:
         print(f"{chance:.3f}  {file}")
     search_index(predictor, run, held_out, work / "index", arguments.query)
 
-    answering = train_answers(run, str(arguments.questions or "scenes"), work, arguments.steps)
+    answering = train_answers(run, questions, work, arguments.steps)
     answer = answering.answer(found[0][1], arguments.question)
     assert not isinstance(answer, list)
     print(json.dumps({"picture": found[0][1], "question": arguments.question, "answer": answer.text}))

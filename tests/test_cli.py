@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from scene_files import scene_file
 from tercet.arguments import CommandParser
 from tercet.cli import COMMANDS, load_command, main
 from tercet.commands.terminal import print_table
@@ -178,7 +179,7 @@ class TestArguments:
             for part in name.split("."):
                 value = value[part]
             words = [str(item) for item in value] if isinstance(value, list) else [str(value)]
-            assert list(read("demo", " ".join([f"--{name}", *words]))) == [name]
+            assert read("demo", " ".join([f"--{name}", *words])).keys() - {"scenes"} == {name}
 
 
 class TestCommands:
@@ -198,7 +199,7 @@ class TestCommands:
 
     def test_tokenizer(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         folder = tmp_path / "words"
-        line = ["tokenizer", "scenes", "--output", str(folder), "--size", "150", "--data.scenes", "40"]
+        line = ["tokenizer", scene_file("train"), "--output", str(folder), "--size", "150"]
         assert main(line) == 0
         assert "150 tokens" in capsys.readouterr().out
         assert len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]) == 150
@@ -206,7 +207,8 @@ class TestCommands:
     def test_train_evaluate_report(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         run = tmp_path / "run"
         line = (
-            f"train demo --output {run} --train.max_steps 2 --train.batch_size 4 --data.scenes 16 --data.workers 0 "
+            f"train demo --output {run} --train.max_steps 2 --train.batch_size 4 --data.train {scene_file('train')} "
+            "--data.tokenizer_texts --data.workers 0 "
             "--data.validation --data.test --objectives.queue_size 8 --model.vision.depth 1 --model.text.depth 2 "
             "--model.text.fusion_layer 1 --train.log_every 1 --data.tokenizer_size 100 --train.device cpu"
         )
@@ -215,7 +217,9 @@ class TestCommands:
         assert (run / "model" / "model.safetensors").is_file()
         assert load_config(run).train.max_steps == 2
 
-        flags = "--data scenes:test --evaluate.limit 6 --evaluate.rerank 2 --data.workers 0 --train.device cpu"
+        flags = (
+            f"--data {scene_file('test')} --evaluate.limit 6 --evaluate.rerank 2 --data.workers 0 --train.device cpu"
+        )
         assert main(["evaluate", str(run), *flags.split(), "--json"]) == 0
         metrics = json.loads(capsys.readouterr().out)
         assert set(metrics) == {"dual", "reranked"}
@@ -233,16 +237,16 @@ class TestCommands:
     def test_demo_learns_shapes_before_scenes(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         run = tmp_path / "demo"
         line = (
-            "--train.max_steps 2 --train.batch_size 4 --data.scenes 16 --data.workers 0 --data.validation --data.test "
+            "--scenes 16 --train.max_steps 2 --train.batch_size 4 --data.workers 0 --data.validation --data.test "
             "--objectives.itm 0.5 --model.text.depth 2 --model.text.fusion_layer 1 --train.device cpu"
         )
         flags = line.split()
         assert main(["demo", "--output", str(run), *flags]) == 0
         capsys.readouterr()
-        first, second = load_config(run / "figures"), load_config(run)
-        assert first.objectives.enabled == ("cma",) and second.init == str(run / "figures" / "model")
+        first, second = load_config(run / "shapes"), load_config(run)
+        assert first.objectives.enabled == ("cma",) and second.init == str(run / "shapes" / "model")
         assert (first.objectives.itm, second.objectives.itm) == (0, 0.5)
-        words = [(folder / "model" / "tokenizer.json").read_bytes() for folder in (run / "figures", run)]
+        words = [(folder / "model" / "tokenizer.json").read_bytes() for folder in (run / "shapes", run)]
         assert words[0] == words[1]
         assert str(run) in fail(capsys, "demo", "--output", str(run), *flags)
 

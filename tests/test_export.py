@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from scene_files import png_of
 from tercet.config import ModelConfig, merge
 from tercet.errors import TercetError
 from tercet.export import TOLERANCE, Runner, export_model, largest_difference, onnx_runner, program_runner
@@ -74,7 +75,7 @@ def test_tells_its_inputs(model: Tercet, folder: Path) -> None:
 
 def test_example_searches_without_torch(model: Tercet, folder: Path, tmp_path: Path) -> None:
     for index in range(len(TEXTS)):
-        (tmp_path / f"{index}.png").write_bytes(SCENES.image(index))
+        (tmp_path / f"{index}.png").write_bytes(png_of(SCENES[index]))
     query = f"{TEXTS[0].title()}!"
     run = f"import runpy, sys; sys.argv = {[str(EXAMPLE), str(folder), str(tmp_path), query]!r}"
     run += f"; runpy.run_path({str(EXAMPLE)!r}, run_name='__main__'); assert 'torch' not in sys.modules"

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import tercet
+from scene_files import png_of
 from tercet.cli import main
 from tercet.errors import TercetError
 from tercet.model.hub import save_model
@@ -20,7 +21,7 @@ from tercet.tasks.answering import Answer
 from tercet.tasks.explaining import Explanation
 from tiny_model import SCENES, TEXTS, make_model
 
-IMAGES = [SCENES.array(index) for index in range(4)]
+IMAGES = [SCENES[index].image for index in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +229,7 @@ def test_explanations_in_a_batch_are_those_of_single_calls(predictor: Predictor)
 class TestCommands:
     @pytest.fixture
     def picture(self, tmp_path: Path) -> str:
-        (tmp_path / "a.png").write_bytes(SCENES.image(0))
+        (tmp_path / "a.png").write_bytes(png_of(SCENES[0]))
         return str(tmp_path / "a.png")
 
     def test_match(self, folder: Path, picture: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,16 +1,16 @@
-"""A model of random weights that reads the captions of drawn scenes."""
+"""A model of random weights that reads the captions of synthetic scenes."""
 
 from __future__ import annotations
 
 import torch
 
 from tercet.config import ModelConfig
-from tercet.data.scenes import SceneSource
+from tercet.data.scenes import split_scenes
 from tercet.data.tokenizer import Tokenizer
 from tercet.model.tercet import Tercet
 
-SCENES = SceneSource(4, "test", distinct=True)
-TEXTS = [SCENES.captions(index)[0] for index in range(4)]
+SCENES = list(split_scenes("test", 4))
+TEXTS = [SCENES[index].captions[0] for index in range(4)]
 
 
 def make_model() -> Tercet:

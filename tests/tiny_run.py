@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from scene_files import scene_file
+
 # 0.1 million parameters, of which a step takes some hundredths of a second.
 TINY_MODEL: dict[str, Any] = {
     "model.vision.image_size": 32,
@@ -17,11 +19,12 @@ TINY_MODEL: dict[str, Any] = {
     "model.text.heads": 2,
     "model.embed_dim": 16,
 }
-# Twelve steps of pre-training on drawn scenes, each of which is logged.
+# Twelve steps of pre-training on synthetic scenes, each of which is logged.
 TINY: dict[str, Any] = {
     **TINY_MODEL,
     "objectives.queue_size": 20,
-    "data.scenes": 24,
+    "data.train": [scene_file("train", 24)],
+    "data.tokenizer_texts": [],
     "data.workers": 0,
     "data.validation": [],
     "data.test": [],

@@ -47,6 +47,7 @@ COMMANDS = {
     "data pack": Command("data", "Write image-text pairs as WebDataset shards."),
     "data inspect": Command("data", "Show counts, broken images, sizes, duplicates and a contact sheet."),
     "data filter": Command("data", "Keep the pairs that a model finds to belong together."),
+    "data scenes": Command("data", "Write synthetic scenes for the demo's tasks."),
     "tokenizer": Command("data", "Train a WordPiece tokenizer on captions."),
     "convert": Command("models", "Convert TCL, ALBEF, BERT, DeiT or ViT weights, or write a TCL checkpoint."),
     "export": Command("models", "Write a model as ONNX graphs and torch.export programs."),

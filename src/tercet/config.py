@@ -288,7 +288,6 @@ class DataConfig(Section):
         description="tasks of samples: all samples of an image in one step, its image encoded once for them; "
         "batch_size then counts images",
     )
-    scenes: int = Field(default=4000, ge=8, description="training scenes drawn when the source is 'scenes'")
 
 
 class OptimConfig(Section):

@@ -263,6 +263,7 @@ MOVED_KEYS: dict[str, dict[str, str | None]] = {
         "alpha_ramp": "alpha_warmup",
         **dict.fromkeys(("alignment", "second_text_mask", "local_grid")),
     },
+    "data": dict.fromkeys(("scenes", "augment_on")),
     "optim": {"accumulate": "grad_accum_steps"},
     "train": {"recompute": "grad_checkpointing"},
 }

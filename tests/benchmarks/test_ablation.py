@@ -1,7 +1,8 @@
-"""The ablation harness on drawn scenes: it runs what is due, goes on after a stop, and compares with the baseline."""
+"""The ablation harness on scenes: it runs what is due, continues after a stop, and compares with the baseline."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from scene_files import png_of, scene_file
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "ablation"))
 
 from grid import read_grid
@@ -18,14 +21,14 @@ from noise import shuffle_captions
 from table import difference, mean_and_error
 
 from tercet.config_io import load_config
-from tercet.data.scenes import SceneSource
+from tercet.data.scenes import split_scenes
 from tercet.errors import TercetError
 from tiny_run import TINY_MODEL
 
 ABLATION = Path(__file__).resolve().parents[2] / "benchmarks" / "ablation"
 TINY = {
     **TINY_MODEL,
-    "data.scenes": 16,
+    "data.tokenizer_texts": [],
     "data.workers": 0,
     "data.tokenizer_size": 150,
     "train.max_steps": 2,
@@ -84,7 +87,8 @@ def test_a_grid_runs_and_goes_on(tmp_path: Path) -> None:
         )
     )
     folder = tmp_path / "runs"
-    data = ["--train", "scenes", "--validation", "scenes:validation", "--test", "scenes:test", "--output", str(folder)]
+    splits = {f"--{split}": scene_file(split, 16) for split in ("train", "validation", "test")}
+    data = [*itertools.chain(*splits.items()), "--output", str(folder)]
     command = [sys.executable, str(ABLATION / "run.py"), str(grid), *data, "--jobs", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -118,14 +122,14 @@ def test_a_grid_runs_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_filtering_after_noise_keeps_as_many_pairs_as_are_right_and_trains_on_them(tmp_path: Path) -> None:
-    scenes = SceneSource(20, "validation")
+    scenes = list(split_scenes("validation", 20))
     for index in range(20):
-        (tmp_path / f"{index}.png").write_bytes(scenes.image(index))
-    rows = [{"image": f"{index}.png", "caption": scenes.captions(index)[0]} for index in range(20)]
+        (tmp_path / f"{index}.png").write_bytes(png_of(scenes[index]))
+    rows = [{"image": f"{index}.png", "caption": scenes[index].captions[0]} for index in range(20)]
     (tmp_path / "own.json").write_text(json.dumps(rows))
     folder, data = tmp_path / "runs", str(tmp_path / "own.json")
     sources = ["--train", data, "--validation", data, "--test", data, "--output", str(folder)]
-    settings = {**TINY, "train.max_steps": None, "data.scenes": None}
+    settings = {**TINY, "train.max_steps": None, "data.tokenizer_texts": None}
     keys = [f"{key}={value}" for key, value in settings.items() if value is not None]
     command = [sys.executable, str(ABLATION / "winback.py"), *sources, "--seeds", "0", "--noise", "0.5", "--set", *keys]
     done = subprocess.run(command, capture_output=True, text=True)

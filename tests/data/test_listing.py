@@ -123,14 +123,6 @@ def test_annotations_urls_and_single_images(tmp_path: Path) -> None:
     assert all(read_image(image.uri) == png(1) for image in images)
 
 
-def test_scenes_are_read_by_number() -> None:
-    images, _ = listed("scenes:test")
-    assert len(images) == 500 and images[7].uri == "scenes:test#7" and images[7].caption
-    assert read_image(images[7].uri)[1:4] == b"PNG"
-    with pytest.raises(TercetError, match="no scene 500"):
-        read_image("scenes:test#500")
-
-
 @pytest.mark.parametrize(
     ("spec", "message"), [("none", "no file none"), ("empty", "no image found"), ("n*.tar", "no file matches")]
 )
@@ -156,7 +148,4 @@ def test_what_lies_under_a_specification(tmp_path: Path, monkeypatch: pytest.Mon
         pattern = lies_under(spec)
         assert all(pattern.fullmatch(str(tmp_path / name)) for name in inside), spec
         assert not any(pattern.fullmatch(str(tmp_path / name)) for name in outside), spec
-    assert lies_under("scenes:test").fullmatch("scenes:test#12") and not lies_under("scenes:test").fullmatch(
-        "scenes:train#1"
-    )
     assert lies_under("s3://b/x.tar").fullmatch("s3://b/x.tar#key")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from scene_files import scene_file
 from tercet.cli import main
 from tercet.config import DataConfig
 from tercet.data.readers import open_sources
@@ -83,7 +84,17 @@ def test_formats_that_shards_do_not_hold_become_png(tmp_path: Path, capsys: pyte
 
 def test_it_goes_on_after_a_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    arguments = ["data", "pack", "scenes:test", "--output", str(out), "--shard-size", "40", "--data.workers", "0"]
+    arguments = [
+        "data",
+        "pack",
+        scene_file("test", 500),
+        "--output",
+        str(out),
+        "--shard-size",
+        "40",
+        "--data.workers",
+        "0",
+    ]
     process = subprocess.Popen([sys.executable, "-m", "tercet", *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
     while len(list(out.glob("*_stats.json"))) < 2 and time.monotonic() < deadline:
@@ -120,7 +131,7 @@ def test_two_do_not_write_into_one_folder(tmp_path: Path, capsys: pytest.Capture
     from tercet.files import only_writer
 
     with only_writer(tmp_path, "pairs-"):
-        assert main(["data", "pack", "scenes:test", "--output", str(tmp_path), "--data.workers", "0"]) == 2
+        assert main(["data", "pack", scene_file("test", 500), "--output", str(tmp_path), "--data.workers", "0"]) == 2
     assert "another process is writing into" in capsys.readouterr().err
 
 

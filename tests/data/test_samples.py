@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from scene_files import scene_file
 from tercet.config import DataConfig
 from tercet.data.batch import Batch
-from tercet.data.drawn import open_samples
-from tercet.data.entailment_files import LABELS, draw_entailments, read_entailments
+from tercet.data.class_readers import open_entailments, open_statements, read_entailments, read_statements
 from tercet.data.images import resize
 from tercet.data.loader import TrainLoader, sample_batches
-from tercet.data.nlvr_files import PairDrawings, draw_statements, read_statements
-from tercet.data.scene_tasks import entailments
-from tercet.data.scenes import SceneSource
 from tercet.data.table import SampleTable
 from tercet.data.tokenizer import Tokenizer, clean_caption
-from tercet.errors import TercetError
 
 PLAIN = DataConfig(workers=0, augment="none")
 
@@ -41,216 +36,13 @@ def write_rows(path: Path, rows: list[Any], lines: bool = False) -> str:
 
 @pytest.fixture(scope="module")
 def scenes() -> SampleTable:
-    return draw_entailments(12, "train")
+    return open_entailments([scene_file("entailment", 12)], DataConfig(), "train")
 
 
 @pytest.fixture(scope="module")
 def tokenizer(scenes: SampleTable) -> Tokenizer:
     texts = (clean_caption(scenes.sample(index).text, 30) for index in range(scenes.sample_count))
     return Tokenizer.train(texts, 200)
-
-
-class TestEntailmentFiles:
-    def test_official_rows(self, data_dir: Path, tmp_path: Path) -> None:
-        sample = data_dir / "format_samples" / "snli_ve" / "snli_ve_dev.sample.jsonl"
-        rows = [json.loads(line) for line in sample.read_text().splitlines()]
-        for name in {row["Flickr30K_ID"] for row in rows}:
-            write_image(tmp_path / "flickr30k-images" / f"{name}.jpg")
-        source = read_entailments(str(sample), None, DataConfig(image_root=str(tmp_path)))
-        assert source.sample_count == len(rows)
-        assert source.image_count == len({row["Flickr30K_ID"] for row in rows})
-        for index, row in enumerate(rows):
-            found = source.sample(index)
-            assert LABELS[found.target["label"]] == row["gold_label"]
-            assert found.target["id"] == row["pairID"]
-            assert found.text == row["sentence2"]
-            assert found.key == f"{sample} line {index + 1}"
-            assert source.key(found.images[0]) == f"flickr30k-images/{row['Flickr30K_ID']}.jpg"
-            assert source.pixels(found.images[0], 10**6).shape == (20, 30, 3)
-
-    def test_albef_rows(self, tmp_path: Path) -> None:
-        write_image(tmp_path / "a.png")
-        rows = [{"image": "a.png", "sentence": f"a {label}", "label": label} for label in LABELS]
-        source = read_entailments(write_rows(tmp_path / "ve.json", rows), None, DataConfig())
-        assert [source.sample(index).target["label"] for index in range(3)] == [0, 1, 2]
-        assert source.image_count == 1
-
-    def test_rows_without_agreement_are_left_out_and_counted(self, tmp_path: Path) -> None:
-        write_image(tmp_path / "7.jpg")
-        rows = [{"Flickr30K_ID": 7, "gold_label": label, "sentence2": "a dog"} for label in ("-", "neutral")]
-        file = write_rows(tmp_path / "ve.jsonl", rows, lines=True)
-        source = read_entailments(file, None, DataConfig())
-        assert source.sample_count == 1
-        assert list(source.rejected) == [f"{file} line 1: its annotators did not agree on a label"]
-
-    @pytest.mark.parametrize(
-        ("row", "wanted"),
-        [
-            ({"label": "maybe"}, "row 2: the label 'maybe' is none of contradiction, neutral, entailment"),
-            ({"label": 1}, "row 2: 'label' is '1', not a text"),
-            ({"sentence": ""}, "row 2: 'sentence' is '', not a text"),
-            ({"image": None}, "row 2: 'image' is 'None', not a text"),
-        ],
-    )
-    def test_mistakes_name_file_and_row(self, tmp_path: Path, row: dict, wanted: str) -> None:
-        write_image(tmp_path / "a.png")
-        good = {"image": "a.png", "sentence": "a dog", "label": "neutral"}
-        file = write_rows(tmp_path / "ve.json", [good, good | row])
-        with pytest.raises(TercetError) as error:
-            read_entailments(file, None, DataConfig())
-        assert str(error.value) == f"{file} {wanted}"
-
-    def test_missing_keys_and_broken_files(self, tmp_path: Path) -> None:
-        write_image(tmp_path / "a.png")
-        for content, wanted in (
-            ('[{"image": "a.png", "sentence": "x"}]', "row 1: no 'gold_label' or 'label'"),
-            ('[{"sentence": "x"}]', "row 1: no 'image' or 'Flickr30K_ID'"),
-            ("[3]", "row 1: int '3' is no object"),
-            ('[{"image": "a.png"', "cut short"),
-            ('{"image": \n', "line 1: not JSON"),
-            ("[]", "no samples in it"),
-            ('[{"image": "b.png", "sentence": "x", "label": "neutral"}]', "none of its images exists"),
-        ):
-            (tmp_path / "ve.json").write_text(content)
-            with pytest.raises(TercetError, match=r"ve\.json") as error:
-                read_entailments(str(tmp_path / "ve.json"), None, DataConfig())
-            assert wanted in str(error.value), content
-
-    def test_scenes(self, scenes: SampleTable) -> None:
-        drawn = SceneSource(12, "train")
-        expected = [(text, label, index) for index in range(12) for text, label in entailments(drawn.scene(index))]
-        found = [scenes.sample(index) for index in range(scenes.sample_count)]
-        assert [(one.text, LABELS[one.target["label"]], one.images[0]) for one in found] == expected
-        assert np.array_equal(scenes.pixels(3, 10**6), drawn.scene(3).image)
-
-
-class TestPairFiles:
-    @pytest.mark.parametrize("layout", ["{name}", "dev/{name}", "images/dev/{name}"])
-    def test_official_rows(self, data_dir: Path, tmp_path: Path, layout: str) -> None:
-        sample = data_dir / "format_samples" / "nlvr2" / "dev.sample.json"
-        rows = [json.loads(line) for line in sample.read_text().splitlines()]
-        for row in rows:
-            stem = row["identifier"].rpartition("-")[0]
-            for side in (0, 1):
-                write_image(tmp_path / layout.format(name=f"{stem}-img{side}.png"), shade=100 * side)
-        source = read_statements(str(sample), None, DataConfig(image_root=str(tmp_path)))
-        assert (source.sample_count, source.images_per_sample) == (len(rows), 2)
-        for index, row in enumerate(rows):
-            found = source.sample(index)
-            assert found.target["label"] == (row["label"] == "True")
-            assert found.target["id"] == row["identifier"]
-            assert [int(source.pixels(image, 10**6)[0, 0, 0]) for image in found.images] == [0, 100]
-        groups = {row["sentence"]: set() for row in rows}
-        for index, row in enumerate(rows):
-            groups[row["sentence"]].add(source.sample(index).target["group"])
-        assert all(len(group) == 1 for group in groups.values())
-        assert len(set.union(*groups.values())) == len(groups)
-
-    def test_training_images_lie_in_numbered_folders(self, tmp_path: Path) -> None:
-        row = {"identifier": "train-10-3-1", "directory": 41, "sentence": "two dogs", "label": "True"}
-        for side in (0, 1):
-            write_image(tmp_path / "images" / "train" / "41" / f"train-10-3-img{side}.png")
-        source = read_statements(write_rows(tmp_path / "train.json", [row], lines=True), None, DataConfig())
-        assert source.key(source.sample(0).images[1]) == "images/train/41/train-10-3-img1.png"
-
-    def test_albef_rows(self, tmp_path: Path) -> None:
-        for name in ("a.png", "b.png"):
-            write_image(tmp_path / name)
-        rows = [{"images": ["a.png", "b.png"], "sentence": "two dogs", "label": label} for label in ("True", "False")]
-        source = read_statements(write_rows(tmp_path / "nlvr.json", rows), None, DataConfig())
-        assert [source.sample(index).target["label"] for index in (0, 1)] == [1, 0]
-        assert source.sample(0).images == source.sample(1).images == (0, 1)
-        assert source.sample(0).target["group"] == source.sample(1).target["group"]
-
-    @pytest.mark.parametrize(
-        ("row", "wanted"),
-        [
-            ({"label": "yes"}, "the label 'yes' is neither True nor False"),
-            ({"images": ["a.png"]}, "'images' is \"['a.png']\", not a list of two file names"),
-            ({"images": ["a.png", None]}, "not a list of two file names"),
-            ({"images": ["a.png", "b.png", "c.png"]}, "not a list of two file names"),
-            ({"sentence": 4}, "'sentence' is '4', not a text"),
-        ],
-    )
-    def test_mistakes_name_file_and_row(self, tmp_path: Path, row: dict, wanted: str) -> None:
-        write_image(tmp_path / "a.png")
-        good = {"images": ["a.png", "a.png"], "sentence": "two dogs", "label": "True"}
-        file = write_rows(tmp_path / "nlvr.json", [good, good | row])
-        with pytest.raises(TercetError) as error:
-            read_statements(file, None, DataConfig())
-        assert str(error.value).startswith(f"{file} row 2: ")
-        assert wanted.replace('"', "") in str(error.value).replace('"', "")
-
-    def test_an_identifier_that_names_no_pair(self, tmp_path: Path) -> None:
-        file = write_rows(tmp_path / "dev.json", [{"identifier": "dev-1", "sentence": "x", "label": "True"}])
-        with pytest.raises(TercetError, match="row 1: the identifier 'dev-1' is not SPLIT-SET-PAIR-SENTENCE"):
-            read_statements(file, None, DataConfig())
-
-    def test_drawn_pairs(self) -> None:
-        source = draw_statements(20, "test")
-        drawings = PairDrawings(20, "test")
-        assert (source.sample_count, source.image_count) == (20, 40)
-        for number in range(0, 20, 2):
-            pair = [source.sample(number), source.sample(number + 1)]
-            assert pair[0].text == pair[1].text
-            assert {one.target["label"] for one in pair} == {0, 1}
-            assert pair[0].target["group"] == pair[1].target["group"]
-        statement = drawings.statement(7)
-        assert np.array_equal(source.pixels(14, 10**6), statement.scene_a.image)
-        assert np.array_equal(source.pixels(15, 10**6), statement.scene_b.image)
-        others = draw_statements(20, "train")
-        assert not np.array_equal(source.pixels(0, 10**6), others.pixels(0, 10**6))
-
-    def test_pairs_to_train_on_have_several_statements(self) -> None:
-        source, drawings = draw_statements(10, "train"), PairDrawings(10, "train")
-        samples = [source.sample(index) for index in range(source.sample_count)]
-        further = drawings.more_statements([drawings.statement(number) for number in range(10)], 8)
-        assert source.image_count == 20
-        for number in range(10):
-            own = [sample for sample in samples if sample.images == (2 * number, 2 * number + 1)]
-            assert own[0].text == drawings.statement(number).sentence
-            told = [(sample.text, bool(sample.target["label"])) for sample in own[1:]]
-            assert told == further[number]
-        assert len(samples) > 10 + 8 * 4
-        assert len({sample.key for sample in samples}) == len(samples)
-        assert len({sample.target["group"] for sample in samples}) == len(samples) - 5
-
-
-class TestOpening:
-    def test_files_and_scenes_joined(self, tmp_path: Path) -> None:
-        write_image(tmp_path / "a.png", shade=33)
-        rows = [{"image": "a.png", "sentence": "one", "label": "neutral"}]
-        file = write_rows(tmp_path / "ve.json", rows)
-        data = DataConfig(scenes=8)
-        source = open_samples(["scenes", file], data, "train", read_entailments, draw_entailments)
-        last = source.sample(source.sample_count - 1)
-        assert last.text == "one"
-        assert source.key(last.images[0]) == "a.png"
-        assert int(source.pixels(last.images[0], 10**6)[0, 0, 0]) == 33
-        assert source.sample(0) == draw_entailments(8, "train").sample(0)
-        again = pickle.loads(pickle.dumps(source))
-        assert again.sample(source.sample_count - 1) == last
-
-    def test_splits_of_a_file(self, tmp_path: Path) -> None:
-        write_image(tmp_path / "a.png")
-        rows = [
-            {"image": "a.png", "sentence": split, "label": "neutral", "split": split} for split in ("train", "test")
-        ]
-        file = write_rows(tmp_path / "ve.json", rows)
-        source = open_samples([f"{file}#test"], DataConfig(), "train", read_entailments)
-        assert [source.sample(index).text for index in range(source.sample_count)] == ["test"]
-        with pytest.raises(TercetError, match="holds several splits"):
-            open_samples([file], DataConfig(), "train", read_entailments)
-
-    def test_mistakes(self) -> None:
-        with pytest.raises(TercetError, match="no data given"):
-            open_samples([], DataConfig(), "train", read_entailments)
-        with pytest.raises(TercetError, match="drawn scenes have no samples"):
-            open_samples(["scenes"], DataConfig(), "train", read_entailments)
-        with pytest.raises(TercetError, match="write scenes:validation"):
-            open_samples(["scenes:validaton"], DataConfig(), "train", read_entailments, draw_entailments)
-        with pytest.raises(TercetError, match=r"no file .*none\.json"):
-            open_samples(["none.json"], DataConfig(), "train", read_entailments)
 
 
 def assert_same(first: Batch, second: Batch) -> None:
@@ -288,7 +80,8 @@ class TestLoader:
             for key, row in zip(batch.keys, batch.image_rows[:, 0].tolist(), strict=True):
                 pixels = resize(scenes.pixels(scenes.sample(place[key]).images[0], 10**6), 32)
                 assert np.array_equal(batch.images[row].permute(1, 2, 0).numpy(), pixels)
-        pairs = next(TrainLoader(draw_statements(6, "test"), tokenizer, data, 32, 4, seed=0).batches(0))
+        statements = open_statements([scene_file("nlvr-test", 6)], DataConfig(), "test")
+        pairs = next(TrainLoader(statements, tokenizer, data, 32, 4, seed=0).batches(0))
         assert pairs.image_rows is not None and pairs.image_rows.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
     def test_workers_and_resume_change_nothing(self, scenes: SampleTable, tokenizer: Tokenizer) -> None:
@@ -300,10 +93,10 @@ class TestLoader:
         worked.close()
 
     def test_two_images_lie_beside_each_other(self, tokenizer: Tokenizer) -> None:
-        source = draw_statements(6, "test")
+        source = open_statements([scene_file("nlvr-test", 6)], DataConfig(), "test")
         batch = next(TrainLoader(source, tokenizer, PLAIN, 64, 4, seed=0).batches(0))
         assert batch.images.shape == (8, 3, 64, 64)
-        first = source.sample(int(batch.keys[0].partition("#")[2]))
+        first = source.sample(int(batch.keys[0].rpartition(" ")[2]) - 1)
         for view, image in zip(batch.images, first.images, strict=False):
             assert np.array_equal(view.permute(1, 2, 0).numpy(), source.pixels(image, 10**6))
 
@@ -386,7 +179,7 @@ class TestLoader:
             assert batch.image_rows is not None
             assert len(batch.images) == len(batch.image_rows.unique()) < len(batch)
             for row, key in zip(batch.image_rows[:, 0].tolist(), batch.keys, strict=True):
-                scene = int(key.partition("#")[2].split()[0])
+                scene = scenes.sample(int(key.rpartition(" ")[2]) - 1).images[0]
                 assert np.array_equal(batch.images[row].permute(1, 2, 0).numpy(), scenes.pixels(scene, 10**6))
             keys += batch.keys
         assert keys == [scenes.sample(index).key for index in range(33)]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from scene_files import png_of
 from tercet.arguments import CommandParser
 from tercet.cli import COMMANDS, load_command, main
 from tercet.config_io import dump_config, load_config, recipe_names
@@ -93,9 +94,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for index in range(24):
         part = tmp_path / ("held_out" if index % 4 == 0 else "my_folder")
         part.mkdir(exist_ok=True)
-        (part / f"{index}.png").write_bytes(SCENES.image(index % SCENES.image_count))
-        (part / f"{index}.txt").write_text("\n".join(SCENES.captions(index % SCENES.image_count)))
-    (tmp_path / "photo.jpg").write_bytes(SCENES.image(0))
+        (part / f"{index}.png").write_bytes(png_of(SCENES[index % len(SCENES)]))
+        (part / f"{index}.txt").write_text("\n".join(SCENES[index % len(SCENES)].captions))
+    (tmp_path / "photo.jpg").write_bytes(png_of(SCENES[0]))
     run = tmp_path / "runs" / "demo"
     save_model(make_model(), run / "model")
     (run / "config.yaml").write_text(dump_config(load_config("demo")))

@@ -17,7 +17,7 @@ def test_from_pictures_to_answers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     held_out = tmp_path / "work" / "held_out"
-    assert len(list(held_out.glob("*.png"))) == 6
+    assert len(list(held_out.glob("*.jpg"))) == 6
     found = [line.split() for line in lines if str(held_out) in line and not line.startswith("{")]
     if importlib.util.find_spec("lancedb") is None:
         assert any("pip install 'tercet[search]'" in line for line in lines)

@@ -11,6 +11,7 @@ import pytest
 
 from faults.runs import PATIENCE, Run, assert_equal, events, lines, rubbish
 from faults.test_kills import assert_gone
+from scene_files import scene_file
 from tercet.train.checkpoint import list_checkpoints
 
 STOPPED = 130
@@ -50,7 +51,7 @@ def test_while_training(unbroken: Path, tmp_path: Path, group: bool) -> None:
 
 def test_while_evaluating(tmp_path: Path) -> None:
     """500 scenes at a batch of one: the evaluation takes far longer than the grace."""
-    slow = {"data__validation": "scenes", "train__evaluate_every": 3, "evaluate__batch_size": 1}
+    slow = {"data__validation": [scene_file("validation", 500)], "train__evaluate_every": 3, "evaluate__batch_size": 1}
     run = Run(tmp_path / "run", evaluate__rerank=400, **slow)
     run.until(lambda: "evaluating on validation" in run.messages)
     time.sleep(0.5)

@@ -16,14 +16,13 @@ import pyarrow.parquet
 
 from fuzz.target import BESIDE, JPEG, PIXEL_LIMIT, Target, as_json, as_lines, picture_bytes
 from tercet.config import DataConfig
-from tercet.data.entailment_files import read_entailments
-from tercet.data.grounding_files import open_expressions
+from tercet.data.class_readers import read_entailments, read_statements
+from tercet.data.grounding_readers import open_expressions
 from tercet.data.images import EncodedImage, decode
-from tercet.data.nlvr_files import read_statements
 from tercet.data.readers import open_sources
 from tercet.data.storage import read_bytes
 from tercet.data.table import SampleTable
-from tercet.data.vqa_files import open_questions, read_answer_list, read_gold, read_results
+from tercet.data.task_readers import open_questions, read_answer_list, read_gold, read_results
 from tercet.tasks.probes import open_probes
 from tercet.tasks.score import score_predictions
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from scene_files import png_of
 from tercet.cli import main
 from tercet.errors import TercetError
 from tercet.model.hub import save_model
@@ -57,7 +58,7 @@ def test_any_shape(shape: tuple[int, int], words: int, tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_model(make_model(), tmp_path / "model")
-    (tmp_path / "a.png").write_bytes(SCENES.image(0))
+    (tmp_path / "a.png").write_bytes(png_of(SCENES[0]))
     words = ["explain", str(folder), str(tmp_path / "a.png"), TEXTS[0]]
     assert main([*words, "--output", str(tmp_path / "e.png")]) == 0
     printed = capsys.readouterr()

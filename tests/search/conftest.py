@@ -27,7 +27,7 @@ def pictures(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
     for number, name in enumerate(["a.png", "b.jpg", "more/c.png", "d.webp"]):
-        picture = Image.fromarray(SCENES.array(number)).resize((64 + 20 * number, 64))
+        picture = Image.fromarray(SCENES[number].image).resize((64 + 20 * number, 64))
         picture.save(folder / name)
     (folder / "a.txt").write_text(f"{TEXTS[0]}\nanother line\n")
     (folder / "more/c.txt").write_text('it\'s a "c"\n')

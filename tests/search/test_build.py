@@ -56,10 +56,10 @@ def test_only_new_and_changed_images_are_read(predictor: Predictor, pictures: Pa
     ids = {name: row["id"] for name, row in by_name(build(predictor, path, pictures)[0]).items()}
     assert counts(build(predictor, path, pictures)[1]) == (0, 0, 4, 0, 0)
 
-    Image.fromarray(SCENES.array(3)).save(pictures / "a.png")
+    Image.fromarray(SCENES[3].image).save(pictures / "a.png")
     (pictures / "b.jpg").unlink()
     (pictures / "d.txt").write_text("a new caption")
-    Image.fromarray(SCENES.array(1)).save(pictures / "e.png")
+    Image.fromarray(SCENES[1].image).save(pictures / "e.png")
     index, report = build(predictor, path, pictures)
     assert counts(report) == (1, 2, 1, 1, 0)
     rows = by_name(index)

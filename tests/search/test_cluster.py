@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from scene_files import png_of
 from tercet.cli import main
 from tercet.predictor import Predictor
 from tercet.search.build import build_index
@@ -41,7 +42,7 @@ def test_the_same_table_though_a_worker_is_killed(
     cluster: None, predictor: Predictor, pictures: Path, tmp_path: Path
 ) -> None:
     for number in range(COPIES):
-        (pictures / f"{number}.png").write_bytes(SCENES.image(number % 4))
+        (pictures / f"{number}.png").write_bytes(png_of(SCENES[number % 4]))
     (pictures / "broken.png").write_bytes(b"no image")
     here, _ = build_index([str(pictures)], predictor, "m", str(tmp_path / "here"))
     killed: list[int] = []

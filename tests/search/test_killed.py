@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import tercet
+from scene_files import png_of
 from tercet.errors import TercetError
 from tercet.search.index import Index
 from tercet.search.search import Query, Searcher
@@ -38,7 +39,7 @@ sys.exit(main(sys.argv[1:]))
 def test_killed_at_random_moments(model_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
-    data = [SCENES.image(number) for number in range(4)]
+    data = [png_of(SCENES[number]) for number in range(4)]
     for number in range(PICTURES):
         (folder / f"{number:05d}.png").write_bytes(data[number % 4])
     path = tmp_path / "index"

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from tercet.data.scenes import SceneSource
+from scene_files import png_of
+from tercet.data.scenes import split_scenes
 from tercet.errors import TercetError
 from tercet.predictor import Predictor
 from tercet.search.build import build_index
@@ -22,10 +23,10 @@ from tiny_model import TEXTS, make_model
 @pytest.fixture(scope="module")
 def index(predictor: Predictor, tmp_path_factory: pytest.TempPathFactory) -> Index:
     folder = tmp_path_factory.mktemp("scenes")
-    scenes = SceneSource(120, "validation")
-    for number in range(scenes.image_count):
-        (folder / f"{number}.png").write_bytes(scenes.image(number))
-        (folder / f"{number}.txt").write_text(scenes.captions(number)[0])
+    scenes = list(split_scenes("validation", 120))
+    for number in range(len(scenes)):
+        (folder / f"{number}.png").write_bytes(png_of(scenes[number]))
+        (folder / f"{number}.txt").write_text(scenes[number].captions[0])
     return build_index([str(folder)], predictor, "m", str(tmp_path_factory.mktemp("index")))[0]
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import tercet
-from tercet.data.scenes import SceneSource
+from scene_files import png_of
+from tercet.data.scenes import split_scenes
 from tercet.search.build import build_index
 from tercet.search.index import Index
 from tercet.serve.limits import ServeSettings
@@ -34,10 +35,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of synthetic scenes with captions."""
     folder = tmp_path_factory.mktemp("pictures")
-    source = SceneSource(PICTURES, "test", distinct=True)
+    source = list(split_scenes("test", PICTURES))
     for number in range(PICTURES):
-        (folder / f"scene-{number:02}.png").write_bytes(source.image(number))
-        (folder / f"scene-{number:02}.txt").write_text(source.captions(number)[0])
+        (folder / f"scene-{number:02}.png").write_bytes(png_of(source[number]))
+        (folder / f"scene-{number:02}.txt").write_text(source[number].captions[0])
     return folder
 
 

@@ -2,7 +2,7 @@
 
     python tests/serve/take_screenshots.py http://127.0.0.1:8000/ docs/images
 
-Each image shows the page 1440 px wide and 360 px wide, one light and one dark.  The server must hold synthetic scenes.
+Each picture holds the page 1440 px wide and 360 px wide, one light and one dark.  The server must hold scenes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tercet.data.scenes import SceneSource
+from tercet.data.scene_files import encode_jpeg
+from tercet.data.scenes import split_scenes
 
 BROWSER = os.environ.get("TERCET_CHROMIUM", "/usr/bin/chromium")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
@@ -49,7 +50,7 @@ def drop(page: Page) -> None:
     """Search by a picture that is dropped."""
     import base64
 
-    page.evaluate(DROP, [base64.b64encode(SceneSource(4, "validation").image(2)).decode()])
+    page.evaluate(DROP, [base64.b64encode(encode_jpeg(next(split_scenes("validation", 1, 2)).image)).decode()])
     page.wait_for_selector("#grid .hit")
     page.wait_for_load_state("networkidle")
 

@@ -18,6 +18,7 @@ from serve_runs import PICTURES, Serving, error_of, serving
 from torch import Tensor
 
 import tercet
+from scene_files import png_of
 from tercet.cli import main
 from tercet.search.index import Index
 from tercet.search.search import Query, Searcher
@@ -26,7 +27,7 @@ from tercet.tasks.answering import Answer
 from tercet.tasks.explaining import Explanation
 from tiny_model import SCENES, TEXTS, make_model
 
-PICTURE = {"base64": base64.b64encode(SCENES.image(0)).decode()}
+PICTURE = {"base64": base64.b64encode(png_of(SCENES[0])).decode()}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_search_refuses(server: Serving, body: dict[str, object], named: str) ->
 
 def test_match(server: Serving) -> None:
     found = server.post("/v1/match", {"image": PICTURE, "texts": TEXTS}).json()["matches"]
-    image = SCENES.array(0)
+    image = SCENES[0].image
     chances, cosines = server.predictor.match([image], TEXTS), server.predictor.similarity([image], TEXTS)
     assert isinstance(chances, Tensor) and isinstance(cosines, Tensor)
     assert [each["text"] for each in found] == TEXTS
@@ -104,7 +105,7 @@ def test_match(server: Serving) -> None:
 def test_classify(server: Serving) -> None:
     body = {"image": PICTURE, "labels": ["a red circle", "a blue star"], "templates": ["{}", "one {}"]}
     found = server.post("/v1/classify", body).json()["labels"]
-    expected = server.predictor.classify(SCENES.array(0), ["a red circle", "a blue star"], ["{}", "one {}"])
+    expected = server.predictor.classify(SCENES[0].image, ["a red circle", "a blue star"], ["{}", "one {}"])
     assert isinstance(expected, dict)
     assert [(each["text"], pytest.approx(each["score"], abs=1e-5)) for each in found] == list(expected.items())
     assert "{}" in error_of(server.post("/v1/classify", {**body, "templates": ["no place"]}), 422)
@@ -113,7 +114,7 @@ def test_classify(server: Serving) -> None:
 def test_ask(server: Serving, index_folder: Path) -> None:
     for answers in ([], ["red", "blue"]):
         found = server.post("/v1/ask", {"image": PICTURE, "question": "what colour is it?", "answers": answers}).json()
-        alone = server.predictor.answer(SCENES.array(0), "what colour is it?", answers or None)
+        alone = server.predictor.answer(SCENES[0].image, "what colour is it?", answers or None)
         assert isinstance(alone, Answer)
         assert found["answer"] == alone.text and found["score"] == pytest.approx(alone.score, abs=1e-5)
         assert [each["text"] for each in found["others"]] == [text for text, _ in alone.others]
@@ -141,7 +142,7 @@ def test_explain(server: Serving, first_id: str) -> None:
 
 def test_embed(server: Serving) -> None:
     found = server.post("/v1/embed", {"images": [PICTURE], "texts": TEXTS}).json()
-    np.testing.assert_allclose(found["image_feats"], server.predictor.embed_images([SCENES.array(0)]), atol=1e-5)
+    np.testing.assert_allclose(found["image_feats"], server.predictor.embed_images([SCENES[0].image]), atol=1e-5)
     np.testing.assert_allclose(found["text_feats"], server.predictor.embed_texts(TEXTS), atol=1e-5)
     assert "images, texts" in error_of(server.post("/v1/embed", {}), 422)
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from tercet.config import Config, DataConfig, ObjectivesConfig
 from tercet.config_io import default_config
 from tercet.data.loader import TrainLoader
+from tercet.data.task_readers import Gold, results_json
 from tercet.data.tokenizer import Tokenizer, clean_question
-from tercet.data.vqa_files import Gold, results_json
 from tercet.errors import TercetError
 from tercet.model.hub import load_model
 from tercet.model.tercet import Tercet

@@ -1,4 +1,4 @@
-"""The loop on real (drawn) pairs: exact resume, stops, bad steps, damaged checkpoints."""
+"""The loop on pairs: exact resume, stops, bad steps, damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from scene_files import scene_file
 from tercet.config import Config
 from tercet.config_io import load_config
 from tercet.errors import TercetError
@@ -128,7 +129,7 @@ def test_no_readable_checkpoint_is_one_error(tmp_path: Path) -> None:
 def test_other_data_is_refused_on_resume(tmp_path: Path) -> None:
     run = train(tiny(tmp_path / "run", train__max_steps=2))
     with pytest.raises(TercetError, match="not what"):
-        train(load_config(run, {"data.scenes": 30}), run)
+        train(load_config(run, {"data.train": [scene_file("train", 30)]}), run)
 
 
 def test_a_second_run_does_not_overwrite_the_first(unbroken: Path) -> None:
@@ -140,8 +141,8 @@ def test_a_second_run_does_not_overwrite_the_first(unbroken: Path) -> None:
 def test_a_mistake_in_what_is_held_out_is_told_before_the_first_step(tmp_path: Path, split: str) -> None:
     questions = tmp_path / "held_out.json"
     questions.write_text('[{"image": "a.png", "question": "who?", "answer": "a dog"}]')
-    settings = {"task": "vqa", f"data__{split}": [str(questions)]}
-    with pytest.raises(TercetError, match=r"held_out\.json row 1: 'question_id' is 'None'"):
+    settings = {"task": "vqa", "data__train": [scene_file("vqa-first", 8)], f"data__{split}": [str(questions)]}
+    with pytest.raises(TercetError, match=r"held_out\.json row 1: no 'question_id'"):
         train(tiny(tmp_path / "run", **settings))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     train(tiny(tmp_path / "run", train__max_steps=1))  # the folder is not taken
@@ -197,7 +198,7 @@ def test_the_last_step_is_logged_whatever_the_interval(tmp_path: Path) -> None:
 
 
 def test_a_set_smaller_than_a_batch_trains(tmp_path: Path) -> None:
-    run = train(tiny(tmp_path / "run", data__scenes=8, train__batch_size=50, train__epochs=2))
+    run = train(tiny(tmp_path / "run", data__train=[scene_file("train", 8)], train__batch_size=50, train__epochs=2))
     assert [line["step"] for line in lines(run)] == [1, 2]
 
 
@@ -223,8 +224,8 @@ def test_starting_from_a_model_folder_with_another_image_size(unbroken: Path, tm
 def test_the_step_that_validates_best_is_kept_with_its_model(tmp_path: Path) -> None:
     config = tiny(
         tmp_path / "run",
-        data__scenes=48,
-        data__validation=["scenes:validation"],
+        data__train=[scene_file("train", 48)],
+        data__validation=[scene_file("validation")],
         evaluate__rerank=0,
         evaluate__limit=16,
         train__evaluate_every=3,

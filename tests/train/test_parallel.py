@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from rank_runs import SMALL, poisoned_step, run_ranks, train_run, train_runs, train_until_one_is_told_to_stop
+from scene_files import scene_file
 from tercet.cli import main
-from tercet.data.scenes import SceneSource
+from tercet.data.scenes import split_scenes
 from tercet.errors import TercetError
 from tercet.files import lock_folder
 from tercet.train.checkpoint import list_checkpoints
@@ -80,7 +81,8 @@ def test_any_choice_of_objectives_equals_one_rank(tmp_path: Path, parallel: str)
     runs: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
     for number, (names, keys) in enumerate(SUBSETS):
         weights = {f"objectives.{name}": float(name in names) for name in ("cma", "imc", "lmi", "itm", "mlm")}
-        own = {**SMALL, **weights, **keys, "train.max_steps": 3, "train.parallel": parallel, "data.scenes": 16}
+        own = {**SMALL, **weights, **keys, "train.max_steps": 3, "train.parallel": parallel}
+        own["data.train"] = [scene_file("train", 16)]
         for world, named in runs.items():
             named.append({**own, "output": str(tmp_path / f"{number}-{world}")})
     for world, named in runs.items():
@@ -125,10 +127,10 @@ def test_broken_images_on_one_rank_neither_hang_nor_bias_the_other(tmp_path: Pat
     """The first rank of two loses pairs, all of them in some steps; the losses are those of the pairs that are left."""
     folder = tmp_path / "pictures"
     folder.mkdir()
-    source = SceneSource(12, "train")
+    source = list(split_scenes("train", 12))
     for index in range(12):
-        Image.fromarray(source.array(index)).save(folder / f"{index:02}.png")
-        (folder / f"{index:02}.txt").write_text(source.captions(index)[0], "utf-8")
+        Image.fromarray(source[index].image).save(folder / f"{index:02}.png")
+        (folder / f"{index:02}.txt").write_text(source[index].captions[0], "utf-8")
     for index in range(0, 12, 2):
         (folder / f"{index:02}.png").write_bytes(b"broken")
     overrides = {"data__train": [str(folder)], "train__batch_size": 4, "train__epochs": 4}

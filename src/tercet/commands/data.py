@@ -1,4 +1,4 @@
-"""Commands on the data itself: `data pack`, `data inspect`, `data filter` and `tokenizer`."""
+"""Commands on the data itself: `data pack`, `data inspect`, `data filter`, `data scenes` and `tokenizer`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 NAMED = 10  # groups of duplicates and broken images that are named
 
-Split = Literal["train", "validation", "test"]
-
 
 def data_pack(
     sources: list[str],
@@ -35,7 +33,6 @@ def data_pack(
     encoding: Literal["keep", "jpg", "png", "webp"] = "keep",
     quality: int = 92,
     keep: Path | None = None,
-    split: Split = "train",
     json: bool = False,
     **overrides: DataKeys,
 ) -> None:
@@ -50,7 +47,6 @@ def data_pack(
         encoding: keep: images that are not shrunk stay as they are, to the byte; else all are encoded again.
         quality: of JPEG and WebP, 1 to 100.
         keep: pack only the pairs that `tercet data filter` wrote to this file.
-        split: which synthetic scenes the source `scenes` means.
         json: print the numbers as one JSON object.
     """
     if shard_size < 1 or not 1 <= quality <= 100 or (resize is not None and resize < 1):
@@ -59,7 +55,7 @@ def data_pack(
     from tercet.data.readers import open_sources
 
     data = default_config(overrides).data
-    source = open_sources(sources, data, split)
+    source = open_sources(sources, data)
     _print_rejected(source)
     options = PackOptions(name, shard_size, resize, encoding, quality, data.pixel_limit)
     report, before = PackReport(), None
@@ -86,7 +82,6 @@ def data_inspect(
     *,
     sheet: Path | None = None,
     sheet_images: int = 48,
-    split: Split = "train",
     json: bool = False,
     **overrides: DataKeys,
 ) -> None:
@@ -96,14 +91,13 @@ def data_inspect(
         sources: sources of pairs, as --data.train takes them.
         sheet: draw a contact sheet, a PNG file.
         sheet_images: images on the sheet, spread evenly over the source.
-        split: which synthetic scenes the source `scenes` means.
         json: print the numbers, and the names of broken images and duplicates, as one JSON object.
     """
     from tercet.data.inspection import Inspection, inspect_table, write_sheet
     from tercet.data.readers import open_sources
 
     data = default_config(overrides).data
-    source = open_sources(sources, data, split)
+    source = open_sources(sources, data)
     found: Inspection | None = None
     with progress_bar("inspecting", "images") as progress:
         for done, so_far in inspect_table(source, data.pixel_limit, data.max_words, data.workers):
@@ -139,7 +133,6 @@ def data_filter(
     by: Literal["match", "similarity"] = "match",
     threshold: float | None = None,
     fraction: float | None = None,
-    split: Split = "train",
     json: bool = False,
     **overrides: EvaluateKeys,
 ) -> None:
@@ -153,7 +146,6 @@ def data_filter(
             matching.
         threshold: keep pairs with at least this score.
         fraction: instead: keep this fraction of the pairs, the best ones.
-        split: which synthetic scenes the source `scenes` means.
         json: print the numbers as one JSON object.
     """
     from tercet.data.readers import open_sources
@@ -161,9 +153,9 @@ def data_filter(
 
     folder, config = model_and_config(model, overrides)
     predictor = load_predictor(folder)
-    source = open_sources(sources, config.data, split)
+    source = open_sources(sources, config.data)
     _print_rejected(source)
-    identity = {"model": model_fingerprint(predictor.model), "source": [*sources, split]}
+    identity = {"model": model_fingerprint(predictor.model), "source": sources}
     with progress_bar("scoring", "images") as progress:
         report = filter_pairs(predictor.model, source, config, output, identity, by, threshold, fraction, progress)
     print_skipped(report.problems, len(report.problems))
@@ -183,6 +175,21 @@ def data_filter(
         f"{report.by} of at least {report.threshold:.4f}; {report.skipped} images could not be read"
     )
     print(f"They are in {output}")
+
+
+def data_scenes(tasks: list[str], *, output: Path = Path("runs/demo/data"), count: int | None = None) -> None:
+    """Write synthetic scenes for the demo's tasks, as annotation files and tar shards.  Shards that exist are kept.
+
+    Args:
+        tasks: vqa, entailment, nlvr or grounding.
+        output: folder to write into; the demo-* recipes read the default.
+        count: write at most so many scenes of each kind, for a quick trial.
+    """
+    from tercet.data.scene_files import write_task
+
+    for task in tasks:
+        print(f"writing scenes for {task} into {output}", file=sys.stderr)
+        write_task(output, task, count)
 
 
 def tokenizer(captions: list[str], *, output: Path, size: int = 8192, **overrides: DataKeys) -> None:

@@ -25,7 +25,7 @@ def evaluate(
 
     Args:
         model: model folder, run folder, or hub id.
-        data: annotation files of the task (for retrieval also folders and tar shards), or scenes:test.
+        data: annotation files of the task; for retrieval also folders and tar shards.
         task: what is measured; default: what the model's run trained, else retrieval.
         predictions: write the prediction for each sample to this JSON file.
         json: print the numbers as one JSON object.

@@ -14,28 +14,47 @@ from tercet.config_io import load_config, recipe_meaning, recipe_names
 from tercet.errors import TercetError
 
 
-def demo(**overrides: ConfigKeys) -> None:
+def demo(*, scenes: int | None = None, **overrides: ConfigKeys) -> None:
     """Train a small model on synthetic scenes, evaluate it and write a report into runs/demo (or --output).
 
-    Two runs: `demo-figures` aligns single shapes with their captions, and `demo` goes on from it with scenes and all
-    five objectives.  --init MODEL takes the place of the first.
+    The scenes are written into the run's data/ as tar shards.  Two runs train on them: `demo-shapes` aligns single
+    shapes with their captions, and `demo` goes on from it with scenes and all five objectives.  --init MODEL takes the
+    place of the first.
+
+    Args:
+        scenes: write at most so many scenes of each kind, for a quick trial.
     """
+    from tercet.data.scene_files import write_demo
     from tercet.train.setup import name_folder
 
     config = load_config("demo", overrides)
     if "RANK" in os.environ:
         raise TercetError("the demo is two runs of one process; under torchrun use tercet train demo")
+    folder = name_folder(config)
+    print(f"writing scenes into {folder / 'data'}", file=sys.stderr)
+    write_demo(folder / "data", scenes)
+    overrides = _demo_sources(folder / "data") | overrides | {"output": str(folder)}
+    config = load_config("demo", overrides)
     if config.init is None:
-        folder = name_folder(config)
-        shapes = _train_on_shapes(config, overrides, folder)
-        config = config.model_copy(update={"output": str(folder), "init": str(shapes)})
+        config = load_config("demo", overrides | {"init": str(_train_on_shapes(config, overrides, folder))})
     run = _train_and_report(config)
     print("Now your own images: put them in a folder, each with its caption in a .txt of the same name, and run")
     print(f"  tercet train small-data --data.train my_folder/\nThe model just trained is {run / 'model'}.")
 
 
+def _demo_sources(data: Path) -> dict[str, Any]:
+    """The keys of the demo's config that name its data, for scenes written into `data`."""
+    tasks = ("vqa", "entailment", "nlvr", "grounding")
+    return {
+        "data.train": [f"{data}/train-*.tar"],
+        "data.validation": [f"{data}/validation-*.tar"],
+        "data.test": [f"{data}/test-*.tar"],
+        "data.tokenizer_texts": [f"{task}={data}/{task}-validation.jsonl" for task in tasks],
+    }
+
+
 def _train_on_shapes(config: Config, overrides: dict[str, Any], folder: Path) -> Path:
-    """Train by `demo-figures` inside the folder of a demo, with a tokenizer of the demo's own captions.
+    """Train by `demo-shapes` inside the folder of a demo, with a tokenizer of the demo's own captions.
 
     Returns:
         The model's folder.
@@ -44,17 +63,18 @@ def _train_on_shapes(config: Config, overrides: dict[str, Any], folder: Path) ->
     from tercet.train.loop import train as run_training
     from tercet.train.setup import TOKENIZER, find_tokenizer
 
-    own = ("data.train", "data.validation", "data.test")
+    own = ("data.train", "data.validation", "data.test", "data.tokenizer_texts")
     kept = {
         key: value
         for key, value in overrides.items()
         if key.split(".")[0] in ("model", "data", "optim", "train") and key not in own
     }
-    output, tokenizer = folder / "figures", folder / TOKENIZER
+    output, tokenizer = folder / "shapes", folder / TOKENIZER
     source = open_data(config.task, config.data.train, config.data, "train")
     find_tokenizer(config, source, tokenizer)[0].save(tokenizer)
+    shapes = {"data.train": [f"{folder}/data/shapes-*.tar"], "data.tokenizer": str(tokenizer), "output": str(output)}
     print("first single shapes", file=sys.stderr)
-    run_training(load_config("demo-figures", {**kept, "data.tokenizer": str(tokenizer), "output": str(output)}))
+    run_training(load_config("demo-shapes", kept | shapes))
     print("now scenes", file=sys.stderr)
     return output / "model"
 

@@ -28,7 +28,6 @@ from tercet.data.storage import is_url, local_copy, open_to_read, read_bytes, re
 from tercet.data.table import TEXTS, FilePart, RangePart, SampleTable
 from tercet.errors import TercetError
 
-SCENES = re.compile(r"scenes:(\w+)#(\d+)")
 GLOB_MARKS = re.compile(r"[*?\[]")
 
 
@@ -82,11 +81,6 @@ def read_image(uri: str, size: int = 0, offset: int | None = None) -> bytes:
     Raises:
         TercetError: it is gone, or its file has become shorter.
     """
-    scene = SCENES.fullmatch(uri)
-    if scene:
-        from tercet.data.drawn import read_scene
-
-        return read_scene(scene[1], int(scene[2]))
     if offset is None:
         return read_bytes(uri)
     file = uri.rpartition("#")[0]
@@ -102,8 +96,6 @@ def read_image(uri: str, size: int = 0, offset: int | None = None) -> bytes:
 
 def lies_under(spec: str) -> re.Pattern[str]:
     """What the URIs of the images that `spec` names, or once named, look like."""
-    if spec.startswith("scenes"):
-        return re.compile(re.escape(spec if ":" in spec else "scenes:") + ".*")
     file = spec if is_url(spec) or Path(spec).exists() else spec.rpartition("#")[0] or spec
     patterns = []
     for name in expand_braces(file):
@@ -115,9 +107,6 @@ def lies_under(spec: str) -> re.Pattern[str]:
 
 def _open(spec: str) -> Iterator[SampleTable]:
     """The images of a specification, file by file, so that the first are listed before the last are found."""
-    if spec == "scenes" or spec.startswith("scenes:"):
-        yield open_sources([spec], DataConfig(), "train")
-        return
     files, suffix = find_files(spec)
     for file in files:
         kind = suffix_of(file)

@@ -98,11 +98,6 @@ def open_samples(specs: Sequence[str], data: DataConfig, read: ReadFile) -> Samp
 
 
 def _open(spec: str, data: DataConfig, split: str, need_captions: bool) -> Iterator[SampleTable]:
-    if spec == "scenes" or spec.startswith("scenes:"):
-        from tercet.data.drawn import open_scenes
-
-        yield open_scenes(spec, data, split)
-        return
     files, suffix = find_files(spec)
     shards = [file for file in files if suffix_of(file) == ".tar"]
     if shards:

@@ -1,15 +1,17 @@
-"""From a layout to pixels: antialiased shapes over a background that tells nothing of the objects."""
+"""From the objects of a scene to pixels: antialiased shapes over a background that says nothing about them."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
-from tercet.data.scene_layout import SceneObject
+if TYPE_CHECKING:
+    from tercet.data.scenes import SceneObject
 
 SUPERSAMPLING = 4
 FRACTION_BITS = 4  # of the fixed-point coordinates that cv2.fillPoly takes

@@ -17,12 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tercet.config import Config, DataConfig, HeadName, ObjectivesConfig
+from tercet.config import Config, HeadName, ObjectivesConfig
 from tercet.data.batch import Batch, HostBatch, to_device
-from tercet.data.drawn import open_samples
-from tercet.data.entailment_files import LABELS, draw_entailments, read_entailments
+from tercet.data.class_readers import LABELS, open_entailments, open_statements
 from tercet.data.loader import image_batches, tokenize
-from tercet.data.nlvr_files import HARD_STATEMENTS, draw_statements, read_statements
 from tercet.data.readers import open_sources
 from tercet.data.table import SampleTable
 from tercet.data.tokenizer import clean_caption
@@ -214,25 +212,6 @@ def evaluate_classes(head: ClassHead, model: Tercet, source: SampleTable, config
         for key, target, label, row in zip(found.keys, found.targets, chosen, found.values, strict=True)
     ]
     return TaskResult(head.metrics(chosen, found.targets), sizes, found.problems, predictions)
-
-
-def open_entailments(specs: Sequence[str], data: DataConfig, split: str) -> SampleTable:
-    """The samples that the specifications name; see `tercet.data.entailment_files`.
-
-    Raises:
-        TercetError: a file is missing, or a row wrong.
-    """
-    return open_samples(specs, data, split, read_entailments, draw_entailments)
-
-
-def open_statements(specs: Sequence[str], data: DataConfig, split: str) -> SampleTable:
-    """The samples that the specifications name; see `tercet.data.nlvr_files`.
-
-    Raises:
-        TercetError: a file is missing, or a row wrong.
-    """
-    hard = partial(draw_statements, further=HARD_STATEMENTS)
-    return open_samples(specs, data, split, read_statements, draw_statements, {"hard": hard})
 
 
 @dataclass

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tercet.config import Config
-from tercet.data.grounding_files import check_boxes, open_expressions
+from tercet.data.grounding_readers import check_boxes, open_expressions
 from tercet.data.inputs import to_batch
 from tercet.data.table import Sample, SampleTable
 from tercet.data.tokenizer import clean_question

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tercet.config import Config, DataConfig
+from tercet.data.class_readers import Benchmark, Probe, read_probes
 from tercet.data.images import decode
 from tercet.data.inputs import to_batch
-from tercet.data.probe_files import Benchmark, Probe, read_probes
 from tercet.data.readers import find_files
 from tercet.data.rows import choose_layout, image_root
 from tercet.data.storage import is_url, missing, read_image

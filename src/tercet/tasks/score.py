@@ -18,13 +18,13 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from tercet.config import DataConfig
-from tercet.data.grounding_files import open_expressions
+from tercet.data.grounding_readers import open_expressions
 from tercet.data.readers import open_sources
 from tercet.data.rows import read_objects
 from tercet.data.storage import read_text
 from tercet.data.table import SampleTable
+from tercet.data.task_readers import read_gold, read_results
 from tercet.data.tokenizer import clean_caption
-from tercet.data.vqa_files import read_gold, read_results
 from tercet.errors import TercetError
 from tercet.tasks.classification import ENTAILMENT, NLVR, ClassHead, open_entailments, open_statements
 from tercet.tasks.evaluation import Metrics

@@ -36,8 +36,8 @@ MODULES = {
     "embedding": "zero_shot",
     "probes": "probes",
 }
-# Word pieces hardly change with more texts of a further task than these, or of this many synthetic scenes.
-MAX_FURTHER_TEXTS, MAX_FURTHER_SCENES = 20_000, 1_000
+# Word pieces hardly change with more texts of a further task than these.
+MAX_FURTHER_TEXTS = 20_000
 
 
 @dataclass
@@ -246,7 +246,6 @@ def further_texts(data: DataConfig) -> Iterator[str]:
     Raises:
         TercetError: an entry is not TASK=SOURCE, nothing is trained by that name, or the source is missing or wrong.
     """
-    data = data.model_copy(update={"scenes": min(data.scenes, MAX_FURTHER_SCENES)})
     for entry in data.tokenizer_texts:
         task, given, spec = entry.partition("=")
         if not given or task not in MODULES or get_task(task).build is None:

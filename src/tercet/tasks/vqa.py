@@ -17,8 +17,8 @@ from torch import Tensor
 from tercet.config import Config, DataConfig, ObjectivesConfig
 from tercet.data.batch import Batch, HostBatch, to_device
 from tercet.data.table import SampleTable
+from tercet.data.task_readers import Gold, common_answers, open_questions, read_answer_list, weighted_answers
 from tercet.data.tokenizer import Tokenizer, clean_question
-from tercet.data.vqa_files import Gold, common_answers, open_questions, read_answer_list, weighted_answers
 from tercet.distributed import RankLayout, rank_layout
 from tercet.errors import TercetError
 from tercet.model.hub import require_tokenizer

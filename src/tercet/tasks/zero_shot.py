@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tercet.config import ClassifyConfig, Config, DataConfig
-from tercet.data.class_folders import labels_of, open_labelled
+from tercet.data.class_readers import labels_of, open_labelled
 from tercet.data.readers import open_sources
 from tercet.data.table import SampleTable
 from tercet.device import cosines

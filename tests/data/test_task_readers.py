@@ -1,4 +1,4 @@
-"""Files of questions, annotations, results and answers: the official rows, and mistakes that are named."""
+"""Files of questions, annotations, results and answers: the official rows, named mistakes, where images are."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import numpy as np
 import pytest
 
 from tercet.config import DataConfig
-from tercet.data.scene_tasks import Question, place_questions, questions, referred_questions
-from tercet.data.scenes import Scene, SceneSource
-from tercet.data.vqa_files import (
+from tercet.data.task_readers import (
     common_answers,
     open_questions,
     read_answer_list,
@@ -126,8 +124,8 @@ def test_a_question_id_without_annotation_is_named(official: Path) -> None:
     [
         (lambda rows: rows[2].pop("question"), r"questions 3: no 'question'; the keys there are image_id, question_id"),
         (lambda rows: rows[2].update(question=7), r"questions 3: 'question' is '7', not a text"),
-        (lambda rows: rows[2].update(image_id="x.jpg"), r"questions 3: 'image_id' is 'x.jpg', not COCO's number"),
-        (lambda rows: rows[2].pop("question_id"), r"questions 3: 'question_id' is 'None', not a number"),
+        (lambda rows: rows[2].update(image_id="x.jpg"), r"questions 3: 'image_id' is 'x.jpg'"),
+        (lambda rows: rows[2].pop("question_id"), r"questions 3: no 'question_id'; the keys there are image_id"),
         (lambda rows: rows.append(rows[0]), r"questions 13: question_id 262148000 is that of .* questions 1 already"),
         (lambda rows: rows.insert(0, "x"), r"questions 1: str 'x' is no object"),
         (lambda rows: rows.clear(), r"no samples in it"),
@@ -142,8 +140,8 @@ def test_mistakes_in_official_questions_are_named(official: Path, edit: Any, mes
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda rows: rows[1].update(answers=[]), r"annotations 2: 'answers' is '\[\]'; it must hold"),
-        (lambda rows: rows[1].pop("answers"), r"annotations 2: 'answers' is missing; the keys there are question_id"),
+        (lambda rows: rows[1].update(answers=[]), r"annotations 2: 'answers' is '\[\]'"),
+        (lambda rows: rows[1].pop("answers"), r"annotations 2: no 'answers'; the keys there are question_id"),
         (lambda rows: rows[1]["answers"][4].update(answer=3), r"annotations 2: answer 5 is '3', not a text"),
         (lambda rows: rows[1]["answers"].append("ok") or rows[1]["answers"].append(4), r"answer 12 is '4'"),
     ],
@@ -191,9 +189,9 @@ def test_albef_files(tmp_path: Path) -> None:
     rows[1] = {"question_id": 6, "question": "Who?", "image": "train2014/a.jpg", "dataset": "vqa"}
     file.write_text(json.dumps(rows))
     assert open_questions([str(file)], DATA, "test").sample(1).target["answers"] is None
-    with pytest.raises(TercetError, match=r"row 2: 'answer' is missing; the keys there are question_id, question"):
+    with pytest.raises(TercetError, match=r"row 2: no 'answer'; the keys there are question_id, question"):
         open_questions([str(file)], DATA, "train")
-    with pytest.raises(TercetError, match=r"row 2: 'answer' is missing"):
+    with pytest.raises(TercetError, match=r"row 2: no 'answer'"):
         read_gold(str(file))
     file.write_text(json.dumps(rows[:1]))
     assert read_gold(str(file))[5].answers == ("red",) * 6 + ("dark red",) * 4
@@ -214,13 +212,6 @@ def test_gold_of_questions_is_that_of_the_annotations_beside_them(official: Path
         read_gold(str(official))
 
 
-def test_gold_of_scenes_is_what_they_ask() -> None:
-    source = open_questions(["scenes:validation"], DATA, "test")
-    gold = read_gold("scenes:validation")
-    assert len(gold) == source.sample_count
-    assert list(gold[9].answers) == source.sample(9).target["answers"]
-
-
 def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     file.write_text(results_json({262148000: "down", 7: "café"}))
@@ -229,7 +220,7 @@ def test_results_come_back_as_they_were_written(tmp_path: Path) -> None:
     for text, message in (
         ('{"question_id": 1}', "no list"),
         ('[{"question_id": 1, "answer": 2}]', r"row 1: 'answer' is '2', not a text"),
-        ('[{"answer": "x"}]', r"row 1: 'question_id' is 'None'"),
+        ('[{"answer": "x"}]', r"row 1: no 'question_id'"),
         ('[{"question_id": 1, "answer": "a"}, {"question_id": 1, "answer": "b"}]', r"row 2: question_id 1 is that of"),
     ):
         file.write_text(text)
@@ -247,36 +238,24 @@ def test_lists_of_answers(tmp_path: Path) -> None:
         ("[]", "no answers in it"),
         ('["yes", 2]', r"row 2: '2' is no answer"),
         ('["yes", " "]', r"row 2: ' ' is no answer"),
-        ('["yes", "no", "yes"]', r"row 3: 'yes' stands in .*row 1 already"),
+        ('["yes", "no", "yes"]', r"row 3: 'yes' is in .*row 1 already"),
     ):
         file.write_text(text)
         with pytest.raises(TercetError, match=message):
             read_answer_list(str(file))
 
 
-def test_scenes_ask_their_questions() -> None:
-    source = open_questions(["scenes"], DataConfig(scenes=8), "train")
-    scenes = SceneSource(8, "train")
-    asked = [question for index in range(8) for question in questions(scenes.scene(index))]
-    assert source.sample_count == len(asked)
-    for index in (0, 5, len(asked) - 1):
-        sample = source.sample(index)
-        assert sample.text == asked[index].text
-        assert sample.target["answers"] == [asked[index].answer] * 10
-        assert sample.target["answer_type"] == asked[index].kind and sample.target["question_id"] == index
-    held_out = open_questions(["scenes:test"], DataConfig(scenes=8), "train")
-    assert held_out.image_count == 500
-    assert held_out.sample(0).key == "scenes:test#0 question 0"
-
-
-@pytest.mark.parametrize(("name", "ask"), [("places", place_questions), ("referred", referred_questions)])
-def test_scenes_asked_otherwise(name: str, ask: Callable[[Scene], list[Question]]) -> None:
-    source = open_questions([f"scenes:{name}", "scenes:validation"], DataConfig(scenes=8), "train")
-    scenes = SceneSource(8, "train")
-    asked = [question for index in range(8) for question in ask(scenes.scene(index))]
-    assert [source.sample(index).text for index in range(len(asked))] == [question.text for question in asked]
-    assert source.sample(len(asked)).key == "scenes:validation#0 question 0"
-    held_out = open_questions([f"scenes:{name}"], DataConfig(scenes=8), "test")
-    assert held_out.key(0).startswith("scenes:test#")
-    with pytest.raises(TercetError, match="no scenes of split 'place'"):
-        open_questions(["scenes:place"], DataConfig(scenes=8), "train")
+def test_images_in_shards(tmp_path: Path, tar: Callable[..., Path], jpeg: Callable[..., bytes]) -> None:
+    rows = [{"question_id": n, "question": "Who?", "image": f"images/{n}.jpg", "answer": ["a man"]} for n in (7, 8, 9)]
+    file = put_json(tmp_path / "vqa.json", rows)
+    with pytest.raises(TercetError, match=r"vqa\.json: none of its images exists"):
+        open_questions([str(file)], DATA, "test")
+    tar(tmp_path / "a.tar", [("7.jpg", jpeg(7)), ("9.jpg", jpeg(9)), ("9.txt", b"anything")])
+    for data in (DATA, DataConfig(image_root=str(tmp_path / "*.tar")), DataConfig(image_root=str(tmp_path / "a.tar"))):
+        source = open_questions([str(file)], data, "test")
+        assert [source.sample(index).target["question_id"] for index in range(2)] == [7, 9]
+        assert source.image(source.sample(1).images[0]) == jpeg(9)
+        assert len(source.rejected) == 1 and source.rejected[0].startswith(f"{file} row 2: no image images/8.jpg in ")
+    put_image(tmp_path / "images" / "7.jpg")
+    source = open_questions([str(file)], DATA, "test")
+    assert source.image_count == 3 and source.key(0) == "images/7.jpg"
