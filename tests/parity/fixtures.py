@@ -21,6 +21,7 @@ from tercet.objectives.matching import Negatives
 from tercet.tasks.classification import ClassificationTask
 from tercet.tasks.pretrain import PairBatch, Pretraining
 
+FP32_EPS = torch.finfo(torch.float32).eps
 LabelTask = TypeVar("LabelTask", bound=ClassificationTask)
 
 
@@ -145,6 +146,36 @@ def read_batch(fixture: Fixture, prefix: str) -> tuple[PairBatch, Negatives, flo
     )
     negatives = Negatives(part["neg_image_idx_for_text"], part["neg_text_idx_for_image"], everywhere)
     return pairs, negatives, part["alpha"].item()
+
+
+def assert_precise(
+    fixture: Fixture,
+    group: str,
+    actual: dict[str, Tensor],
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = published_to_state,
+) -> None:
+    """Every tensor of a `group` is within ten times what the reference's own fp32 run differs from its fp64 run by, and
+    one rounding of its largest value, or of the probabilities that a bias's gradient sums."""
+    part = fixture.part(f"{group}.")
+    allowed = {
+        name: torch.full_like(
+            value, 10 * fixture.precision(group, name) + FP32_EPS * max(1.0, float(value.abs().max()))
+        )
+        for name, value in part.items()
+        if value.is_floating_point()
+    }
+    expected, bounds = rename(part), rename(allowed)
+    assert set(expected) == set(actual)
+    for name, value in expected.items():
+        excess = ((actual[name] - value).abs() - bounds[name]).max().item()
+        assert excess <= 0, f"{group} {name}: {excess:.3g} beyond its bound of {bounds[name].max():.3g}"
+
+
+def assert_gradients(fixture: Fixture, student: Tercet) -> None:
+    """The gradients of all parameters that learn are the recorded ones."""
+    gradients = {name: value.grad for name, value in student.named_parameters() if value.requires_grad}
+    assert all(gradient is not None for gradient in gradients.values())
+    assert_precise(fixture, "grad", {name: gradient for name, gradient in gradients.items() if gradient is not None})
 
 
 def assert_close_to_norm(actual: Tensor, expected: Tensor, relative: float, absolute: float, name: str) -> None:

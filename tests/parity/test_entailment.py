@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures import Fixture, assert_close_to_norm, load_fixture, load_labels
+from fixtures import Fixture, assert_gradients, load_fixture, load_labels
 
 from published_names import published_teacher
 from tercet.config import ObjectivesConfig
-from tercet.model.names import published_to_state
 from tercet.tasks.classification import ENTAILMENT, ClassBatch, ClassificationTask
 
 
@@ -42,12 +41,7 @@ def test_loss_logits_and_gradients(fixture: Fixture) -> None:
     assert output.teacher_logits is not None
     torch.testing.assert_close(output.teacher_logits, out["logits_m"], rtol=1e-5, atol=1e-5)
 
-    gradients = published_to_state(fixture.part("grad."))
-    seen = {name: value.grad for name, value in task.student.named_parameters() if value.requires_grad}
-    assert set(seen) == set(gradients)
-    for name, gradient in seen.items():
-        assert gradient is not None, name
-        assert_close_to_norm(gradient, gradients[name], 1e-4, 1e-6, name)
+    assert_gradients(fixture, task.student)
 
 
 def test_the_teacher_after_the_step(fixture: Fixture) -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures import assert_close_to_norm, load_fixture, load_student, load_task, read_batch, teacher_state
+from fixtures import FP32_EPS, assert_gradients, load_fixture, load_student, load_task, read_batch, teacher_state
 
 from tercet.config import ObjectivesConfig
-from tercet.model.names import published_to_state
 from tercet.objectives.loss import total
 from tercet.tasks.encoding import EncodedTexts
 from tercet.tasks.rerank import candidate_pairs
@@ -52,21 +51,19 @@ def test_fine_tuning_step(parity_dir: Path, distill: bool) -> None:
         expected = (out[first] + out[second]).item() / 2
         assert output.losses[name].item() == pytest.approx(expected, rel=1e-5), name
 
+    if distill:
+        assert_gradients(fixture, task.student)
     seen = dict(task.student.named_parameters())
     recorded = fixture.part("grad." if distill else "grad_nodistill.")
-    if distill:
-        gradients = published_to_state(recorded)
-    else:
-        gradients = {
-            "temperature": recorded["temp"],
-            "text_projection.weight": recorded["text_proj.weight"],
-            "vision_projection.weight": recorded["vision_proj.weight"],
-            "vision.position_embed": recorded["visual_encoder.pos_embed"],
-        }
-    for name, gradient in gradients.items():
-        actual = seen[name].grad
-        assert actual is not None, name
-        assert_close_to_norm(actual, gradient, 1e-4, 1e-6, name)
+    for name, theirs in (
+        ("temperature", "temp"),
+        ("text_projection.weight", "text_proj.weight"),
+        ("vision_projection.weight", "vision_proj.weight"),
+        ("vision.position_embed", "visual_encoder.pos_embed"),
+    ):
+        actual, bound = seen[name].grad, 10 * fixture.precision("grad", theirs)
+        assert actual is not None and bound > 0
+        torch.testing.assert_close(actual, recorded[theirs], rtol=FP32_EPS, atol=bound, msg=name)
     if not distill:
         return
     task.enqueue(batch, output)
