@@ -1,4 +1,4 @@
-"""Ranking and writing of answers: what caching and batching must not change, and searches against plain ones."""
+"""Ranking and generation of answers: what caching and batching must not change, and searches against plain ones."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def log_probability(case: Case, question: int, answer: list[int]) -> float:
     """Of what follows [CLS], without cache or batch, over the real question states alone."""
     length = int(case.mask[question].sum())
     states = case.states[question : question + 1, :length]
-    memory = case.decoder.project_kv(states, torch.ones(1, length, dtype=torch.bool))
+    kv = case.decoder.project_kv(states, torch.ones(1, length, dtype=torch.bool))
     ids = torch.tensor([[CLS, *answer]])
-    logits = case.decoder.logits(case.decoder(ids[:, :-1], memory)).log_softmax(dim=-1)
+    logits = case.decoder.logits(case.decoder(ids[:, :-1], kv)).log_softmax(dim=-1)
     return logits[0].gather(1, ids[0, 1:, None]).sum().item()
 
 
@@ -89,35 +89,35 @@ def some_answers(count: int) -> list[list[int]]:
 
 def test_a_cache_changes_nothing(case: Case) -> None:
     ids = torch.randint(5, 20, (6, 7), generator=torch.Generator().manual_seed(2))
-    memory = case.decoder.project_kv(case.states, case.mask)
-    whole = case.decoder(ids, memory)
+    kv = case.decoder.project_kv(case.states, case.mask)
+    whole = case.decoder(ids, kv)
     cache = TokenCache()
-    pieces = [case.decoder(ids[:, :3], memory, cache), case.decoder(ids[:, 3:4], memory, cache)]
+    pieces = [case.decoder(ids[:, :3], kv, cache), case.decoder(ids[:, 3:4], kv, cache)]
     order = torch.tensor([5, 4, 3, 2, 1, 0])
     turned = cache.select(order)
-    rest = case.decoder(ids[:, 4:], memory, cache)
+    rest = case.decoder(ids[:, 4:], kv, cache)
     assert len(cache) == 7 and len(turned) == 4
     torch.testing.assert_close(torch.cat([*pieces, rest], dim=1), whole, rtol=1e-5, atol=1e-5)
     # The answers of a question lie beside each other, so turned rows read the questions turned as well.
-    back = case.decoder(ids[order, 4:], memory.select(torch.tensor([2, 1, 0])), turned)
+    back = case.decoder(ids[order, 4:], kv.select(torch.tensor([2, 1, 0])), turned)
     torch.testing.assert_close(back[order], rest, rtol=1e-5, atol=1e-5)
 
 
 def test_no_position_sees_its_right_or_the_padding_of_the_question(case: Case) -> None:
     ids = torch.randint(5, 20, (3, 6), generator=torch.Generator().manual_seed(2))
-    memory = case.decoder.project_kv(case.states, case.mask)
+    kv = case.decoder.project_kv(case.states, case.mask)
     changed_states = torch.where(case.mask[..., None], case.states, case.states + 3)
     changed_ids = torch.cat([ids[:, :4], ids[:, 4:] - 1], dim=1)
-    first = case.decoder(ids, memory)
+    first = case.decoder(ids, kv)
     second = case.decoder(changed_ids, case.decoder.project_kv(changed_states, case.mask))
     assert torch.equal(first[:, :4], second[:, :4])
     assert not torch.allclose(first[:, 4:], second[:, 4:])
 
 
 def test_an_answer_beyond_the_positions_is_refused(case: Case) -> None:
-    memory = case.decoder.project_kv(case.states, case.mask)
+    kv = case.decoder.project_kv(case.states, case.mask)
     with pytest.raises(TercetError, match="an answer of 10 tokens is longer than the model's 9 positions"):
-        case.decoder(torch.full((3, 10), 7), memory)
+        case.decoder(torch.full((3, 10), 7), kv)
 
 
 @pytest.mark.parametrize("k", [1, 7, 40, 1000])
@@ -163,7 +163,7 @@ def search(case: Case, question: int, beams: int, max_tokens: int, penalty: floa
 
 
 @pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (3, 1.0), (4, 0.0), (4, 2.0)])
-def test_writing_equals_a_plain_search(case: Case, beams: int, penalty: float) -> None:
+def test_beam_search_equals_a_plain_search(case: Case, beams: int, penalty: float) -> None:
     # A bias for [SEP], so that answers end at different lengths.
     with torch.no_grad():
         case.decoder.head.bias[SEP] += 3
@@ -182,7 +182,7 @@ def test_writing_equals_a_plain_search(case: Case, beams: int, penalty: float) -
             case.decoder.head.bias[SEP] -= 3
 
 
-def test_writing_stops_at_the_end_of_the_positions(case: Case) -> None:
+def test_generation_stops_at_the_end_of_the_positions(case: Case) -> None:
     text = ModelConfig.model_validate(SIZES).text
     generated = generate_answers(case.decoder, case.states, case.mask, text, 2, 50)
     assert generated.input_ids.shape == (3, 50)
@@ -191,7 +191,7 @@ def test_writing_stops_at_the_end_of_the_positions(case: Case) -> None:
         generate_answers(case.decoder, case.states, case.mask, text, 0)
 
 
-def test_answerer_ranks_or_writes(model: Tercet) -> None:
+def test_answerer_ranks_or_generates(model: Tercet) -> None:
     words = Tokenizer.train(["red blue green yes no"] * 3, 64)
     sizes = {**SIZES, "text": SIZES["text"] | {"vocabulary_size": words.vocabulary_size, "max_positions": 24}}
     ids = {name: getattr(words, name) for name in ("pad_id", "cls_id", "sep_id", "mask_id")}
@@ -209,9 +209,11 @@ def test_answerer_ranks_or_writes(model: Tercet) -> None:
     assert all(answer.score >= answer.others[0][1] >= answer.others[1][1] for answer in answers)
     alone = ranking.answer(images[1:], input_ids[2:, :2], mask[2:, :2])[0]
     assert alone.text == answers[2].text and alone.score == pytest.approx(answers[2].score, abs=1e-5)
-    writing = Answerer(reader, VqaConfig(inference="generate", max_answer_tokens=3), options)
-    assert writing.texts is None
-    assert all(0 < answer.score <= 1 and not answer.others for answer in writing.answer(images, input_ids, mask, rows))
+    generating = Answerer(reader, VqaConfig(inference="generate", max_answer_tokens=3), options)
+    assert generating.texts is None
+    assert all(
+        0 < answer.score <= 1 and not answer.others for answer in generating.answer(images, input_ids, mask, rows)
+    )
     with pytest.raises(TercetError, match=r"no list of answers to rank; name one with --vqa\.answers"):
         Answerer(reader, VqaConfig(inference="rank"), None)
     with pytest.raises(TercetError, match="the list of answers is empty"):

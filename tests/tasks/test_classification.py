@@ -43,7 +43,7 @@ def test_it_learns_evaluates_and_writes_predictions(
     assert losses[0] == pytest.approx(math.log(classes), abs=0.4)
     assert sum(losses[-5:]) / 5 < losses[0] / 2
     measured = logged(learned, "evaluate")[-1]
-    assert measured[task]["accuracy"] > 85
+    assert measured[task]["accuracy"] > 75
     assert measured["size"] == ({"samples": 24} if task == "entailment" else {"samples": 8, "sentences": 1})
 
     written = tmp_path / "predictions.json"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tercet.config import Config, HeadName, ObjectivesConfig
-from tercet.data.batch import Batch, HostBatch, to_device
+from tercet.data.batch import Batch, HostBatch, ImageBatch, to_device
 from tercet.data.class_readers import LABELS, open_entailments, open_statements
 from tercet.data.loader import image_batches, tokenize
 from tercet.data.readers import open_sources
@@ -118,8 +118,7 @@ class ClassificationTask(FineTuning):
         logits = self.head.logits(self.student, batch)
         teacher_logits = self.teacher_logits(self.head.logits, batch, alpha)
         count = None if batch.spread is None else batch.spread.mean
-        with torch.autocast(logits.device.type, enabled=False):
-            loss = distilled_cross_entropy(logits, batch.labels, teacher_logits, alpha, count)
+        loss = distilled_cross_entropy(logits, batch.labels, teacher_logits, alpha, count)
         return ClassOutput({self.loss_name: loss}, logits, teacher_logits)
 
 
@@ -316,7 +315,7 @@ def evaluate_assignment(model: Tercet, source: SampleTable, config: Config) -> T
     ranks, device, ids = Ranks(), model.temperature.device, torch.from_numpy(source.image_ids)
     size, limit = config.evaluate.batch_size, config.evaluate.limit
 
-    def count(number: int, batch: Any) -> tuple[int, int, list[str]]:
+    def count(number: int, batch: ImageBatch) -> tuple[int, int, list[str]]:
         """How many texts of a batch were assigned rightly, and how many there were."""
         if not len(batch):
             return 0, 0, batch.skipped

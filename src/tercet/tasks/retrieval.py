@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tercet.config import Config
+from tercet.data.batch import ImageBatch
 from tercet.data.loader import caption_owners, cleaned_captions, image_batches
 from tercet.data.readers import open_sources
 from tercet.data.table import SampleTable
@@ -114,32 +115,32 @@ def encode_images(model: Tercet, source: SampleTable, config: Config, keep_token
     Raises:
         TercetError: no image can be read.
     """
-    device, tokens = model.temperature.device, {}
+    device, size, limit = model.temperature.device, config.evaluate.batch_size, config.evaluate.limit
+    tokens: dict[int, Tensor] = {}
 
-    def encode(batch: Any) -> tuple[Any, ...]:
-        if not len(batch):
-            return (*[torch.empty(0, 0)] * 2, batch.indices, batch.keys, batch.skipped)
-        image_embeds = model.encode_image(batch.images.to(device))
+    def encode(batch: ImageBatch) -> EncodedImages:
+        image_embeds = torch.empty(0, 1, model.config.vision.width, device=device)
+        if len(batch):
+            image_embeds = model.encode_image(batch.images.to(device))
         if keep_tokens:
             kept = image_embeds if _has_memory(device) else image_embeds.cpu()
             tokens.update(zip(batch.indices.tolist(), kept, strict=True))
         summary = image_embeds[:, 0]
-        return model.project_image(summary).cpu(), summary.float().cpu(), batch.indices, batch.keys, batch.skipped
+        feats = model.project_image(summary).cpu()
+        return EncodedImages(feats, summary.float().cpu(), [], batch.indices, batch.keys, batch.skipped)
 
-    size, limit = config.evaluate.batch_size, config.evaluate.limit
     batches = image_batches(source, config.data, model.config.vision.image_size, size, limit, ranks=Ranks())
     parts = gather_batches(map(encode, batches))
-    problems = [problem for *_, part in parts for problem in part]
-    parts = [part for part in parts if len(part[2])]
-    require_some(parts, source.image_count, "images", problems)
-    image_feats, class_tokens, index, keys, _ = zip(*parts, strict=True)
-    index = torch.cat(index)
+    keys = [key for part in parts for key in part.keys]
+    problems = [problem for part in parts for problem in part.problems]
+    require_some(keys, source.image_count, "images", problems)
+    index = torch.cat([part.index for part in parts])
     return EncodedImages(
-        image_feats=torch.cat(image_feats),
-        class_tokens=torch.cat(class_tokens),
+        image_feats=torch.cat([part.image_feats for part in parts]),
+        class_tokens=torch.cat([part.class_tokens for part in parts]),
         image_embeds=[tokens.get(image) for image in index.tolist()],
         index=index,
-        keys=[key for part in keys for key in part],
+        keys=keys,
         problems=problems,
     )
 

@@ -118,8 +118,7 @@ class QuestionAnswering(FineTuning):
         """The loss of a batch; `alpha` is the teacher's weight in the targets now."""
         logits, teacher_logits = answer_logits(self.student, batch), self.teacher_logits(answer_logits, batch, alpha)
         questions = len(batch.input_ids) if batch.spread is None else batch.spread.mean
-        with torch.autocast(logits.device.type, enabled=False):
-            loss = distilled_cross_entropy(logits, batch.labels, teacher_logits, alpha, questions or 1, batch.weights)
+        loss = distilled_cross_entropy(logits, batch.labels, teacher_logits, alpha, questions or 1, batch.weights)
         return TaskOutput({self.loss_name: loss})
 
 
