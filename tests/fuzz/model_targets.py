@@ -216,7 +216,7 @@ def read_record(folder: Path) -> object:
     from tercet.report.page import write_report
 
     record = read_run(folder)
-    record.series("loss")
+    record.curve("loss")
     return write_report(folder), record.seconds, record.skipped
 
 
