@@ -1,4 +1,4 @@
-"""Makes the benchmarks, and what tests of parity and tasks read, importable by the tests of this folder."""
+"""Makes the benchmarks, and the readers of the published numbers, importable by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS / "parity"), str(TESTS / "tasks"), str(TESTS.parent / "benchmarks")]
+sys.path[:0] = [str(TESTS / "parity"), str(TESTS.parent / "benchmarks")]

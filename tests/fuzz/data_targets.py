@@ -23,7 +23,7 @@ from tercet.data.readers import open_sources
 from tercet.data.storage import read_bytes
 from tercet.data.table import SampleTable
 from tercet.data.task_readers import open_questions, read_answer_list, read_gold, read_results
-from tercet.tasks.probes import open_probes
+from tercet.tasks.probes import crop, open_probes
 from tercet.tasks.score import score_predictions
 
 
@@ -211,10 +211,10 @@ def references(file: str) -> Callable[[Path], object]:
 def read_probe_pixels(folder: Path) -> None:
     """Probes and their pictures."""
     probes = open_probes([str(folder / "probe.json")], DataConfig(), "test")
-    for index, probe in enumerate(probes.probes):
-        for place in range(len(probe.images)):
+    for sample in map(probes.sample, range(probes.sample_count)):
+        for image in sample.images:
             with contextlib.suppress(OSError):
-                probes.pixels(index, place, PIXEL_LIMIT)
+                crop(probes.pixels(image, PIXEL_LIMIT), sample)
 
 
 def sample_targets() -> dict[str, Target]:

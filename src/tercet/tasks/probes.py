@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,11 +10,12 @@ from torch import Tensor
 
 from tercet.config import Config, DataConfig
 from tercet.data.class_readers import Benchmark, Probe, read_probes
-from tercet.data.images import decode
 from tercet.data.inputs import to_batch
+from tercet.data.loader import describe
 from tercet.data.readers import find_files
-from tercet.data.rows import choose_layout, image_root
-from tercet.data.storage import is_url, missing, read_image
+from tercet.data.rows import choose_layout
+from tercet.data.table import Sample, SampleTable, concatenate
+from tercet.data.task_readers import TaskBuilder
 from tercet.device import cosines
 from tercet.errors import TercetError
 from tercet.model.tercet import Tercet
@@ -27,95 +27,44 @@ from tercet.tasks.task import TaskSpec
 SCORERS = ("similarity", "matching")
 FEWEST_OF_A_KIND = 25  # rows of a kind whose accuracy is worth a number, where there are many kinds
 MANY_KINDS = 12
-_LAYOUT_SAMPLES = 8
+ROWS_PROBED = 8
 
 
-class BoxOutsideError(TercetError):
-    """A row's box lies outside its image: a mistake in the file, unlike an image that cannot be read."""
-
-
-@dataclass(frozen=True)
-class ProbeSet:
-    """Rows of one or more files of one benchmark, and where their images are.
-
-    Attributes:
-        benchmark: whose form the files have.
-        probes: the rows.
-        folders: the folder or URL of each row's images.
-        suffixes: what follows each row's image names on the disk.
-    """
-
-    benchmark: Benchmark
-    probes: list[Probe]
-    folders: list[str]
-    suffixes: list[str]
-
-    def pixels(self, index: int, slot: int, pixel_limit: int) -> np.ndarray:
-        """Image `slot` of row `index`, uint8 `[height, width, 3]`, cut to the row's part of it.
-
-        Raises:
-            TercetError: it cannot be read or decoded; begins with the row.
-            BoxOutsideError: no pixel of it lies in the row's box.
-        """
-        probe = self.probes[index]
-        location = f"{self.folders[index].rstrip('/')}/{probe.images[slot]}{self.suffixes[index]}"
-        try:
-            image = decode(read_image(location), location, pixel_limit)
-        except FileNotFoundError as error:
-            raise TercetError(f"{probe.where}: {missing(location)}") from error
-        except (OSError, TercetError) as error:
-            raise TercetError(f"{probe.where}: {error}") from error
-        if probe.crop is None:
-            return image
-        height, width = image.shape[:2]
-        left, top, right, bottom = (round(side) for side in probe.crop)
-        cut = image[top:bottom, left:right]  # what reaches over an edge of the image is cut off
-        if cut.size == 0:
-            raise BoxOutsideError(
-                f"{probe.where}: the box ({left}, {top}, {right}, {bottom}) lies outside {location}, "
-                f"which has {width}x{height} pixels"
-            )
-        return cut
-
-
-def open_probes(specs: Sequence[str], data: DataConfig, split: str) -> ProbeSet:
+def open_probes(specs: Sequence[str], data: DataConfig, split: str) -> SampleTable:
     """The rows of files of SugarCrepe, ARO or Winoground, over images below `data.image_root` or beside the file.
+
+    A target is `{"benchmark", "texts", "kind", "crop"}`: text i is true of image i alone; `crop` (left, top, right,
+    bottom) is the part of the image that the row is about, or None.
 
     Raises:
         TercetError: a file is missing or of no known form, files of different benchmarks, or no image is there.
     """
     del split  # these benchmarks have one
-    found: list[tuple[str, Benchmark, list[Probe]]] = []
+    tables: list[SampleTable] = []
+    first: tuple[str, Benchmark] | None = None
     for file in (file for spec in specs for file in find_files(spec)[0]):
-        found.append((file, *read_probes(file)))
-    if not found:
+        benchmark, probes = read_probes(file)
+        first = first or (file, benchmark)
+        if benchmark != first[1]:
+            raise TercetError(f"{file} is of {benchmark}, {first[0]} of {first[1]}; measure one benchmark at a time")
+        tables.append(_probe_table(file, benchmark, probes, data))
+    if not tables:
         raise TercetError("no probe given; name files of SugarCrepe, ARO or Winoground")
-    benchmark = found[0][1]
-    result = ProbeSet(benchmark, [], [], [])
-    for file, kind, probes in found:
-        if kind != benchmark:
-            raise TercetError(f"{file} is of {kind}, {found[0][0]} of {benchmark}; measure one benchmark at a time")
-        folder, suffix = _find_images(file, probes, data)
-        result.probes.extend(probes)
-        result.folders.extend([folder] * len(probes))
-        result.suffixes.extend([suffix] * len(probes))
-    return result
+    return concatenate(tables)
 
 
-def _find_images(file: str, probes: list[Probe], data: DataConfig) -> tuple[str, str]:
-    """The folder of a file's images and what follows their names: Winoground writes names without `.png`."""
-    root = image_root(file, data)
-    step = max(1, len(probes) // _LAYOUT_SAMPLES)
+def _probe_table(file: str, benchmark: Benchmark, probes: Sequence[Probe], data: DataConfig) -> SampleTable:
+    builder = TaskBuilder(file, data)
+    # Winoground writes names without their ending.
+    step = max(1, len(probes) // ROWS_PROBED)
     names = [name for probe in probes[::step] for name in probe.images]
     ways = [(inside, suffix) for inside in ("", "images/") for suffix in ("", ".png", ".jpg")]
     layouts = [[f"{inside}{name}{suffix}" for name in names] for inside, suffix in ways]
-    inside, suffix = ways[choose_layout(root, layouts)]
-    if not is_url(root) and choose_layout(root, [[], *layouts]) == 0:
-        raise TercetError(
-            f"{file}: none of its images is there, such as {root}/{names[0]}; "
-            "set data.image_root to the folder that the names start from"
-        )
-    return f"{root.rstrip('/')}/{inside}", suffix
+    inside, suffix = ways[choose_layout(builder.root, layouts)]
+    for probe in probes:
+        target = {"benchmark": benchmark, "texts": probe.texts, "kind": probe.kind, "crop": probe.crop}
+        builder.add(probe.where, [f"{inside}{name}{suffix}" for name in probe.images], probe.texts[0], target)
+    return builder.finish()
 
 
 def choice_scores(scores: Sequence[Tensor], kinds: Sequence[str]) -> dict[str, float]:
@@ -155,7 +104,7 @@ def winoground_scores(scores: Sequence[Tensor], kinds: Sequence[str]) -> dict[st
     return result
 
 
-def evaluate_probes(model: Tercet, probes: ProbeSet, config: Config) -> TaskResult:
+def evaluate_probes(model: Tercet, source: SampleTable, config: Config) -> TaskResult:
     """Score every row by the dual encoder and by the fusion encoder; rows whose image is broken are skipped.
 
     Returns:
@@ -166,56 +115,75 @@ def evaluate_probes(model: Tercet, probes: ProbeSet, config: Config) -> TaskResu
         TercetError: a box lies outside its image, no row can be read, or the model has no tokenizer.
     """
 
-    def score(rows: Sequence[int]) -> tuple[list[tuple[int, dict[str, Tensor]]], list[str]]:
-        images: dict[int, list[np.ndarray]] = {}
-        problems: list[str] = []
-        for row in rows:
+    def score(rows: Sequence[int]) -> tuple[list[tuple[Sample, dict[str, Tensor]]], list[str]]:
+        read: list[tuple[Sample, list[np.ndarray]]] = []
+        skipped: list[str] = []
+        for sample in map(source.sample, rows):
             try:
-                slots = range(len(probes.probes[row].images))
-                images[row] = [probes.pixels(row, slot, config.data.pixel_limit) for slot in slots]
-            except BoxOutsideError:
-                raise
-            except TercetError as error:
-                problems.append(str(error))
-        return _score_rows(model, probes, images, config) if images else [], problems
+                images = [source.pixels(image, config.data.pixel_limit) for image in sample.images]
+            except (OSError, TercetError) as error:
+                skipped.append(describe(sample.key, error))
+                continue
+            read.append((sample, [crop(image, sample) for image in images]))
+        return score_rows(model, read, config) if read else [], skipped
 
-    rows = range(len(probes.probes))[: config.evaluate.limit]
+    rows = range(source.sample_count)[: config.evaluate.limit]
     parts = map_over_ranks(score, rows, config.evaluate.batch_size)
-    found = [(probes.probes[row], scores) for part, _ in parts for row, scores in part]
-    problems = [problem for _, part in parts for problem in part]
+    found = [row for part, _ in parts for row in part]
+    problems = [*source.rejected, *(problem for _, part in parts for problem in part)]
     require_some(found, len(rows), "rows", problems)
-    measure = winoground_scores if probes.benchmark == "winoground" else choice_scores
-    kinds = [probe.kind for probe, _ in found]
+    samples = [sample for sample, _ in found]
+    measure = winoground_scores if samples[0].target["benchmark"] == "winoground" else choice_scores
+    kinds = [sample.target["kind"] for sample in samples]
     return TaskResult(
         metrics={name: measure([scores[name] for _, scores in found], kinds) for name in SCORERS},
         sizes={"samples": len(found)},
         problems=problems,
         predictions=[
-            {"row": probe.where, "texts": list(probe.texts)} | {name: own.tolist() for name, own in scores.items()}
-            for probe, scores in found
+            {"row": sample.key, "texts": sample.target["texts"]} | {name: own.tolist() for name, own in scores.items()}
+            for sample, scores in found
         ],
     )
 
 
-def _score_rows(
-    model: Tercet, probes: ProbeSet, images: dict[int, list[np.ndarray]], config: Config
-) -> list[tuple[int, dict[str, Tensor]]]:
-    """For each row, whose decoded `images` are given, and by each scorer, `[images, texts]`."""
+def crop(image: np.ndarray, sample: Sample) -> np.ndarray:
+    """The part of `image`, uint8 `[height, width, 3]`, that a row is about; what reaches over an edge is cut off.
+
+    Raises:
+        TercetError: it holds no pixel of the image: a mistake in the file, unlike an image that cannot be read.
+    """
+    if sample.target["crop"] is None:
+        return image
+    left, top, right, bottom = (round(side) for side in sample.target["crop"])
+    part = image[top:bottom, left:right]
+    if part.size == 0:
+        height, width = image.shape[:2]
+        raise TercetError(
+            f"{sample.key}: the box ({left}, {top}, {right}, {bottom}) lies outside its image of {width}x{height} "
+            "pixels"
+        )
+    return part
+
+
+def score_rows(
+    model: Tercet, rows: Sequence[tuple[Sample, list[np.ndarray]]], config: Config
+) -> list[tuple[Sample, dict[str, Tensor]]]:
+    """For each row, given with its images, and by each scorer, `[images, texts]`."""
     device = model.temperature.device
-    texts = encode_sentences(model, [text for row in images for text in probes.probes[row].texts], config.data)
-    batch = to_batch([image for own in images.values() for image in own], model.config.vision.image_size)
+    texts = encode_sentences(model, [text for sample, _ in rows for text in sample.target["texts"]], config.data)
+    batch = to_batch([image for _, images in rows for image in images], model.config.vision.image_size)
     image_embeds = model.encode_image(batch.to(device))
     image_feats = model.project_image(image_embeds[:, 0]).cpu()
-    scored: list[tuple[int, dict[str, Tensor]]] = []
+    scored: list[tuple[Sample, dict[str, Tensor]]] = []
     image, text = 0, 0
-    for row, own in images.items():
-        shown = slice(image, image + len(own))
-        asked = slice(text, text + len(probes.probes[row].texts))
-        tokens = [embeds.to(device) for embeds in texts.text_embeds[asked]]
-        matching = torch.stack([match_image(model, embeds, tokens)[:, 1].cpu() for embeds in image_embeds[shown]])
-        similarity = cosines(image_feats[shown], texts.text_feats[asked])
-        scored.append((row, {"similarity": similarity, "matching": matching}))
-        image, text = shown.stop, asked.stop
+    for sample, images in rows:
+        own = slice(image, image + len(images))
+        choices = slice(text, text + len(sample.target["texts"]))
+        tokens = [embeds.to(device) for embeds in texts.text_embeds[choices]]
+        matching = torch.stack([match_image(model, embeds, tokens)[:, 1].cpu() for embeds in image_embeds[own]])
+        similarity = cosines(image_feats[own], texts.text_feats[choices])
+        scored.append((sample, {"similarity": similarity, "matching": matching}))
+        image, text = own.stop, choices.stop
     return scored
 
 
