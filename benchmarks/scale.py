@@ -166,7 +166,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     torch.set_num_threads(1)
     pairs = 640 if arguments.quick else 2000
     folder = Path(arguments.photographs)
-    images = pipeline.photographs(folder, 50) if folder.is_dir() else pipeline.drawn(50)
+    images = pipeline.photographs(folder, 50) if folder.is_dir() else pipeline.scenes(50)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
         shards, entries = Path(root) / "shards", Path(root) / "entries"
         shards.mkdir()

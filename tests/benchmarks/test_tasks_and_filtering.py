@@ -7,7 +7,6 @@ from importlib import import_module
 from pathlib import Path
 
 from task_runs import write_task_files
-
 from tercet.model.hub import save_model
 from tiny_model import make_model
 

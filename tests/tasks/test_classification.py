@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from task_runs import assert_resumes_exactly, logged, run_task
 
+from task_runs import assert_resumes_exactly, logged, run_task
 from tercet.cli import main
 from tercet.config import Config, ObjectivesConfig
 from tercet.errors import TercetError
