@@ -111,6 +111,7 @@ class TestMistakes:
             ("tokenizer x --output x --size many", "--size: invalid int value: 'many'"),
             ("data pack x --output y --quality 101", "--quality"),
             ("data filter x --output y --by chance", "--by: invalid choice: 'chance'"),
+            ("data scenes chess", "chess"),
             ("recipes demo", "unexpected argument: demo"),
             ("report none", "none"),
         ],
@@ -252,7 +253,7 @@ class TestCommands:
 
         other = tmp_path / "other"
         assert main(["demo", "--output", str(other), "--init", str(run / "model"), *flags]) == 0
-        assert not (other / "figures").exists()
+        assert not (other / "shapes").exists()
 
 
 def test_a_table_on_a_terminal_keeps_square_brackets(

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tercet.arguments import DataKeys, EvaluateKeys
 from tercet.commands.models import DEMO_MODEL, load_predictor, model_and_config
-from tercet.commands.terminal import print_skipped, print_table, progress_bar
+from tercet.commands.terminal import print_problems, print_table, progress_bar
 from tercet.config_io import default_config
 from tercet.errors import TercetError
 
 if TYPE_CHECKING:
     from tercet.data.packing import KeptPairs
-    from tercet.data.table import SampleTable
 
 NAMED = 10  # groups of duplicates and broken images that are named
 
@@ -56,7 +55,7 @@ def data_pack(
 
     data = default_config(overrides).data
     source = open_sources(sources, data)
-    _print_rejected(source)
+    print_problems("rejected", source.rejected)
     options = PackOptions(name, shard_size, resize, encoding, quality, data.pixel_limit)
     report, before = PackReport(), None
     with progress_bar("packing", "shards") as progress:
@@ -66,7 +65,7 @@ def data_pack(
                 print(f"{done} of {total} shards exist already", file=sys.stderr)
             before = report
             progress(done, total)
-    print_skipped(report.problems, len(report.problems))
+    print_problems("skipped", report.problems)
     if json:
         print(json_format.dumps(asdict(report)))
         return
@@ -154,11 +153,11 @@ def data_filter(
     folder, config = model_and_config(model, overrides)
     predictor = load_predictor(folder)
     source = open_sources(sources, config.data)
-    _print_rejected(source)
+    print_problems("rejected", source.rejected)
     identity = {"model": model_fingerprint(predictor.model), "source": sources}
     with progress_bar("scoring", "images") as progress:
         report = filter_pairs(predictor.model, source, config, output, identity, by, threshold, fraction, progress)
-    print_skipped(report.problems, len(report.problems))
+    print_problems("skipped", report.problems)
     if json:
         numbers = {
             "scored": report.scored,
@@ -177,7 +176,12 @@ def data_filter(
     print(f"They are in {output}")
 
 
-def data_scenes(tasks: list[str], *, output: Path = Path("runs/demo/data"), count: int | None = None) -> None:
+def data_scenes(
+    tasks: list[Literal["vqa", "entailment", "nlvr", "grounding"]],
+    *,
+    output: Path = Path("runs/demo/data"),
+    count: int | None = None,
+) -> None:
     """Write synthetic scenes for the demo's tasks, as annotation files and tar shards.  Shards that exist are kept.
 
     Args:
@@ -218,11 +222,6 @@ def model_fingerprint(model: Any) -> str:
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.double().sum().item()!r}".encode())
     return digest.hexdigest()[:16]
-
-
-def _print_rejected(source: SampleTable) -> None:
-    for line in list(source.rejected)[:NAMED]:
-        print(f"rejected: {line}", file=sys.stderr)
 
 
 def _kept_pairs(file: Path) -> KeptPairs:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tercet.arguments import DataKeys, EvaluateKeys
 from tercet.commands.models import model_and_config
-from tercet.commands.terminal import print_metrics, print_skipped
+from tercet.commands.terminal import print_metrics, print_problems
 from tercet.config_io import default_config
 from tercet.errors import TercetError
 
@@ -48,7 +48,7 @@ def evaluate(
         result = evaluate_task(task, loaded, open_data(task, data, config.data, "test"), config)
     if not first:
         return
-    print_skipped(result.problems, len(result.problems), 5)
+    print_problems("skipped", result.problems, 5)
     if predictions is not None:
         write_atomic(predictions, json_format.dumps(result.predictions) + "\n")
     _print(result.metrics, json)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tercet.commands.models import DEMO_MODEL, load_predictor, warn_untrained_matching
-from tercet.commands.terminal import can_draw_pictures, print_skipped, print_table, progress_bar
+from tercet.commands.terminal import can_draw_pictures, print_problems, print_table, progress_bar
 from tercet.errors import TercetError
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ def _write_page(query: Query, index: Index, name: str, hits: list[Hit], path: Pa
 
 
 def _print_report(report: IndexReport, count: int, path: str) -> None:
-    print_skipped(report.skipped, len(report.skipped), 20)
+    print_problems("skipped", report.skipped, 20)
     changes = [
         f"{report.added:,} new",
         f"{report.changed:,} changed",

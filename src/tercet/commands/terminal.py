@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -81,12 +82,12 @@ def can_draw_pictures() -> bool:
     return all(os.get_terminal_size(sys.stdout.fileno())) and Console().color_system in ("256", "truecolor", "windows")
 
 
-def print_skipped(lines: Iterable[str], count: int, shown: int = 10) -> None:
-    """Name the first of `count` things that were skipped."""
-    for line, _ in zip(lines, range(shown), strict=False):
-        print(f"skipped: {line}", file=sys.stderr)
-    if count > shown:
-        print(f"skipped: {count - shown:,} more", file=sys.stderr)
+def print_problems(label: str, problems: Collection[str], shown: int = 10) -> None:
+    """Print the first of what was skipped or rejected, and how many more there are."""
+    for problem in itertools.islice(problems, shown):
+        print(f"{label}: {problem}", file=sys.stderr)
+    if len(problems) > shown:
+        print(f"{label}: {len(problems) - shown:,} more", file=sys.stderr)
 
 
 @contextmanager
