@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from machine import add_options, count_flops, describe_machine, prepare, spread, take_turns
+from machine import add_options, describe_machine, prepare, spread, take_turns
 from plain import PlainModel
 from rerank import PADDED_TOKENS, natural_lengths
 from tercet.config import ModelConfig
 from tercet.model.int8 import quantise_encoders
 from tercet.model.tercet import Tercet
 from tercet.tasks.encoding import encode_texts
+from tercet.train.dry_run import count_flops
 from tercet.train.setup import compile_encoders
 
 CAPTIONS_AN_IMAGE = 5

@@ -22,8 +22,8 @@ class PlainBatch:
         second_views: the same images seen differently.
         input_ids: `[batch, tokens]`.
         attention_mask: bool `[batch, tokens]`.
-        masked_ids: `[batch, tokens]` with words hidden; None hides them in the step.
-        labels: `[batch, tokens]`, the hidden words and -100 elsewhere; None with `masked_ids`.
+        masked_ids: `[batch, tokens]` with tokens masked; None masks them in the step.
+        labels: `[batch, tokens]`, the masked tokens and -100 elsewhere; None with `masked_ids`.
         negative_images: index of an image for each text; None draws them.
         negative_texts: index of a text for each image; None draws them.
     """
@@ -164,7 +164,7 @@ class PlainPretraining(nn.Module):
         """`mlm`: student and teacher each through all layers, vocabulary logits at every position."""
         masked_ids, labels = batch.masked_ids, batch.labels
         if masked_ids is None or labels is None:
-            masked_ids, labels = hide(batch.input_ids, self.text, self.config.mlm_probability)
+            masked_ids, labels = mask_tokens(batch.input_ids, self.text, self.config.mlm_probability)
         with torch.no_grad():
             guesses = self.word_logits(self.teacher, masked_ids, batch.attention_mask, teacher_images).softmax(dim=-1)
         logits = self.word_logits(self.student, masked_ids, batch.attention_mask, image_embeds)
@@ -185,14 +185,14 @@ HIDDEN_LOCAL = -1e4
 
 @torch.no_grad()
 def draw_in_a_loop(logits: Tensor) -> list[int]:
-    """One column a row in proportion to its softmax, the diagonal left out."""
+    """One column a row in proportion to its softmax, without the diagonal."""
     weights = logits.softmax(dim=1) + 1e-6
     weights.fill_diagonal_(0)
     return [int(torch.multinomial(row, 1).item()) for row in weights]
 
 
-def hide(input_ids: Tensor, text: TextConfig, probability: float) -> tuple[Tensor, Tensor]:
-    """BERT's masking: `[batch, tokens]` with words hidden, and the hidden words (-100 elsewhere)."""
+def mask_tokens(input_ids: Tensor, text: TextConfig, probability: float) -> tuple[Tensor, Tensor]:
+    """BERT's masking: `[batch, tokens]` with tokens masked, and the masked tokens (-100 elsewhere)."""
 
     def chance(value: float) -> Tensor:
         return torch.bernoulli(torch.full(input_ids.shape, value, device=input_ids.device)).bool()

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from machine import add_options, count_flops, describe_machine, prepare, spread, take_turns
+from machine import add_options, describe_machine, prepare, spread, take_turns
 from plain import PlainModel, plain_scores
 from tercet.config import ModelConfig, merge
 from tercet.device import resolve_device
 from tercet.model.tercet import Tercet
 from tercet.tasks.rerank import score_images
+from tercet.train.dry_run import count_flops
 
 PADDED_TOKENS = 30
 # Word pieces, [CLS] included, of the 5,000 captions of Flickr8k's test split: how many captions have 3, 4, ... 30.

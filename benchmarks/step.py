@@ -61,7 +61,7 @@ class OurStep:
         if config.train.compile:
             compile_encoders(compiled_models(self.task))
         assert self.task.queue is not None
-        # A queue that earlier batches filled: empty slots would be left out of the contrast.
+        # A queue that earlier batches filled: empty slots would be excluded from the contrast.
         self.task.queue.image_ids.copy_(torch.arange(self.task.queue.size) + 1_000_000)
         optimizer = build_optimizer(student, config.optim, published=False)
         # What a step reads: all but the files, the source and the loader.

@@ -1,4 +1,4 @@
-"""The memory benchmark runs, and what is foretold is within the 15 % that it promises."""
+"""The memory benchmark runs, and the estimate is within the 15 % that it promises."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import memory
 
 
-def test_a_small_step_takes_what_is_foretold() -> None:
+def test_a_small_step_takes_what_is_estimated() -> None:
     command = [sys.executable, str(Path(memory.__file__)), "--quick"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout)

@@ -28,5 +28,5 @@ def test_both_steps_learn() -> None:
     for step in (ours, plain):
         step()
         step()
-    assert ours.session.step == 2
+    assert ours.state.step == 2
     assert not torch.equal(before, ours.task.student.mlm_head.state_dict()["bias"])
