@@ -32,9 +32,9 @@ import pipeline
 from tercet.config import DataConfig
 from tercet.data.loader import TrainLoader, cleaned_captions
 from tercet.data.order import PairOrder
+from tercet.data.parts import TEXTS
 from tercet.data.readers import open_sources
 from tercet.data.shards import SCHEMA, index_path, save_index
-from tercet.data.table import TEXTS
 from tercet.data.tokenizer import Tokenizer
 from tercet.device import processor_name
 

@@ -21,9 +21,10 @@ from tercet.config import DataConfig
 from tercet.data import shards, table
 from tercet.data.loader import TrainLoader, cleaned_captions
 from tercet.data.order import PairOrder
+from tercet.data.parts import RangePart
 from tercet.data.readers import open_sources
 from tercet.data.shards import index_path
-from tercet.data.table import RangePart, SampleTable
+from tercet.data.table import SampleTable
 from tercet.data.tokenizer import Tokenizer
 from tercet.errors import TercetError
 

@@ -14,6 +14,7 @@ from tercet.config import DataConfig
 from tercet.data.readers import expand_braces, open_sources
 from tercet.data.rows import Rejected
 from tercet.data.table import SampleTable, concatenate
+from tercet.data.workers import _Calls
 from tercet.errors import TercetError
 
 DATA = DataConfig()
@@ -104,6 +105,16 @@ def test_sources_pickle(photo_folder: Path, tar: Callable[..., Path], jpeg: Call
     copy = pickle.loads(pickle.dumps(source))
     assert [copy.image(index) for index in range(2)] == [source.image(index) for index in range(2)]
     assert all_pairs(copy) == all_pairs(source)
+
+
+def test_spawned_workers_map_the_columns(tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(b"x")
+    lines = [json.dumps({"image": f"{n}.jpg", "caption": f"caption number {n}"}) for n in range(5000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    calls = _Calls(open_sources([str(tmp_path / "a.jsonl")], DATA).captions)
+    sent = pickle.dumps(calls)
+    assert len(sent) < 5000
+    assert pickle.loads(sent)[4321] == ["caption number 4321"]
 
 
 def test_large_sets_take_little_memory_and_pickle_small(tmp_path: Path) -> None:

@@ -22,9 +22,10 @@ import pyarrow.parquet
 
 from tercet.config import DataConfig
 from tercet.data.builders import ImageKeys, PairBuilder
+from tercet.data.parts import RangePart
 from tercet.data.rows import Rejected, SplitFilter
 from tercet.data.storage import cache_folder, local_copy, open_to_read, read_range
-from tercet.data.table import RangePart, SampleTable, shared_ids
+from tercet.data.table import SampleTable, shared_ids
 from tercet.errors import TercetError
 from tercet.files import atomic_stream
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from tercet.data.parts import TEXTS, FilePart
 from tercet.data.rows import Rejected, digest, digest_of_id, shorten
-from tercet.data.table import TEXTS, FilePart, Samples, SampleTable, shared_ids
+from tercet.data.table import Samples, SampleTable, shared_ids
 from tercet.data.tokenizer import clean_caption
 from tercet.errors import TercetError
 

@@ -208,7 +208,7 @@ class ViewTransform:
         sampled = [self.sample(height, width, rng, flip) for _ in range(count)]
         if isinstance(image, EncodedImage):
             side = min(min(crop[2:]) if crop else min(height, width) for crop, _ in sampled)
-            pixels = image.pixels(1 if self.compat == "published" else reduction_for(side, self.size))
+            pixels = image.pixels(1 if self._exact else reduction_for(side, self.size))
         else:
             pixels = image
         scale = pixels.shape[0] / height, pixels.shape[1] / width
@@ -235,9 +235,12 @@ class ViewTransform:
             top, height = round(crop[0] * scale[0]), max(1, round(crop[2] * scale[0]))
             left, width = round(crop[1] * scale[1]), max(1, round(crop[3] * scale[1]))
             pixels = pixels[top : top + height, left : left + width]
-        # Without augmentation a view equals that of evaluation, to the last bit.
-        exact = self.compat == "published" or self.augment == "none"
-        return resize(pixels, self.size) if exact else resize_fast(pixels, self.size)
+        return resize(pixels, self.size) if self._exact else resize_fast(pixels, self.size)
+
+    @property
+    def _exact(self) -> bool:
+        """Without augmentation a view equals that of evaluation, to the last bit."""
+        return self.compat == "published" or self.augment == "none"
 
 
 def reduction_for(side: int, minimum_side: int) -> int:

@@ -44,7 +44,7 @@ class Measured:
     Attributes:
         sizes: int32 [images, 2]; height and width.
         digests: uint64 [images]; of the image's bytes.
-        fingerprints: uint64 [images, 2]; bits that tell where the picture gets brighter across and down.
+        fingerprints: uint64 [images, 2]; bits that say where the picture gets brighter across and down.
         words: int32 [captions]; words of each caption before it is cut.
         texts: uint64 [captions]; digest of each cleaned caption.
         broken: why images are broken.
@@ -133,7 +133,7 @@ class Inspection:
         return groups_of_equal(self.measured.digests[readable], readable)
 
     def near_duplicates(self) -> list[list[int]]:
-        """Groups of images that look the same but are not: resized, encoded anew, a little cropped or brighter."""
+        """Groups of images that look the same but are not: resized, encoded again, a little cropped or brighter."""
         readable = self.measured.sizes[:, 1] > 0
         _, first = np.unique(self.measured.digests, return_index=True)
         single = np.zeros(len(readable), bool)
@@ -158,8 +158,8 @@ def inspect_table(
             parts.append(part)
             yield min(len(parts) * CHUNK, table.image_count), None
     columns = ("sizes", "digests", "fingerprints", "words", "texts")
-    whole = Measured(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
-    whole.broken = [message for part in parts for message in part.broken][:MESSAGES_KEPT]
+    broken = [message for part in parts for message in part.broken][:MESSAGES_KEPT]
+    whole = Measured(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns), broken=broken)
     yield table.image_count, Inspection(whole, table.rejected, max_words)
 
 
@@ -188,11 +188,11 @@ def alike(fingerprints: np.ndarray, names: np.ndarray) -> list[list[int]]:
     """
     parents = np.arange(len(names))
 
-    def root(place: int) -> int:
-        while parents[place] != place:
-            parents[place] = parents[parents[place]]
-            place = int(parents[place])
-        return place
+    def root(row: int) -> int:
+        while parents[row] != row:
+            parents[row] = parents[parents[row]]
+            row = int(parents[row])
+        return row
 
     for quarter in range(NEAR_BITS + 1):
         part = (fingerprints[:, 0] >> np.uint64(16 * quarter)) & np.uint64(0xFFFF)
@@ -204,7 +204,7 @@ def alike(fingerprints: np.ndarray, names: np.ndarray) -> list[list[int]]:
             for one, other in np.argwhere(distance <= NEAR_BITS_TOGETHER).tolist():
                 if one < other:
                     parents[root(group[other])] = root(group[one])
-    roots = np.array([root(place) for place in range(len(names))], np.int64)
+    roots = np.array([root(row) for row in range(len(names))], np.int64)
     return groups_of_equal(roots, names)
 
 
@@ -233,8 +233,9 @@ def write_sheet(table: SampleTable, path: Path, count: int, pixel_limit: int) ->
     step_x, step_y = TILE + MARGIN, TILE + LINES * LINE_HEIGHT + MARGIN + 6
     sheet = Image.new("RGB", (columns * step_x + MARGIN, rows * step_y + MARGIN), PAPER)
     pen, font = ImageDraw.Draw(sheet), _font()
-    for place, index in enumerate(indices):
-        left, top = MARGIN + place % columns * step_x, MARGIN + place // columns * step_y
+    for tile_number, index in enumerate(indices):
+        row, column = divmod(tile_number, columns)
+        left, top = MARGIN + column * step_x, MARGIN + row * step_y
         pen.rectangle((left, top, left + TILE - 1, top + TILE - 1), fill=FAINT)
         caption, ink = table.captions(index)[0], INK
         try:

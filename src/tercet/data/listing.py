@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from tercet.config import DataConfig
 from tercet.data.arrow_files import images_file
+from tercet.data.parts import TEXTS, FilePart, RangePart
 from tercet.data.readers import (
     IMAGE_SUFFIXES,
     TABLE_SUFFIXES,
@@ -25,7 +26,7 @@ from tercet.data.readers import (
 )
 from tercet.data.rows import Rejected
 from tercet.data.storage import is_url, local_copy, open_to_read, read_bytes, read_range
-from tercet.data.table import TEXTS, FilePart, RangePart, SampleTable
+from tercet.data.table import SampleTable
 from tercet.errors import TercetError
 
 GLOB_MARKS = re.compile(r"[*?\[]")
@@ -133,7 +134,7 @@ def _list(table: SampleTable) -> Iterator[ListedImage]:
             caption = next((text.strip() for text in part.texts(row)), None)
             uri = part.location(row)
             if isinstance(part, RangePart):
-                offset, size = part.place(row)
+                offset, size = part.byte_range(row)
                 yield ListedImage(uri, caption, size, of_container, offset)
             else:
                 size, modified = _status(uri)

@@ -140,7 +140,7 @@ class TrainPlan(_Plan):
         return [self.table.sample(index) for index in members[starts[image] : starts[image + 1]].tolist()]
 
     def _make_views(self, samples: Sequence[Sample], rng: np.random.Generator) -> list[list[np.ndarray]]:
-        """The views of each image of some samples; they are not mirrored where a text or target tells sides."""
+        """The views of each image of some samples; they are not mirrored where a text or target names a side."""
         words = " ".join(f"{sample.text} {'' if sample.target is None else sample.target}" for sample in samples)
         flip = self.data.flip and (self.compat == "published" or not mentions_sides(words))
         return [

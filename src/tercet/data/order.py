@@ -4,7 +4,7 @@ There is no shuffled list and no state.  A keyed permutation of 0 … size - 1 i
 asks for, so that a step costs the same whatever the size of the set, and going on in the middle of an epoch needs one
 integer.
 
-A slot is one place of an epoch: an image when each image comes with one caption drawn at random, or a pair of image and
+A slot is one position of an epoch: an image when each image comes with one random caption, or a pair of image and
 caption when every pair comes once.  Where neighbouring images are best read together (tar shards), slots are cut into
 blocks, the blocks are permuted, and slots are permuted within a window of consecutive blocks.
 """
@@ -108,8 +108,8 @@ class PairOrder:
         own = np.arange(start + size * self.rank // self.world, start + size * (self.rank + 1) // self.world)
         slots = shuffled(own, self.slot_count, mix(self.seed, epoch), self._block_size)
         if self._ends is None:
-            drawn = hash_each(slots, mix(self.seed, epoch, _CAPTION)) >> np.uint64(32)
-            captions = (drawn * self._counts[slots].astype(np.uint64)) >> np.uint64(32)
+            random = hash_each(slots, mix(self.seed, epoch, _CAPTION)) >> np.uint64(32)
+            captions = (random * self._counts[slots].astype(np.uint64)) >> np.uint64(32)
             return Pairs(slots, captions.astype(np.int64), slots)
         images = np.searchsorted(self._ends, slots, side="right")
         return Pairs(images, slots - (self._ends[images] - self._counts[images]), slots)
@@ -135,7 +135,7 @@ def shuffled(positions: np.ndarray, size: int, key: int, block_size: int = 1) ->
 
 
 def _permute_blocks(positions: np.ndarray, size: int, key: int, block_size: int) -> np.ndarray:
-    """Permute whole blocks; the shorter block that may be left at the end takes a place of its own among them."""
+    """Permute whole blocks; the shorter block that may be left at the end comes somewhere among them."""
     blocks, rest = divmod(size, block_size)
     tail_place = mix(key, _TAIL) % (blocks + 1)
     tail_start = tail_place * block_size

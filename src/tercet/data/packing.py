@@ -215,19 +215,19 @@ def pack(
     with only_writer(folder, f"{options.name}-"):
         _begin(folder / f"{options.name}-pack.json", plan)
         report = PackReport()
-        left: list[int] = []
+        missing: list[int] = []
         for number in range(total):
-            done = _done(writer, number)
-            if done is None:
-                left.append(number)
+            written = _done(writer, number)
+            if written is None:
+                missing.append(number)
             else:
-                report.add(done)
-        yield total - len(left), total, report
+                report.add(written)
+        yield total - len(missing), total, report
         pool: WorkerPool[PackReport] = WorkerPool(writer, workers)
         with contextlib.closing(pool):
-            for place, written in enumerate(pool.run(left), total - len(left) + 1):
+            for done, written in enumerate(pool.run(missing), total - len(missing) + 1):
                 report.add(written)
-                yield place, total, report
+                yield done, total, report
 
 
 def _begin(path: Path, plan: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@
 
 A specification is a file, a folder, a glob or braces of files (`shard-{000000..000005}.tar`), or a URL that fsspec
 reads.  After '#' it may name a split: `flickr8k.json#test`, `coco.json#train+restval`, `x.json#all`.  Only texts and
-places of the images are read here; image bytes are read when they are asked for.
+locations of the images are read here; image bytes are read when they are asked for.
 """
 
 from __future__ import annotations
@@ -366,6 +366,8 @@ def _csv_rows(file: str, text: str, separator: str, data: DataConfig) -> Iterato
             where = f"{file} line {reader.line_num}"
             if not cells:
                 continue
+            if len(cells) > len(header) == caption + 1:  # commas in an unquoted caption, as in Flickr8k's captions.txt
+                cells[caption:] = [f"{separator} ".join(cells[caption:])]
             if len(cells) != len(header):
                 yield Row(where, fault=f"{where}: {len(cells)} cells where the header names {len(header)} columns")
             elif not cells[image]:

@@ -30,6 +30,7 @@ import pyarrow as pa
 
 from tercet.config import DataConfig
 from tercet.data.builders import ImageKeys, PairBuilder
+from tercet.data.parts import TAR_BLOCK, TEXTS, RangePart, list_lengths
 from tercet.data.rows import Rejected, SplitFilter
 from tercet.data.storage import (
     FileCache,
@@ -41,7 +42,7 @@ from tercet.data.storage import (
     read_range,
     writable,
 )
-from tercet.data.table import TAR_BLOCK, TEXTS, RangePart, SampleTable, list_lengths, shared_ids
+from tercet.data.table import SampleTable, shared_ids
 from tercet.errors import TercetError
 from tercet.files import atomic_stream
 
@@ -55,6 +56,7 @@ LONGEST_HEADER = 1 << 20  # bytes of a member's name and attributes
 ASK_AT_ONCE = 16
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 VERSION = 2
+NOTES = {"rejected": list, "rejected_count": int, "splits": dict, "has_ids": bool, "without_caption": int}
 SCHEMA = pa.schema(
     [
         ("name", pa.large_binary()),
@@ -147,7 +149,7 @@ def open_shards(
     ids: list[np.ndarray] = []
     for part, notes in found:
         keep = _kept(part, notes, chosen, need_captions)
-        given = part.raw.column("image_id").to_numpy() if notes["has_ids"] else np.zeros(len(part), np.uint64)
+        given = part.columns.column("image_id").to_numpy() if notes["has_ids"] else np.zeros(len(part), np.uint64)
         parts.append(part if keep is None else part.select(keep))
         ids.append(given if keep is None else given[keep])
     if not any(map(len, parts)):
@@ -164,7 +166,10 @@ def _kept(part: RangePart, notes: Mapping[str, Any], chosen: SplitFilter, need_c
     keep = np.ones(len(part), bool)
     if chosen.wanted is not None:
         wanted = np.array([chosen.wants(split) for split in notes["splits"]], bool)
-        keep &= wanted[part.raw.column("split").to_numpy()]
+        split_of = part.columns.column("split").to_numpy()
+        if len(split_of) and not 0 <= split_of.min() <= split_of.max() < len(wanted):
+            raise TercetError(f"the index of {part.file} is damaged; delete it to have it made again")
+        keep &= wanted[split_of]
     if need_captions and notes["without_caption"]:
         keep &= part.counts > 0
     return None if keep.all() else np.flatnonzero(keep)
@@ -221,6 +226,8 @@ def load_index(path: Path, state: Mapping[str, Any]) -> tuple[pa.RecordBatch, di
                 return None
             columns = reader.get_batch(0)
         columns.validate()
+        if not all(isinstance(notes[name], kind) for name, kind in NOTES.items()):
+            return None
         lengths = list_lengths(columns.column("texts"))
         whole = columns.schema.equals(SCHEMA) and len(columns) == notes["images"]
         sound = not len(lengths) or (lengths.min() >= 0 and lengths.sum() == notes["captions"])
@@ -252,7 +259,7 @@ def read_shard(location: str, handle: int, data: DataConfig) -> tuple[pa.RecordB
     """
     rejected = Rejected()
     builder = PairBuilder(rejected, data.max_words)
-    places, marks, splits, captioned, names = array("q"), array("I"), array("i"), array("b"), {"": 0}
+    ranges, marks, splits, captioned, names = array("q"), array("I"), array("i"), array("b"), {"": 0}
     try:
         samples, cut = _samples(handle, location, rejected)
         last = next(reversed(samples), None)
@@ -271,7 +278,7 @@ def read_shard(location: str, handle: int, data: DataConfig) -> tuple[pa.RecordB
             record = record or {}
             image_id, split = record.get("image_id"), str(record.get("split") or "")
             builder.append(key, texts, image_id, keys.of(*image, image_id) + split.encode())
-            places.extend(image)
+            ranges.extend(image)
             marks.append(zlib.crc32(read_range(handle, image[0] - TAR_BLOCK, TAR_BLOCK)))
             splits.append(names.setdefault(split, len(names)))
             captioned.append(bool(texts))
@@ -280,7 +287,7 @@ def read_shard(location: str, handle: int, data: DataConfig) -> tuple[pa.RecordB
     if cut:
         rejected.add(f"{location}: {cut}; the {sum(captioned)} samples before that are used, what followed is lost")
     pairs = builder.finish()
-    offsets, sizes = np.array(places, np.int64).reshape(-1, 2)[pairs.rows].T
+    offsets, sizes = np.array(ranges, np.int64).reshape(-1, 2)[pairs.rows].T
     split_of = np.array(splits, np.int32)[pairs.rows]
     has_caption = list_lengths(pairs.texts) > 0
     arrays = [pairs.names, pairs.texts, offsets, sizes, np.array(marks, np.uint32)[pairs.rows], pairs.ids, split_of]
@@ -355,8 +362,8 @@ def _record(handle: int, where: str, parts: Parts, data: DataConfig, rejected: R
 class _Headers(io.FileIO):
     """A tar of which headers alone are read: no forged length makes `tarfile` read more into memory."""
 
-    def read(self, size: int = -1, /) -> bytes:
-        if not 0 <= size <= LONGEST_HEADER:
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= LONGEST_HEADER:
             raise tarfile.ReadError(f"an extended header of {size} bytes")
         return super().read(size) or b""
 
@@ -382,7 +389,7 @@ def walk(handle: int) -> Iterator[tarfile.TarInfo]:
                     raise CutShortError(f"a member of negative size at byte {position}, after {last}")
                 if member.offset_data + member.size > end:
                     raise CutShortError(f"cut short at byte {end}, inside {member.name}")
-                tar.members.clear()  # else every header stays in memory
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - else every header stays in memory
                 if member.isreg() and not member.issparse():
                     yield member
                 position, last = tar.offset, member.name

@@ -10,6 +10,7 @@ import re
 import shutil
 import stat
 import time
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,8 +142,16 @@ def missing(location: str) -> str:
     path = Path(location)
     if not os.path.isdir(path.parent):  # noqa: PTH112 - as in is_file
         return f"no file {location}; there is no folder {path.parent}"
-    near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], 1)
-    return f"no file {location}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+    beside = {_fold(entry.name): entry.name for entry in path.parent.iterdir()}
+    stems = {_fold(Path(name).stem): name for name in beside.values()}
+    near = beside.get(_fold(path.name)) or stems.get(_fold(path.name))
+    near = near or next((beside[name] for name in difflib.get_close_matches(_fold(path.name), beside, 1)), None)
+    return f"no file {location}" + (f"; did you mean {path.parent / near}?" if near else "")
+
+
+def _fold(name: str) -> str:
+    """A name without what differs between systems: capitals, and how accents are composed."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def reason_of(error: BaseException) -> str:
@@ -288,6 +297,7 @@ class FileCache:
 
 
 def _copy(remote: RemoteFile, partial: Path) -> None:
+    written = 0
     for attempt in range(1, ATTEMPTS + 1):
         try:
             with fsspec.open(remote.url, "rb") as source, partial.open("r+b") as stream:

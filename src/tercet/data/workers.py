@@ -69,13 +69,13 @@ class WorkerPool(Generic[Made]):
                         f"a data worker process died (out of memory, or /dev/shm too small?), {deaths} times over one "
                         f"batch; set data.workers lower, or to 0 to see why: {reason}"
                     ) from error
-                print(f"a data worker process died and is started anew: {reason}", file=sys.stderr)
+                print(f"a data worker process died and is started again: {reason}", file=sys.stderr)
 
     def _run(self, tasks: Sequence[Any]) -> Iterator[Made]:
         self._tasks.tasks = tasks
         if self._loader is None:
             self._loader = self._start()
-        with _deaths_told_on_reading():
+        with _deaths_found_on_read():
             iterator = iter(self._loader)
         for _ in tasks:
             try:
@@ -111,7 +111,7 @@ class _WorkerDiedError(Exception):
 
 
 @contextlib.contextmanager
-def _deaths_told_on_reading() -> Iterator[None]:
+def _deaths_found_on_read() -> Iterator[None]:
     """Keep DataLoader from raising, when a worker dies, wherever the training process happens to be.
 
     Its signal handler would do so in the middle of a step.  Without it the next read finds the death, within seconds.
@@ -140,7 +140,7 @@ class _Tasks(Sampler[Any]):
 class _Calls(Dataset[Made]):
     """A function seen as a data set: `calls[task]` is `make(task)`.
 
-    Where workers are not forked but started anew, the function is pickled for each.  Its large arrays then go through a
+    Where workers are not forked but spawned, the function is pickled for each.  Its large arrays then go through a
     file that all workers map, so that a long list of captions is in memory once and not once a worker.
     """
 
