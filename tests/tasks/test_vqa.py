@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from task_runs import logged, run_task, write_image
 from torch import Tensor
 
+from task_runs import logged, run_task, write_image
 from tercet.config import Config, DataConfig, ObjectivesConfig
 from tercet.config_io import default_config
 from tercet.data.loader import TrainLoader

@@ -18,7 +18,7 @@ from tercet.data.inputs import to_batch, to_pixels
 from tercet.errors import TercetError
 from tercet.predictor import Predictor
 from tercet.search.index import Hit, Index, model_digest
-from tercet.tasks.encoding import EncodedTexts, encode_sentences
+from tercet.tasks.encoding import encode_sentences
 from tercet.tasks.evaluation import evaluating
 
 RERANK = 64
@@ -106,22 +106,23 @@ class Searcher:
             TercetError: as `search`, for the first query that is wrong.
         """
         with evaluating(self.model):
-            texts = {text: row for row, text in enumerate(dict.fromkeys(t for query in queries for t in query.texts))}
-            encoded = encode_sentences(self.model, list(texts), DataConfig()) if texts else EncodedTexts(Tensor(), [])
-            feats = self._query_feats(queries, {text: encoded.text_feats[row] for text, row in texts.items()})
-            found = self._nearest(queries, feats)
-            wanted: dict[str, tuple[Hit, dict[str, None]]] = {}
-            for query, hits in zip(queries, found, strict=True):
-                for hit in hits[: self._candidates(query)]:
-                    wanted.setdefault(hit.id, (hit, {}))[1].update(dict.fromkeys(query.texts))
-            margins = self._margins(
-                [(hit, list(own)) for hit, own in wanted.values()],
-                {text: encoded.text_embeds[row] for text, row in texts.items()},
-            )
+            text_feats, text_embeds = self._encode_texts(queries)
+            found = self._nearest(queries, self._query_feats(queries, text_feats))
+            candidates = [hits[: self._candidates(query)] for query, hits in zip(queries, found, strict=True)]
+            margins = self._margins(queries, candidates, text_embeds)
         return [
-            rerank(query, hits[: self._candidates(query)], margins)[: query.k] + hits[self._candidates(query) : query.k]
-            for query, hits in zip(queries, found, strict=True)
+            (rerank(query, best, margins) + hits[len(best) :])[: query.k]
+            for query, best, hits in zip(queries, candidates, found, strict=True)
         ]
+
+    def _encode_texts(self, queries: Sequence[Query]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """`text_feats` `[embed_dim]` and `text_embeds` `[tokens, width]` of every text of the queries."""
+        texts = list(dict.fromkeys(text for query in queries for text in query.texts))
+        if not texts:
+            return {}, {}
+        encoded = encode_sentences(self.model, texts, DataConfig())
+        feats, embeds = zip(texts, encoded.text_feats, strict=True), zip(texts, encoded.text_embeds, strict=True)
+        return dict(feats), dict(embeds)
 
     def _candidates(self, query: Query) -> int:
         """How many images of a query the fusion encoder re-ranks."""
@@ -154,16 +155,22 @@ class Searcher:
             groups.setdefault((query.where, count), []).append(row)
         found: list[list[Hit]] = [[] for _ in queries]
         for (where, count), rows in groups.items():
-            for row, hits in zip(
-                rows, self.index.nearest(torch.stack([feats[row] for row in rows]), count, where), strict=True
-            ):
+            nearest = self.index.nearest(torch.stack([feats[row] for row in rows]), count, where)
+            for row, hits in zip(rows, nearest, strict=True):
                 others = [hit for hit in hits if hit.id != queries[row].like]
                 found[row] = [replace(hit, dual_rank=rank) for rank, hit in enumerate(others, 1)]
         return found
 
-    def _margins(self, wanted: list[tuple[Hit, list[str]]], text_embeds: dict[str, Tensor]) -> Margins:
-        """Margins of images with their texts; images that cannot be read are missing."""
+    def _margins(
+        self, queries: Sequence[Query], candidates: Sequence[list[Hit]], text_embeds: dict[str, Tensor]
+    ) -> Margins:
+        """Margins of each query's candidates with its texts; images that cannot be read are missing."""
         margins: Margins = {}
+        by_image: dict[str, tuple[Hit, dict[str, None]]] = {}
+        for query, hits in zip(queries, candidates, strict=True):
+            for hit in hits:
+                by_image.setdefault(hit.id, (hit, {}))[1].update(dict.fromkeys(query.texts))
+        wanted = [(hit, list(texts)) for hit, texts in by_image.values()]
         wanted.sort(key=lambda pair: len(pair[1]))  # images with equally many texts share a pass
         for start in range(0, len(wanted), BATCH_IMAGES):
             chunk = wanted[start : start + BATCH_IMAGES]
