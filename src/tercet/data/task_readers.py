@@ -332,13 +332,12 @@ def _answers(row: Row, where: str, key: str) -> list[str]:
     """The annotators' answers: a text, a list of texts, or a list of `{"answer": text}`."""
     is_given = lambda value: isinstance(value, str) or (isinstance(value, list) and bool(value))  # noqa: E731
     given = get_field(row, where, key, is_given, "the answers of annotators")
-    answers = [
-        entry.get("answer") if isinstance(entry, dict) else entry
-        for entry in (given if isinstance(given, list) else [given])
-    ]
-    for number, answer in enumerate(answers, 1):
+    answers: list[str] = []
+    for number, entry in enumerate(given if isinstance(given, list) else [given], 1):
+        answer = entry.get("answer") if isinstance(entry, dict) else entry
         if not isinstance(answer, str):
             raise TercetError(f"{where}: answer {number} is {str(answer)[:60]!r}, not a text")
+        answers.append(answer)
     return answers
 
 
