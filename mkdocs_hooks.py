@@ -19,12 +19,11 @@ from tercet.train.dry_run import measure_step
 NAVIGATION: dict[str, list[str]] = {
     "": ["index.md", "start.md"],
     "How to": [
-        "data.md", "tasks.md", "search.md", "serving.md", "hub.md", "export.md", "moving.md", "recipes.md",
-        "distributed.md", "reports.md", "faq.md",
+        "data.md", "training.md", "tasks.md", "search.md", "serving.md", "moving.md", "distributed.md", "faq.md",
     ],
     "Reference": ["reference/cli.md", "reference/config.md", "api.md", "reference/changelog.md"],
     "Inside": [
-        "architecture.md", "parity.md", "performance.md", "reliability.md", "results.md", "dependencies.md",
+        "architecture.md", "method.md", "results.md", "performance.md", "reliability.md", "dependencies.md",
     ],
 }  # fmt: skip
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from task_runs import write_image
 
+from task_runs import write_image
 from tercet.cli import main
 from tercet.config import Config, DataConfig
 from tercet.data.readers import open_sources

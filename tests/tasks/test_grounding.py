@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from task_runs import assert_resumes_exactly, logged, run_task, write_image
 
+from task_runs import assert_resumes_exactly, logged, run_task, write_image
 from tercet.config import Config, DataConfig
 from tercet.config_io import load_config
 from tercet.data.inputs import to_batch

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from task_runs import TINY, logged, run_task
 
+from task_runs import TINY, logged, run_task
 from tercet.config_io import default_config
 from tercet.tasks.evaluation import TaskResult
 from tercet.tasks.retrieval import RetrievalResult

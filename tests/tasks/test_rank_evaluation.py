@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from task_runs import evaluations, write_image, write_task_files
 
 from rank_runs import run_ranks
+from task_runs import evaluations, write_image, write_task_files
 
 
 def write_probes_and_classes(folder: Path) -> dict[str, str]:

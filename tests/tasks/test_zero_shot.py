@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from task_runs import COLOURS, NAMES
 from torch.nn import functional as F
 
+from task_runs import COLOURS, NAMES
 from tercet.config import Config
 from tercet.errors import TercetError
 from tercet.tasks.evaluation import TaskResult

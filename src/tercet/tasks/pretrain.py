@@ -110,7 +110,7 @@ class Pretraining(Task):
         Args:
             student: the model to train.
             config: weights of the losses, teacher and queue.
-            published: keep the published defects (see `docs/parity.md`).
+            published: keep the published defects (see `docs/method.md`).
             match_ids: captions of one image are positives of one another; the published pre-training makes every pair
                 its own only positive.
         """

@@ -103,7 +103,7 @@ class QuestionAnswering(FineTuning):
     """
 
     def __init__(self, student: Tercet, config: ObjectivesConfig, published: bool = False) -> None:
-        """Train `student`, which has the head `answer`; `published` keeps the published defects (`docs/parity.md`)."""
+        """Train `student`, which has the head `answer`; `published` keeps the published defects (`docs/method.md`)."""
         super().__init__(student, config, "answer", PARTS, teach=not published)
 
     def prepare(self, batch: Batch, device: torch.device, seed: int) -> AnswerBatch:
