@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from tercet.config import Config, ModelConfig
+from tercet.config import Config, HeadName, ModelConfig
 from tercet.config_io import dump_config
 from tercet.data.loader import TrainLoader
 from tercet.data.table import SampleTable
@@ -292,7 +292,7 @@ def _build_student(
     config: Config, source: SampleTable, folder: Path, ranks: Ranks
 ) -> tuple[Tercet, Tokenizer, list[str]]:
     """The model to train, its tokenizer, and messages: loaded from `init`, or new."""
-    heads = [*config.model.heads, *get_task(config.task).heads]
+    heads: list[HeadName] = [*config.model.heads, *get_task(config.task).heads]
     if config.init is not None:
         student = load_model(config.init).train()
         size = config.model.vision.image_size
