@@ -8,8 +8,8 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -22,23 +22,19 @@ from tiny_model import SCENES, make_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-BLOCK = re.compile(
-    r"(?:<!-- run(?:: (?P<extra>\w+))? -->\n(?P<marked>))?```(?P<language>\w+)\n(?P<body>.*?)```", re.DOTALL
-)
-# Packages of extras that runnable blocks need.
-EXTRAS = {"search": "lancedb", "export": "onnxruntime"}
+BLOCK = re.compile(r"(<!-- run(?:: (\w+))? -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
+EXTRAS = {"search": "lancedb", "export": "onnxruntime"}  # packages of extras that runnable blocks need
 
 
-@dataclass(frozen=True)
-class Block:
-    """A block of code on a page."""
+class Block(NamedTuple):
+    """A block of code on a page, whether it is marked as runnable, and the extra that it needs."""
 
     page: str
     number: int
+    runs: str | None
+    extra: str | None
     language: str
     body: str
-    runs: bool
-    extra: str | None
 
     def __str__(self) -> str:
         return f"{self.page}#{self.number}"
@@ -62,16 +58,12 @@ class Block:
                 yield words[1:]
 
 
-def blocks() -> list[Block]:
-    """All blocks of all pages, in order."""
-    return [
-        Block(page.name, number, match["language"], match["body"], match["marked"] is not None, match["extra"])
-        for page in PAGES
-        for number, match in enumerate(BLOCK.finditer(page.read_text("utf-8")), 1)
-    ]
-
-
-SHELL = [block for block in blocks() if block.language == "sh" and list(block.commands())]
+BLOCKS = [
+    Block(page.name, number, *match.groups())
+    for page in PAGES
+    for number, match in enumerate(BLOCK.finditer(page.read_text("utf-8")), 1)
+]
+SHELL = [block for block in BLOCKS if block.language == "sh" and list(block.commands())]
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
@@ -90,11 +82,11 @@ def test_commands_are_understood(block: Block, monkeypatch: pytest.MonkeyPatch, 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with what the pages mention: a demo run, images with captions, a photo."""
-    for index in range(24):
-        part = tmp_path / ("held_out" if index % 4 == 0 else "my_folder")
+    for index, scene in enumerate(SCENES * 6):
+        part = tmp_path / ("my_folder" if index % 4 else "held_out")
         part.mkdir(exist_ok=True)
-        (part / f"{index}.png").write_bytes(png_of(SCENES[index % len(SCENES)]))
-        (part / f"{index}.txt").write_text("\n".join(SCENES[index % len(SCENES)].captions))
+        (part / f"{index}.png").write_bytes(png_of(scene))
+        (part / f"{index}.txt").write_text("\n".join(scene.captions))
     (tmp_path / "photo.jpg").write_bytes(png_of(SCENES[0]))
     run = tmp_path / "runs" / "demo"
     save_model(make_model(), run / "model")
@@ -116,7 +108,7 @@ def test_marked_commands_of_a_page_run_in_order(page: str, workplace: Path, caps
             assert main([*words, *short]) == 0, f"{block}: {capsys.readouterr().err}"
 
 
-@pytest.mark.parametrize("block", [block for block in blocks() if block.language == "python"], ids=str)
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
 def test_python_is_valid(block: Block) -> None:
     ast.parse(block.body)
 

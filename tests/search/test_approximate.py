@@ -18,11 +18,8 @@ COUNT, DIM = 6000, 16
 
 def fill(path: Path, vectors: np.ndarray) -> Index:
     index = Index.create(str(path), "m", "", vectors.shape[1])
-    rows = [
-        {"id": f"{number:016x}", "uri": "u", "width": 64, "height": 64, "size": 0, "modified": 0, "sha256": ""}
-        | {"thumbnail": b"", "embedding": vector}
-        for number, vector in enumerate(vectors)
-    ]
+    row = {"uri": "u", "width": 64, "height": 64, "size": 0, "modified": 0, "sha256": "", "thumbnail": b""}
+    rows = [{**row, "id": f"{number:016x}", "embedding": vector} for number, vector in enumerate(vectors)]
     index.table.add(pa.Table.from_pylist(rows, schema=image_schema(vectors.shape[1])))
     return index
 
@@ -56,8 +53,9 @@ def test_recall_order_and_filters(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(index_module, "EXACT_BELOW", 1000)
     (found,) = index.nearest(queries[:1], 10)
     assert len({int(hit.id, 16) for hit in found} & nearest[0]) >= 9
-    assert [hit.cosine for hit in found] == sorted([hit.cosine for hit in found], reverse=True)
-    assert found[0].cosine == pytest.approx(scores[0, int(found[0].id, 16)], abs=1e-5)  # not of 8-bit numbers
+    cosines = [hit.cosine for hit in found]
+    assert cosines == sorted(cosines, reverse=True)
+    assert cosines[0] == pytest.approx(scores[0, int(found[0].id, 16)], abs=1e-5)  # not of 8-bit numbers
     (exact,) = index.nearest(queries[:1], 10, exact=True)
     assert {int(hit.id, 16) for hit in exact} == nearest[0]
     # A filter that few images pass compares all of them, whatever their cells.

@@ -32,20 +32,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of synthetic scenes with captions."""
-    folder = tmp_path_factory.mktemp("pictures")
-    source = list(split_scenes("test", PICTURES))
-    for number in range(PICTURES):
-        (folder / f"scene-{number:02}.png").write_bytes(png_of(source[number]))
-        (folder / f"scene-{number:02}.txt").write_text(source[number].captions[0])
-    return folder
-
-
-@pytest.fixture(scope="session")
-def index_folder(model_folder: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index of these scenes."""
-    path = tmp_path_factory.mktemp("index") / "index"
+def index_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of synthetic scenes with captions."""
+    pictures, path = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("index") / "index"
+    for number, scene in enumerate(split_scenes("test", PICTURES)):
+        (pictures / f"scene-{number:02}.png").write_bytes(png_of(scene))
+        (pictures / f"scene-{number:02}.txt").write_text(scene.captions[0])
     build_index([str(pictures)], tercet.load(model_folder), str(model_folder), str(path))
     return path
 

@@ -21,14 +21,7 @@ PICTURES = 24
 
 @dataclass(frozen=True)
 class Serving:
-    """A server that runs.
-
-    Attributes:
-        url: where, with a slash at the end.
-        client: speaks to it.
-        index: what it serves.
-        predictor: what it runs.
-    """
+    """A server that runs: where (with a slash at the end), a client of it, and what it serves."""
 
     url: str
     client: httpx.Client
@@ -51,9 +44,8 @@ def serving(index: Index, predictor: Predictor, settings: ServeSettings) -> Iter
             while not server.started:
                 assert thread.is_alive()
                 time.sleep(0.01)
-            url = address(sock)
-            with httpx.Client(base_url=url, timeout=30) as client:
-                yield Serving(url, client, index, predictor)
+            with httpx.Client(base_url=address(sock), timeout=30) as client:
+                yield Serving(address(sock), client, index, predictor)
         finally:
             server.should_exit = True
             thread.join(60)

@@ -8,6 +8,7 @@ Each picture holds the page 1440 px wide and 360 px wide, one light and one dark
 from __future__ import annotations
 
 import argparse
+import base64
 import io
 import os
 from collections.abc import Callable
@@ -24,7 +25,7 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-ne
 DROP = """([base64]) => {
   const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
   const transfer = new DataTransfer();
-  transfer.items.add(new File([bytes], "drawn.png", { type: "image/png" }));
+  transfer.items.add(new File([bytes], "scene.png", { type: "image/png" }));
   document.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true }));
 }"""
 WORDS = "two yellow triangles"
@@ -48,15 +49,14 @@ def compare(page: Page) -> None:
 
 def drop(page: Page) -> None:
     """Search by a picture that is dropped."""
-    import base64
-
-    page.evaluate(DROP, [base64.b64encode(encode_jpeg(next(split_scenes("validation", 1, 2)).image)).decode()])
+    picture = encode_jpeg(next(split_scenes("validation", 1, 2)).image)
+    page.evaluate(DROP, [base64.b64encode(picture).decode()])
     page.wait_for_selector("#grid .hit")
     page.wait_for_load_state("networkidle")
 
 
-def ask(page: Page, text: str) -> None:
-    """Ask something about the first picture."""
+def question(page: Page, text: str = "how many triangles are there?") -> None:
+    """Ask about the first picture."""
     search(page)
     page.click("#grid .hit >> nth=0")
     page.fill("#question", text)
@@ -64,14 +64,9 @@ def ask(page: Page, text: str) -> None:
     page.wait_for_selector("#answer .best, #answer .wrong")
 
 
-def question(page: Page) -> None:
-    """Ask about the first picture."""
-    ask(page, "how many triangles are there?")
-
-
 def answer(page: Page) -> None:
     """See what an answer about the first picture rests on."""
-    ask(page, "what colour is the lowest triangle?")
+    question(page, "what colour is the lowest triangle?")
     page.click("#answer button")
     page.wait_for_selector("#words button >> text=whole question")
     page.wait_for_timeout(300)
@@ -101,14 +96,7 @@ def error(page: Page) -> None:
 
 
 STATES: dict[str, Callable[[Page], None]] = {
-    "search": search,
-    "compare": compare,
-    "drop": drop,
-    "question": question,
-    "answer": answer,
-    "heatmap": heatmap,
-    "empty": empty,
-    "error": error,
+    act.__name__: act for act in (search, compare, drop, question, answer, heatmap, empty, error)
 }
 
 

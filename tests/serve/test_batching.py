@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import CancelledError
+from collections.abc import Iterable
+from concurrent.futures import CancelledError, Future
 
 import pytest
 
 from tercet.serve.batching import Batcher, BatcherClosedError
 
 
-class Recorder:
-    """Multiplies numbers, records the batches, and can be held up."""
+class Held(Batcher):
+    """Multiplies numbers and records the batches; jobs gather until `release`, which gives their results."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int, window: float = 0.0) -> None:
         self.batches: list[tuple[int, list[int]]] = []
+        self.observed: list[tuple[str, int]] = []
         self.gate = threading.Event()
-        self.gate.set()
+        super().__init__(limit, window, lambda call, jobs, seconds: self.observed.append((call, jobs)))
+        self.double(0)
+        time.sleep(0.05)
 
     def multiply(self, numbers: list[int], factor: int) -> list[int]:
         self.gate.wait(10)
@@ -27,82 +30,49 @@ class Recorder:
             raise ValueError("a negative number")
         return [number * factor for number in numbers]
 
-    def hold(self, batcher: Batcher) -> None:
-        """Keep the thread busy until the gate opens, so that what follows gathers."""
-        self.gate.clear()
-        batcher.submit(self.multiply, (0,), (0,))
-        time.sleep(0.05)
+    def double(self, number: int, cost: int = 1) -> Future[int]:
+        return self.submit(self.multiply, (number,), (2,), cost)
+
+    def release(self, futures: Iterable[Future[int]]) -> list[int]:
+        self.gate.set()
+        return [future.result(10) for future in futures]
 
 
-@pytest.fixture
-def run() -> Iterator[Recorder]:
-    recorder = Recorder()
-    yield recorder
-    recorder.gate.set()
+def test_jobs_of_a_call_run_together() -> None:
+    held = Held(8)
+    futures = [held.submit(held.multiply, (number,), (2 + number % 2,)) for number in range(10)]
+    assert held.release(futures) == [number * (2 + number % 2) for number in range(10)]
+    assert held.batches[1:] == [(2, [0, 2, 4, 6, 8]), (3, [1, 3, 5, 7, 9])]
+    held.close()
+    assert held.observed == [("multiply", 1), ("multiply", 5), ("multiply", 5)]
 
 
-def test_jobs_of_a_call_run_together(run: Recorder) -> None:
-    observed: list[tuple[str, int]] = []
-    batcher = Batcher(8, 0.0, lambda call, jobs, seconds: observed.append((call, jobs)))
-    run.hold(batcher)
-    futures = [batcher.submit(run.multiply, (number,), (2 + number % 2,)) for number in range(10)]
-    run.gate.set()
-    assert [future.result(10) for future in futures] == [number * (2 + number % 2) for number in range(10)]
-    assert run.batches[1:] == [(2, [0, 2, 4, 6, 8]), (3, [1, 3, 5, 7, 9])]
-    batcher.close()
-    assert observed == [("multiply", 1), ("multiply", 5), ("multiply", 5)]
+def test_a_batch_is_limited_by_cost() -> None:
+    held = Held(4)
+    assert held.release([held.double(*job) for job in enumerate([1, 2, 2, 9, 1])]) == [0, 2, 4, 6, 8]
+    assert [jobs for _, jobs in held.batches[1:]] == [[0, 1], [2], [3], [4]]
+    held.close()
 
 
-def test_a_batch_is_limited_by_cost(run: Recorder) -> None:
-    batcher = Batcher(4, 0.0)
-    run.hold(batcher)
-    futures = [batcher.submit(run.multiply, (number,), (2,), cost) for number, cost in enumerate([1, 2, 2, 9, 1])]
-    run.gate.set()
-    assert [future.result(10) for future in futures] == [0, 2, 4, 6, 8]
-    assert [jobs for _, jobs in run.batches[1:]] == [[0, 1], [2], [3], [4]]
-    batcher.close()
-
-
-def test_a_full_batch_does_not_wait_for_the_window(run: Recorder) -> None:
-    batcher = Batcher(3, 5.0)
-    futures = [batcher.submit(run.multiply, (number,), (2,)) for number in range(3)]
-    assert [future.result(4) for future in futures] == [0, 2, 4]
-    assert run.batches == [(2, [0, 1, 2])]
-    batcher.close()
-
-
-def test_an_error_is_its_own_jobs_alone(run: Recorder) -> None:
-    batcher = Batcher(8, 0.0)
-    run.hold(batcher)
-    good, broken, also_good = (batcher.submit(run.multiply, (number,), (2,)) for number in (1, -1, 3))
-    run.gate.set()
-    assert good.result(10) == 2 and also_good.result(10) == 6
+def test_an_error_is_its_own_jobs_alone_and_cancelled_jobs_do_not_run() -> None:
+    held = Held(8)
+    good, broken, cancelled, also_good = (held.double(number) for number in (1, -1, 2, 3))
+    assert cancelled.cancel()
+    assert held.release([good, also_good]) == [2, 6]
     with pytest.raises(ValueError, match="negative"):
         broken.result(10)
-    assert batcher.alive
-    batcher.close()
-
-
-def test_cancelled_jobs_do_not_run(run: Recorder) -> None:
-    batcher = Batcher(8, 0.0)
-    run.hold(batcher)
-    first, second = (batcher.submit(run.multiply, (number,), (2,)) for number in (1, 2))
-    assert first.cancel()
-    run.gate.set()
-    assert second.result(10) == 4
     with pytest.raises(CancelledError):
-        first.result(10)
-    assert run.batches[1:] == [(2, [2])]
-    batcher.close()
+        cancelled.result(10)
+    assert held.alive and not any(2 in jobs for _, jobs in held.batches)
+    held.close()
 
 
-def test_closing_finishes_what_waits(run: Recorder) -> None:
-    batcher = Batcher(2, 60.0)
-    run.hold(batcher)
-    futures = [batcher.submit(run.multiply, (number,), (2,)) for number in range(5)]
-    run.gate.set()
-    batcher.close(10)
-    assert [future.result(0) for future in futures] == [0, 2, 4, 6, 8]
-    assert not batcher.alive
+def test_a_full_batch_does_not_wait_for_the_window_and_closing_finishes_what_waits() -> None:
+    held = Held(2, 60.0)
+    futures = [held.double(number) for number in (1, 2, 3, 4)]
+    assert held.release(futures[:3]) == [2, 4, 6]
+    held.close(10)
+    assert futures[3].result(0) == 8 and not held.alive
+    assert held.batches == [(2, [0, 1]), (2, [2, 3]), (2, [4])]
     with pytest.raises(BatcherClosedError):
-        batcher.submit(run.multiply, (1,), (2,))
+        held.double(1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,44 +28,47 @@ def browser() -> Iterator[Browser]:
         started.close()
 
 
-class Watched:
-    """A page, what it requested, and the errors it logged."""
-
-    def __init__(self, browser: Browser, url: str, width: int = 1440, height: int = 900) -> None:
-        context = browser.new_context(viewport={"width": width, "height": height})
-        self.page = context.new_page()
-        self.page.set_default_timeout(60_000)
-        self.requests: list[str] = []
-        self.errors: list[str] = []
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("console", lambda message: self.errors.extend([message.text] * (message.type == "error")))
-        self.page.goto(url)
-        self.page.wait_for_selector("#about:not(:empty)", state="attached")
-
-    def fits(self) -> bool:
-        """Whether nothing overflows to the side."""
-        return self.page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+@contextmanager
+def opened(browser: Browser, url: str, width: int = 1440, height: int = 900, fails: bool = False) -> Iterator[Page]:
+    """The page; it asks nothing of other servers and, unless it is to fail, logs no errors."""
+    page = browser.new_context(viewport={"width": width, "height": height}).new_page()
+    page.set_default_timeout(60_000)
+    requests: list[str] = []
+    errors: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.extend([message.text] * (message.type == "error")))
+    page.goto(url)
+    page.wait_for_selector("#about:not(:empty)", state="attached")
+    yield page
+    assert fails or errors == []
+    assert all(asked.startswith((url, "blob:")) for asked in requests), requests
+    page.context.close()
 
 
 @pytest.fixture
-def watched(browser: Browser, server: Serving) -> Iterator[Watched]:
-    made = Watched(browser, server.url)
-    yield made
-    assert made.errors == []
-    assert all(url.startswith((server.url, "blob:")) for url in made.requests), made.requests
-    made.page.context.close()
+def page(browser: Browser, server: Serving) -> Iterator[Page]:
+    with opened(browser, server.url) as page:
+        yield page
 
 
 def names(page: Page, within: str = "#grid") -> list[str]:
     return page.eval_on_selector_all(f"{within} .hit", "hits => hits.map(hit => hit.dataset.id)")
 
 
-def test_it_opens_on_what_was_indexed_last(watched: Watched, server: Serving) -> None:
-    page = watched.page
+def fits(page: Page) -> bool:
+    """Whether nothing overflows to the side."""
+    return page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+def enter(page: Page, field: str, text: str) -> None:
+    page.fill(field, text)
+    page.press(field, "Enter")
+
+
+def test_it_opens_on_what_was_indexed_last(page: Page, server: Serving) -> None:
     page.wait_for_selector("#newest .hit")
-    newest = [entry.id for entry in server.index.newest(24)]
-    assert names(page, "#newest") == newest
+    assert names(page, "#newest") == [entry.id for entry in server.index.newest(24)]
     page.click("#newest .hit >> nth=1")
     page.wait_for_selector("dialog[open]")
     assert page.inner_text("#position") == f"2 of {PICTURES}" and "cosine" not in page.inner_text("#facts")
@@ -73,34 +77,32 @@ def test_it_opens_on_what_was_indexed_last(watched: Watched, server: Serving) ->
     assert page.is_hidden("#newest")
     page.go_back()
     page.wait_for_selector("#newest .hit")
-    assert names(page) == [] and watched.fits()
+    assert names(page) == [] and fits(page)
 
 
-def test_search_and_orders(watched: Watched, server: Serving) -> None:
-    page = watched.page
-    search(page, "a red circle")
+def test_search_and_orders(page: Page, server: Serving) -> None:
     searcher = Searcher(server.index, server.predictor)
-    reranked = [hit.id for hit in searcher.search(Query("a red circle", k=24))]
+    reranked, dual = (
+        [hit.id for hit in searcher.search(Query("a red circle", k=24, rerank=rerank))] for rerank in (None, 0)
+    )
+    search(page, "a red circle")
     assert names(page) == reranked and len(reranked) == PICTURES
     assert "q=a+red+circle" in page.url
-    pictures = page.eval_on_selector_all("#grid img", "images => images.map(image => image.naturalWidth)")
-    assert pictures[0] == 64
+    assert page.eval_on_selector("#grid img", "image => image.naturalWidth") == 64
     page.check("[name=order][value=compare]", force=True)
     page.wait_for_selector("#compare .hit")
-    dual = [hit.id for hit in searcher.search(Query("a red circle", k=24, rerank=0))]
     assert names(page, "#dual") == dual and names(page, "#reranked") == reranked
     page.reload()
     page.wait_for_selector("#grid .hit")
     assert page.input_value("#text") == "a red circle"
 
 
-def test_a_dropped_picture_and_more_like_this(watched: Watched) -> None:
-    page = watched.page
+def test_a_dropped_picture_and_more_like_this(page: Page) -> None:
     drop(page)
     assert len(names(page)) == PICTURES and page.is_visible("#chip-image")
     assert page.is_hidden("#order")  # without words there is nothing to re-rank by
-    page.click("#grid .hit >> nth=3")
     chosen = names(page)[3]
+    page.click("#grid .hit >> nth=3")
     page.click("#like")
     page.wait_for_function("id => location.search.includes(id)", arg=chosen)
     page.wait_for_function("count => document.querySelectorAll('#grid .hit').length === count", arg=PICTURES - 1)
@@ -109,8 +111,7 @@ def test_a_dropped_picture_and_more_like_this(watched: Watched) -> None:
     page.click("#text")
 
 
-def test_question_and_heatmap(watched: Watched, server: Serving) -> None:
-    page = watched.page
+def test_question_and_heatmap(page: Page, server: Serving) -> None:
     question(page)
     assert page.inner_text("#answer .best") in (server.predictor.model.answers or [])
     assert page.locator("#answer li").count() == 5
@@ -122,14 +123,11 @@ def test_question_and_heatmap(watched: Watched, server: Serving) -> None:
     heatmap(page)
     assert page.locator("#words button").all_inner_texts() == ["two", "yellow", "triangles", "whole sentence"]
     assert page.get_attribute("#words button >> text=yellow", "aria-pressed") == "true"
-    drawn = (
-        "canvas => canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.some(value => value)"
-    )
-    assert page.is_visible("#heat") and page.eval_on_selector("#heat", drawn)
+    pixels = "heat => heat.getContext('2d').getImageData(0, 0, heat.width, heat.height).data.some(value => value)"
+    assert page.is_visible("#heat") and page.eval_on_selector("#heat", pixels)
 
 
-def test_by_keyboard_alone(watched: Watched) -> None:
-    page = watched.page
+def test_by_keyboard_alone(page: Page) -> None:
     page.keyboard.press("/")
     page.keyboard.type("a red circle")
     page.keyboard.press("Enter")
@@ -147,62 +145,51 @@ def test_by_keyboard_alone(watched: Watched) -> None:
 
 
 def test_a_telephone(browser: Browser, server: Serving) -> None:
-    narrow = Watched(browser, server.url, 360, 740)
-    search(narrow.page)
-    assert narrow.fits()
-    compare(narrow.page)
-    assert narrow.fits()
-    narrow.page.click("#dual .hit >> nth=0")
-    assert narrow.fits() and narrow.page.is_visible("#close")
-    assert narrow.errors == []
+    with opened(browser, server.url, 360, 740) as page:
+        for act in (search, compare, lambda page: page.click("#dual .hit >> nth=0")):
+            act(page)
+            assert fits(page)
+        assert page.is_visible("#close")
 
 
 def test_an_empty_index(browser: Browser, model_folder: Path, tmp_path: Path) -> None:
     predictor = tercet.load(model_folder)
     digest, embed_dim = model_digest(predictor.model), predictor.model.config.embed_dim
     index = Index.create(str(tmp_path / "index"), str(model_folder), digest, embed_dim)
-    with serving(index, predictor, ServeSettings(port=0)) as running:
-        empty = Watched(browser, running.url)
-        assert "holds no pictures yet" in empty.page.inner_text("#hint")
-        empty.page.fill("#text", "a red circle")
-        empty.page.press("#text", "Enter")
-        empty.page.wait_for_function("() => document.querySelector('#hint').textContent.includes('Nothing was found')")
-        assert empty.errors == []
+    with serving(index, predictor, ServeSettings(port=0)) as running, opened(browser, running.url) as page:
+        assert "holds no pictures yet" in page.inner_text("#hint")
+        enter(page, "#text", "a red circle")
+        page.wait_for_function("() => document.querySelector('#hint').textContent.includes('Nothing was found')")
 
 
 def test_an_index_that_breaks_and_a_server_that_goes(
     browser: Browser, index_folder: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(index_folder, tmp_path / "index")
-    with serving(Index.open(str(copy)), tercet.load(model_folder), ServeSettings(port=0)) as running:
-        failing = Watched(browser, running.url)
-        failing.page.wait_for_selector("#newest .hit")
-        shutil.rmtree(copy)
-        search(failing.page)
-        message = failing.page.inner_text("#notice-text")
-        assert "The index cannot be read at present" in message and str(tmp_path) not in message
-        assert running.client.get("/readyz").status_code == 503
-        shutil.copytree(index_folder, copy)
-        failing.page.click("#again")
-        failing.page.wait_for_selector("#grid .hit")
-    failing.page.fill("#text", "a blue star")
-    failing.page.press("#text", "Enter")
-    failing.page.wait_for_selector("#notice:not([hidden])")
-    assert "does not answer" in failing.page.inner_text("#notice-text")
+    with ExitStack() as pages:
+        with serving(Index.open(str(copy)), tercet.load(model_folder), ServeSettings(port=0)) as running:
+            page = pages.enter_context(opened(browser, running.url, fails=True))
+            page.wait_for_selector("#newest .hit")
+            shutil.rmtree(copy)
+            search(page)
+            message = page.inner_text("#notice-text")
+            assert "The index cannot be read at present" in message and str(tmp_path) not in message
+            assert running.client.get("/readyz").status_code == 503
+            shutil.copytree(index_folder, copy)
+            page.click("#again")
+            page.wait_for_selector("#grid .hit")
+        enter(page, "#text", "a blue star")
+        page.wait_for_selector("#notice:not([hidden])")
+        assert "does not answer" in page.inner_text("#notice-text")
 
 
-def test_a_key_is_asked_for_once(browser: Browser, index_folder: Path, model_folder: Path) -> None:
-    key = "correct-horse-battery"
-    settings = ServeSettings(port=0, key=key)
-    with serving(Index.open(str(index_folder)), tercet.load(model_folder), settings) as running:
-        page = browser.new_context().new_page()
-        page.goto(running.url)
-        page.fill("#key-text", "wrong-horse-battery")
-        page.press("#key-text", "Enter")
-        page.wait_for_selector("#key:not([hidden])")
-        page.fill("#key-text", key)
-        page.press("#key-text", "Enter")
-        page.wait_for_selector("#about:not(:empty)", state="attached")
-        search(page)
-        page.wait_for_function("() => document.querySelector('#grid img').naturalWidth === 64")
-        assert (page.get_attribute("#grid img >> nth=0", "src") or "").startswith("blob:")
+def test_a_key_is_asked_for_once(browser: Browser, serve: Callable[..., Serving]) -> None:
+    page = browser.new_context().new_page()
+    page.goto(serve(key="correct-horse-battery").url)
+    enter(page, "#key-text", "wrong-horse-battery")
+    page.wait_for_selector("#key:not([hidden])")
+    enter(page, "#key-text", "correct-horse-battery")
+    page.wait_for_selector("#about:not(:empty)", state="attached")
+    search(page)
+    page.wait_for_function("() => document.querySelector('#grid img').naturalWidth === 64")
+    assert (page.get_attribute("#grid img >> nth=0", "src") or "").startswith("blob:")
