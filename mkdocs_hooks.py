@@ -61,7 +61,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put generated tables where a page asks for them."""
-    return markdown.replace("<!-- table of recipes -->", recipe_table()).replace("<!-- table of hours -->", hours())
+    for name, table in (("recipes", recipe_table), ("hours", hours)):
+        comment = f"<!-- table of {name} -->"
+        if comment in markdown:  # the hours take seconds to count
+            markdown = markdown.replace(comment, table())
+    return markdown
 
 
 def cli_reference() -> str:

@@ -55,10 +55,10 @@ SWEEPS = (
 
 
 def run(name: str, options: list[str]) -> dict[str, Any] | None:
-    """The JSON line of a benchmark; None, said on stderr, where it failed or is not there."""
+    """The JSON line of a benchmark; None, with a line on stderr, where it failed or does not exist."""
     script = HERE / f"{name}.py"
     if not script.is_file():
-        print(f"{script.name} is not here; left out", file=sys.stderr)
+        print(f"{script.name} does not exist; skipped", file=sys.stderr)
         return None
     done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -69,7 +69,7 @@ def run(name: str, options: list[str]) -> dict[str, Any] | None:
 
 
 def run_sweep(sweep: Sweep, quick: list[str]) -> dict[str, Any]:
-    """Results by the size that changes; what failed is left out."""
+    """Results by the size that changes, without failed runs."""
     results = {str(value): run(sweep.name, [*quick, *sweep.rest, sweep.option, str(value)]) for value in sweep.values}
     kept = {value: result for value, result in results.items() if result is not None}
     return {"name": sweep.name, "option": sweep.option, "label": sweep.label, "results": kept}

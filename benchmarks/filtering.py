@@ -22,13 +22,13 @@ from tercet.tasks.filtering import Score, filter_pairs
 
 
 class Exchanged(SampleTable):
-    """A table whose captions at some places have gone round by one."""
+    """A table in which some rows have exchanged their captions, each taking that of another."""
 
-    def __init__(self, source: SampleTable, places: np.ndarray) -> None:
+    def __init__(self, source: SampleTable, rows: np.ndarray) -> None:
         super().__init__(source.parts)
         self.caption_counts = np.ones(source.image_count, np.int64)
         self._owner = np.arange(source.image_count)
-        self._owner[places] = np.roll(places, 1)
+        self._owner[rows] = np.roll(rows, 1)
 
     def captions(self, index: int) -> list[str]:
         """One caption, its own or another's."""

@@ -98,7 +98,7 @@ def take_turns(runs: Mapping[str, Callable[[], object]], rounds: int, rate: Matr
 
 
 def describe_machine(arguments: argparse.Namespace) -> dict[str, object]:
-    """Processor, cores, threads, versions and how it was timed: what a figure means nothing without."""
+    """Processor, cores, threads, versions and how it was timed: what a reader needs to interpret a number."""
     return {
         "processor": processor_name(),
         "cores": os.cpu_count(),
@@ -139,5 +139,5 @@ def prepare(arguments: argparse.Namespace) -> MatrixRate:
 
 
 def spread(seconds: list[float]) -> list[float]:
-    """Least and greatest, for a reader to see how quiet the machine was."""
+    """Minimum and maximum, which show how quiet the machine was."""
     return [round(min(seconds), 4), round(max(seconds), 4)]

@@ -1,6 +1,6 @@
-"""The training views as anybody would write them with Pillow: what `pipeline.py` times and the tests compare with.
+"""The training views in plain Pillow, which `pipeline.py` times and the tests compare with.
 
-Written from the paper and the published settings, without Tercet's code: also the random choices are its own.
+Written from the paper and the published settings, without Tercet's code, random choices included.
 """
 
 from __future__ import annotations
@@ -89,18 +89,18 @@ def apply(image: Image.Image, name: str, amount: float = 0.0) -> Image.Image:
 
 
 def turn_hue(image: Image.Image, turn: float) -> Image.Image:
-    """The hue in 8 bits, as the published transform turns it."""
+    """Shift the hue in 8 bits, as the published transform does."""
     hue, saturation, value = image.convert("HSV").split()
     turned = np.asarray(hue) + np.array(int(turn * 255)).astype(np.uint8)
     return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
 
 
 def warp(image: Image.Image, name: str, amount: float) -> Image.Image:
-    """A shear, a shift or a turn.  Pillow asks where a pixel comes from, and counts from its corner, not its centre."""
+    """Shear, translate or rotate.  Pillow takes the inverse map, and counts from a pixel's corner, not its centre."""
     middle_x, middle_y = image.width / 2, image.height / 2
     if name == "rotate":
         cosine, sine = math.cos(math.radians(amount)), math.sin(math.radians(amount))
-        # OpenCV and the published code turn about the corner between the middle pixels as if it were a pixel's centre.
+        # OpenCV and the published code rotate about the corner between the middle pixels as if it were a centre.
         middle_x, middle_y = middle_x + 0.5, middle_y + 0.5
         data = (
             cosine,

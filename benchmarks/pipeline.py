@@ -5,7 +5,7 @@
 
 Both decode every JPEG once and make two views of it (crop, colour jitter, grey, blur, flip and RandAugment), and both
 end with uint8 `[3, size, size]`.  Photographs are read from a folder where there is one (`--photographs`); synthetic
-scenes stand in where there is none.
+scenes are used if it does not exist.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The published computation written out plainly, in our own words: the yardstick that our own is timed against.
+"""The published computation written out plainly: the baseline that ours is timed against.
 
 A model of separate matrices for queries, keys and values (the vision transformer's alone are one), attention step by
-step with its weights in memory, keys and values of the image projected anew in every pass, every layer at every
-position.  It takes its weights from a `Tercet` and is held equal to it by `tests/benchmarks`.
+step with its weights in memory, keys and values of the image projected again in every pass, every layer at every
+position.  It takes its weights from a `Tercet`; `tests/benchmarks` checks that both give the same results.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from tercet.config import ModelConfig, TextConfig, VisionConfig
 from tercet.model.tercet import Tercet
 
-# Added to the logit of a key that may not be looked at, as published.
-HIDDEN = -10000.0
+# Added to the logit of a masked key, as published.
+MASKED_LOGIT = -10000.0
 
 
 class PlainVisionBlock(nn.Module):
@@ -76,7 +76,7 @@ class PlainAttention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(self, hidden: Tensor, source: Tensor, mask: Tensor) -> Tensor:
-        """`hidden` `[batch, tokens, width]` looks at `source` `[batch, keys, source_width]`.
+        """`hidden` `[batch, tokens, width]` attends to `source` `[batch, keys, source_width]`.
 
         `mask` `[batch, 1, 1, keys]` is added to the logits.
         """
@@ -196,7 +196,7 @@ class PlainModel(nn.Module):
 
 def added_mask(attention_mask: Tensor) -> Tensor:
     """`[batch, tokens]` to what is added to the logits, `[batch, 1, 1, tokens]`."""
-    return (1.0 - attention_mask[:, None, None, :].float()) * HIDDEN
+    return (1.0 - attention_mask[:, None, None, :].float()) * MASKED_LOGIT
 
 
 def _joined(name: str) -> tuple[str, tuple[str, ...]] | None:

@@ -1,4 +1,4 @@
-"""The published training step written out plainly: one pass for every purpose, and nothing shared between them."""
+"""The published training step written out plainly: a separate pass for every objective, with nothing shared."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class PlainPretraining(nn.Module):
         others = (feats @ locals_.reshape(batch * count, -1).T / temperature)[:, None].expand(-1, count, -1)
         foreign = 1 - torch.eye(batch, device=mask.device)[:, :, None].expand(-1, -1, count)
         allowed = (foreign * mask[None]).reshape(batch, 1, batch * count)
-        others = others * allowed + HIDDEN_LOCAL * (1 - allowed)
+        others = others * allowed + EXCLUDED_LOGIT * (1 - allowed)
         losses = -F.log_softmax(torch.cat([own, others], dim=2), dim=2)[:, :, 0]
         return ((losses * mask).sum(dim=1) / mask.sum(dim=1)).mean()
 
@@ -179,8 +179,8 @@ class PlainPretraining(nn.Module):
         return model.word_logits(model.fuse(text_embeds, attention_mask, image_embeds))
 
 
-# Stands in the logits of lmi where a local must not count, as published.
-HIDDEN_LOCAL = -1e4
+# Logit of a local feature that lmi must not count, as published.
+EXCLUDED_LOGIT = -1e4
 
 
 @torch.no_grad()

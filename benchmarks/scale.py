@@ -67,7 +67,7 @@ def pairs_per_second(folder: Path, workers: int, size: int, batch_size: int) -> 
     tokenizer = Tokenizer.train(cleaned_captions(source, data.max_words, 200), 200)
     loader = TrainLoader(source, tokenizer, data, size, batch_size, 0)
     batches = loader.batches(0)
-    for _ in range(2 * workers + 1):  # what was made ahead while the workers started does not count
+    for _ in range(2 * workers + 1):  # batches prefetched while the workers started do not count
         next(batches)
     started, count = time.perf_counter(), 0
     for batch in batches:
@@ -78,7 +78,7 @@ def pairs_per_second(folder: Path, workers: int, size: int, batch_size: int) -> 
 
 
 def write_entries(folder: Path, entries: int, shards: int) -> None:
-    """Indexes of `entries` pairs, and sparse files in place of the shards."""
+    """Indexes of `entries` pairs, and sparse files instead of shards."""
     each = entries // shards
     offsets = 512 + np.arange(each, dtype=np.int64) * (IMAGE_BYTES // 512 * 512 + 2048)
     captions = pa.array([[CAPTION.decode()]] * each, TEXTS)
@@ -103,7 +103,7 @@ def write_entries(folder: Path, entries: int, shards: int) -> None:
 
 
 def peak_memory() -> float:
-    """MiB that this process has held at most."""
+    """Peak memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -4,7 +4,7 @@
     python benchmarks/search.py --quick    # 60,000 vectors of 64 dimensions
 
 The vectors come in clusters of unequal sizes, with most of their spread in few directions, as embeddings have; queries
-are new draws, and for `shifted` new draws moved off to one side, as the features of texts are from those of images.
+are further samples, and for `shifted` samples with an offset, as text features have against image features.
 FAISS's HNSW and flat index search the same vectors in the same run, where FAISS is installed.
 """
 
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, help="dimensions; default 256")
     parser.add_argument("--queries", type=int, default=200, help="of each kind")
     parser.add_argument("--folder", help="where the index is made and deleted; default the system's temporary folder")
-    parser.add_argument("--no-faiss", dest="faiss", action="store_false", help="leave FAISS out")
+    parser.add_argument("--no-faiss", dest="faiss", action="store_false", help="without FAISS")
     arguments = parser.parse_args()
     arguments.count = arguments.count or (60_000 if arguments.quick else 1_000_000)
     arguments.dim = arguments.dim or (64 if arguments.quick else 256)

@@ -4,7 +4,7 @@
     python benchmarks/serve.py --quick    # 5 s of each: under two minutes on 2 idle cores
 
 Two servers are started over one index of synthetic scenes with a model of random weights (speed does not depend on
-them): one takes requests together, the other one after another.  Each load goes to both in turn, in short slices, so
+them): one batches requests, the other takes them one by one.  Each load goes to both in turn, in short slices, so
 that both see the same machine.
 """
 
@@ -45,7 +45,7 @@ class Load:
 
     Attributes:
         requests: bodies by address; clients take them in turn.
-        seconds: of every answer that was no refusal.
+        seconds: of every successful response.
         statuses: how many of each.
         spent: seconds that the load ran.
     """
@@ -253,7 +253,7 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="5 s of each load")
-    parser.add_argument("--seconds", type=float, help="of each load, in place of 60 or 5")
+    parser.add_argument("--seconds", type=float, help="of each load, instead of 60 or 5")
     parser.add_argument("--images", type=int, default=500, help="synthetic scenes in the index, up to 500")
     parser.add_argument("--size", default="tiny", help="of the model: tiny, small or base")
     parser.add_argument("--loads", nargs="*", help="some of the loads; default all")

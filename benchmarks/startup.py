@@ -1,4 +1,4 @@
-"""How long it takes to begin: `tercet --help`, `import tercet`, and loading a base model's folder, as one JSON line.
+"""Start-up times: `tercet --help`, `import tercet`, and loading a base model's folder, as one JSON line.
 
     python benchmarks/startup.py            # medians of 10, each in a process of its own; a base model of 0.84 GB
     python benchmarks/startup.py --quick    # a small model

@@ -48,10 +48,10 @@ QUICK_MODEL = {
 
 
 class OurStep:
-    """`tercet.train.loop.train_step` itself, over one batch drawn at random."""
+    """`tercet.train.loop.train_step` itself, over one random batch."""
 
     def __init__(self, config: Config, batch: Batch) -> None:
-        # As the loader hands it over.
+        # As the loader returns it.
         self.batch = batch.pin_memory() if config.train.device == "cuda" else batch
         student = Tercet(config.model)
         spec = resolve_device(config.train.device, config.train.precision)
@@ -64,7 +64,7 @@ class OurStep:
         # A queue that earlier batches filled: empty slots would be excluded from the contrast.
         self.task.queue.image_ids.copy_(torch.arange(self.task.queue.size) + 1_000_000)
         optimizer = build_optimizer(student, config.optim, published=False)
-        # What a step reads: all but the files, the source and the loader.
+        # What a step needs: everything but the files, the source and the loader.
         self.state = cast(
             TrainState,
             SimpleNamespace(
@@ -81,7 +81,7 @@ class OurStep:
 
     def __call__(self) -> None:
         """One step."""
-        # The step before is looked at once this one is on its way, as in the training loop.
+        # The previous step is checked after this one is launched, as in the training loop.
         before, self.last = self.last, train_step(self.state, [self.batch])
         assert before is None or before.failure is None, before.failure
         self.state.step += 1
@@ -238,7 +238,7 @@ def train_steps(step: Callable[[], object], count: int) -> None:
 
 
 def on_a_card(ours: OurStep, seconds: float) -> dict[str, object]:
-    """What a GPU is asked for besides: pairs a second, memory, and how long the paper's training would take on it."""
+    """Further results on a GPU: pairs a second, memory, and how long the paper's training would take on it."""
     torch.cuda.reset_peak_memory_stats()
     ours()
     return {

@@ -8,8 +8,8 @@
 The two runs of a task are the recipe `demo-TASK`, after those that prepare it (`demo-vqa-first` and
 `demo-vqa-referred`; `demo-nlvr-pretrain`, as published, and `demo-nlvr-first`), with the same seed, data, steps and
 tokenizer (that of the model, so that both read the same word pieces); one begins with the model's weights and the
-other with random ones.  What learned questions also points at what expressions mean.  Both run at the same time, so
-that a busy machine slows them alike.  A run that is there already is not run again.
+other with random ones.  The question answering models are also evaluated on grounding.  Both run at the same time, so
+that a busy machine slows them alike.  A finished run is not repeated.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DATA = "runs/demo/data"
 TASKS = ("vqa", "entailment", "nlvr", "grounding")
 PREPARATIONS = {"vqa": ("vqa-first", "vqa-referred"), "nlvr": ("nlvr-pretrain", "nlvr-first")}
 STARTS = ("pre-trained", "random")
-MEASURES = {
+METRICS = {
     "vqa": ("accuracy", "all"),
     "entailment": ("entailment", "accuracy"),
     "nlvr": ("nlvr", "accuracy"),
@@ -36,7 +36,7 @@ MEASURES = {
 
 
 def commands_of(task: str, start: str, output: Path, init: str, settings: list[str]) -> dict[Path, list[str]]:
-    """The folders of one run, each with its command: the task's own, behind those of its preparations."""
+    """The folders of one run, each with its command: those that prepare the task, then its own."""
     flags = [part for setting in settings for part in ("--" + setting.split("=", 1)[0], setting.split("=", 1)[1])]
     origin = ["--init", init] if start == "pre-trained" else ["--data.tokenizer", f"{init}/tokenizer.json"]
     commands: dict[Path, list[str]] = {}
@@ -48,7 +48,7 @@ def commands_of(task: str, start: str, output: Path, init: str, settings: list[s
 
 
 def perform(commands: dict[Path, list[str]]) -> None:
-    """Train by one command after the other, but for those that are done; exits where one fails."""
+    """Run the commands one after the other, except those that are done; exits where one fails."""
     for folder, command in commands.items():
         if (folder / "model").is_dir():
             continue
@@ -75,7 +75,7 @@ def run_pair(task: str, output: Path, init: str, settings: list[str]) -> dict[st
 
 
 def pointing(run: Path) -> dict[str, Any]:
-    """Where a run that learned questions points at what expressions mean, by what its answers rest on."""
+    """Pointing accuracy of a question answering run, by heatmaps of its answers."""
     data = ["--data", f"{DATA}/grounding-test.jsonl", "--data.detections", f"{DATA}/detections.json"]
     command = [sys.executable, "-m", "tercet", "evaluate", str(run), "--task", "grounding", *data]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True)
@@ -89,7 +89,7 @@ def measured(task: str, runs: list[Path]) -> dict[str, Any]:
     logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()] for run in runs]
     trained = [[line for line in log if line["kind"] == "train"] for log in logs]
     found = [line for line in logs[-1] if line["kind"] == "evaluate" and line["data"] == "test"][-1]
-    group, name = MEASURES[task]
+    group, name = METRICS[task]
     numbers = {key: value for key, value in found.items() if isinstance(value, dict) and key not in ("size", "list")}
     return {
         "steps": sum(steps[-1]["step"] for steps in trained),

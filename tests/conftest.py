@@ -1,4 +1,4 @@
-"""Where the shared inputs of the tests lie.  Tests that need them skip, saying so, where they are absent."""
+"""Folders of the shared test inputs.  Tests that need them are skipped, with the reason, where they are absent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 
-# A busy machine is no failure.
+# Tests do not fail because a machine is busy.
 hypothesis.settings.register_profile("busy", deadline=None)
 hypothesis.settings.load_profile("busy")
 

@@ -1,12 +1,20 @@
-"""What published checkpoints hold besides the student: the momentum teacher and the queues."""
+"""Published tensors of the parity folder, and what checkpoints hold besides the student: teacher and queues."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tercet.model.names import QUEUES, published_to_state
+
+
+def fixture_part(folder: Path, name: str, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a fixture under a prefix, without it."""
+    tensors = load_file(folder / f"{name}.safetensors")
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def is_teacher(name: str) -> bool:

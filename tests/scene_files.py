@@ -1,15 +1,20 @@
-"""Some synthetic scenes as files, written once into a temporary folder: quick data for the tests."""
+"""Files that several tests read: synthetic scenes, written once into a temporary folder, and small images and rows."""
 
 from __future__ import annotations
 
 import atexit
 import functools
+import json
 import os
 import shutil
+import struct
 import tempfile
+import zlib
 from pathlib import Path
+from typing import Any
 
 import cv2
+import numpy as np
 
 from tercet.data.scene_files import DEMO, write_pairs, write_task
 from tercet.data.scenes import Scene
@@ -50,3 +55,26 @@ def png_of(scene: Scene) -> bytes:
     done, data = cv2.imencode(".png", cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR))
     assert done
     return data.tobytes()
+
+
+def write_image(path: Path, shade: int = 90) -> None:
+    """A picture of one grey, 30 pixels wide and 20 high."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), np.full((20, 30, 3), shade, np.uint8))
+
+
+def write_rows(path: Path, rows: Any, lines: bool = False) -> str:
+    """Rows as JSON, or as JSON lines; returns the path."""
+    text = "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows)
+    path.write_text(text, "utf-8")
+    return str(path)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds hardly any data."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")

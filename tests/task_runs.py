@@ -1,4 +1,4 @@
-"""Files of every task over a few small images, tiny models that read them, and runs of the real loop."""
+"""Files of every task over a few small images, and runs and evaluations of tiny models on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collectives, their gradients, and ranks that find one another after a restart."""
+"""Collectives, their gradients, and the rendezvous after a restart."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def test_rows_of_unequal_ranks_are_gathered_with_their_gradients() -> None:
 
 
 def test_one_process_alone_is_a_group_of_one() -> None:
-    ranks, spread = Ranks(), RankLayout((4,))
+    ranks, layout = Ranks(), RankLayout((4,))
     assert (ranks.rank, ranks.world, ranks.first) == (0, 1, True)
     rows = torch.randn(4, 3)
-    assert spread.gather(rows) is rows and spread.rows == slice(0, 4) and spread.mean == spread.total == 4
+    assert layout.gather(rows) is rows and layout.rows == slice(0, 4) and layout.mean == layout.total == 4
     assert ranks.gather("here") == ["here"] and ranks.gather_interleaved([1, 2]) == [1, 2]
     assert ranks.on_rank0(lambda: 7) == 7 and ranks.any(True) and not ranks.any(False)
     assert torch.equal(ranks.gather_tensor(torch.tensor([5, 6])), torch.tensor([[5, 6]]))

@@ -46,15 +46,12 @@ def folder(model: Tercet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(("inputs", "seed"), [(12, 7), pytest.param(100, 1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("runner", [onnx_runner, program_runner])
-def test_gives_what_the_model_gives(model: Tercet, folder: Path, runner: Callable[[Path], Runner]) -> None:
-    assert largest_difference(model, runner(folder), 12, seed=7) < TOLERANCE
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("runner", [onnx_runner, program_runner])
-def test_a_hundred_random_inputs(model: Tercet, folder: Path, runner: Callable[[Path], Runner]) -> None:
-    assert largest_difference(model, runner(folder), 100, seed=1) < TOLERANCE
+def test_equals_the_model(
+    model: Tercet, folder: Path, runner: Callable[[Path], Runner], inputs: int, seed: int
+) -> None:
+    assert largest_difference(model, runner(folder), inputs, seed=seed) < TOLERANCE
 
 
 def test_a_wrong_weight_shows(model: Tercet, folder: Path) -> None:
@@ -65,7 +62,7 @@ def test_a_wrong_weight_shows(model: Tercet, folder: Path) -> None:
     assert largest_difference(changed.eval(), onnx_runner(folder), 2) > TOLERANCE
 
 
-def test_tells_its_inputs(model: Tercet, folder: Path) -> None:
+def test_names_its_inputs(model: Tercet, folder: Path) -> None:
     facts = json.loads((folder / "export.json").read_text())
     assert facts["graphs"]["fusion"]["inputs"]["text_embeds"]["shape"] == ["images", "texts", "tokens", 32]
     assert facts["graphs"]["fusion"]["outputs"] == ["itm_logits", "entailment_logits"]

@@ -14,20 +14,15 @@ TEXTS = [SCENES[index].captions[0] for index in range(4)]
 
 
 def make_model() -> Tercet:
-    """In evaluation mode; the same weights every time, of a size that tells inputs apart."""
+    """In evaluation mode; the same weights every time, large enough to separate inputs."""
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(TEXTS, 120)
     sizes = {
         "size": "tiny",
         "vision": {"image_size": 32, "width": 32, "depth": 3, "heads": 2},
         "text": {
-            "vocabulary_size": tokenizer.vocabulary_size,
-            "width": 32,
-            "mlp_width": 64,
-            "depth": 4,
-            "fusion_layer": 2,
-            "heads": 2,
-            **{f"{name}_id": getattr(tokenizer, f"{name}_id") for name in ("pad", "cls", "sep", "mask")},
+            **{"width": 32, "mlp_width": 64, "depth": 4, "fusion_layer": 2, "heads": 2},
+            **{name: getattr(tokenizer, name) for name in ("vocabulary_size", "pad_id", "cls_id", "sep_id", "mask_id")},
         },
         "embed_dim": 16,
     }

@@ -16,7 +16,7 @@ from tercet.errors import TercetError
 
 
 class Grid(Section):
-    """An ablation, as its YAML file tells it."""
+    """An ablation, as its YAML file describes it."""
 
     recipe: str
     overrides: dict[str, Any] = Field(default_factory=dict)
@@ -37,7 +37,7 @@ class Run:
 
     Attributes:
         cell: name of what is changed.
-        noise: share of training captions that change places.
+        noise: share of training images whose captions are exchanged.
         seed: of the training and of the noise.
         flags: dotted config keys.
     """

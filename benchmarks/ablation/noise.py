@@ -1,4 +1,4 @@
-"""Noisy pairs: the captions of a share of the images move on to other images of that share."""
+"""Noisy pairs: a share of the images exchange their captions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def unpack(specs: Sequence[str], folder: Path) -> Path:
 def shuffle_captions(annotations: Path, share: float, seed: int) -> Path:
     """An annotation file beside `annotations` in which `share` of the images have the captions of another image.
 
-    The chosen images pass their captions on around one random circle, so that none keeps its own.
+    The chosen images are permuted in one random cycle, so that none keeps its own captions.
     """
     if share == 0:
         return annotations

@@ -3,9 +3,9 @@
     python benchmarks/ablation/run.py benchmarks/ablation/objectives.yaml --train shards/train-*.tar \\
         --validation shards/val-*.tar --test shards/test-*.tar --output runs/ablation
 
-Every run is a process with one thread, `--jobs` of them at a time.  A grid that was stopped goes on where it was, run
-by run and step by step.  `--only 'cma*seed0'` does a part of it; `--table` trains nothing and writes the table and the
-plot of what is finished; `--dry-run` lists the runs.
+Every run is a process with one thread, `--jobs` of them at a time.  A grid that was stopped continues where it was,
+within a run too.  `--only 'cma*seed0'` performs a part of it; `--table` trains nothing and writes the table and the
+plot of the finished runs; `--dry-run` lists the runs.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from tercet.errors import TercetError
 from tercet.files import write_atomic
 
 RESULT = "result.json"
-# What a finished run keeps: kilobytes instead of megabytes.
+# Files that a finished run keeps: kilobytes instead of megabytes.
 KEPT = ("config.yaml", "metrics.jsonl", "run.json", RESULT)
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the pairs lie.
+    """Sources of the pairs.
 
     Attributes:
         train: training pairs; unpacked once where a share of captions is to be shuffled.
@@ -58,10 +58,10 @@ class Sources:
 
 
 def perform_all(grid: Grid, runs: Sequence[Run], sources: Sources, folder: Path, jobs: int) -> list[str]:
-    """Do what is due, `jobs` at a time, whatever becomes of single runs.
+    """Perform all runs, `jobs` at a time; one that fails does not stop the others.
 
     Returns:
-        What went wrong.
+        Messages of the runs that failed.
     """
     failures: list[str] = []
     if any(run.noise for run in runs):
@@ -75,15 +75,15 @@ def perform_all(grid: Grid, runs: Sequence[Run], sources: Sources, folder: Path,
     return failures
 
 
-def perform(grid: Grid, run: Run, sources: Sources, folder: Path) -> None:
-    """Train, measure and tidy up one run, or go on with it."""
-    place = folder / run.name
-    if (place / RESULT).is_file():
+def perform(grid: Grid, run: Run, sources: Sources, output: Path) -> None:
+    """Train and evaluate one run, or continue it, and delete its large files."""
+    folder = output / run.name
+    if (folder / RESULT).is_file():
         return
     started = time.monotonic()
-    train(grid.recipe, [*sources.flags(run, folder), *run.command()], place)
-    embeddings = call(place, "evaluate", str(place), "--task", "embedding", "--data", *sources.test, "--json")
-    splits = last_evaluations(place / "metrics.jsonl")
+    train(grid.recipe, [*sources.flags(run, output), *run.command()], folder)
+    embeddings = call(folder, "evaluate", str(folder), "--task", "embedding", "--data", *sources.test, "--json")
+    splits = last_evaluations(folder / "metrics.jsonl")
     result = {
         "cell": run.cell,
         "noise": run.noise,
@@ -92,8 +92,8 @@ def perform(grid: Grid, run: Run, sources: Sources, folder: Path) -> None:
         "validation": splits["validation"],
         "test": splits["test"] | json.loads(embeddings),
     }
-    write_atomic(place / RESULT, json.dumps(result))
-    for entry in place.iterdir():
+    write_atomic(folder / RESULT, json.dumps(result))
+    for entry in folder.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
         elif entry.name not in KEPT:
@@ -101,23 +101,23 @@ def perform(grid: Grid, run: Run, sources: Sources, folder: Path) -> None:
     print(f"{run.name}: done in {result['minutes']} minutes", flush=True)
 
 
-def train(recipe: str, flags: Sequence[str], place: Path) -> None:
-    """Train into `place`, or go on with the run that is there."""
-    if (place / "config.yaml").is_file():
-        call(place, "train", "--resume", str(place))
+def train(recipe: str, flags: Sequence[str], folder: Path) -> None:
+    """Train into `folder`, or continue the run in it."""
+    if (folder / "config.yaml").is_file():
+        call(folder, "train", "--resume", str(folder))
     else:
-        shutil.rmtree(place, ignore_errors=True)
-        call(place, "train", recipe, *flags, "--output", str(place))
+        shutil.rmtree(folder, ignore_errors=True)
+        call(folder, "train", recipe, *flags, "--output", str(folder))
 
 
-def call(place: Path, *words: str) -> str:
+def call(folder: Path, *words: str) -> str:
     """Run a command of Tercet with one thread.
 
     Raises:
         TercetError: it failed; its output is in a log beside the run's folder.
     """
-    place.parent.mkdir(parents=True, exist_ok=True)
-    log = place.with_suffix(".log")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_suffix(".log")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     with log.open("a") as stream:
         done = subprocess.run(
@@ -125,7 +125,7 @@ def call(place: Path, *words: str) -> str:
         )
         stream.write(done.stdout)
     if done.returncode:
-        raise TercetError(f"{place.name} failed (exit {done.returncode}); see {log}")
+        raise TercetError(f"{folder.name} failed (exit {done.returncode}); see {log}")
     return done.stdout
 
 
@@ -140,7 +140,7 @@ def last_evaluations(metrics: Path) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def main() -> int:
-    """Parse, run what is due, and write what is there."""
+    """Parse, perform the runs, and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("grid", type=Path, help="YAML file of the grid")
     parser.add_argument("--train", nargs="+", help="training pairs, as --data.train takes them")

@@ -16,7 +16,7 @@ from tercet.files import write_atomic
 # Two-sided 95 % points of Student's t, by degrees of freedom; beyond the table the normal value.
 T_95 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
-MEASURES = {
+METRICS = {
     "text→image R@10": ("dual", "image_r10"),
     "image→text R@10": ("dual", "text_r10"),
     "mean recall": ("dual", "r_mean"),
@@ -43,14 +43,14 @@ def write_results(grid: Grid, results: Sequence[dict[str, Any]], folder: Path) -
 
 def one_table(grid: Grid, results: Sequence[dict[str, Any]], noise: float) -> str:
     """A Markdown table, a row a cell, of the runs with one share of noise."""
-    header = ["cell", "seeds", *MEASURES, f"mean recall − {grid.baseline}", "minutes"]
+    header = ["cell", "seeds", *METRICS, f"mean recall − {grid.baseline}", "minutes"]
     lines = [f"Shuffled captions: {noise:.0%}", "", row(header), row(["---"] * len(header))]
     for cell in grid.cells:
         runs = [result for result in results if result["cell"] == cell and result["noise"] == noise]
         if not runs:
             lines.append(row([cell, "0", *["not run"] * (len(header) - 2)]))
             continue
-        measured = [mean_and_error(values(runs, *measure)) for measure in MEASURES.values()]
+        measured = [mean_and_error(values(runs, *metric)) for metric in METRICS.values()]
         minutes = f"{statistics.mean(run['minutes'] for run in runs):.1f}"
         lines.append(row([cell, str(len(runs)), *measured, difference(grid, results, cell, noise), minutes]))
     return "\n".join(lines)
@@ -62,7 +62,7 @@ def row(cells: Sequence[str]) -> str:
 
 
 def values(runs: Sequence[dict[str, Any]], group: str, name: str) -> list[float]:
-    """A measure on the test split of every run that has it."""
+    """A metric on the test split of every run that has it."""
     return [run["test"][group][name] for run in runs if run["test"].get(group)]
 
 

@@ -1,11 +1,11 @@
-"""What `tercet data filter` wins back of what noisy captions cost: train, filter with that model, train again.
+"""How much of the loss from noisy captions `tercet data filter` recovers: train, filter with that model, train again.
 
     python benchmarks/ablation/winback.py --noise 0.4 --train shards/train-*.tar --validation shards/val-*.tar \\
         --test shards/test-*.tar --output runs/winback
 
-For each seed: a share of the captions moves to other images; a model is trained on all pairs; the pairs that this same
-model finds most alike are kept, as many as are right; and a second model is trained on them for as many steps.  Prints
-one JSON line: recall of both, and which share of the kept pairs is right.  What is done is not done again.
+For each seed: a share of the captions moves to other images; a model is trained on all pairs; the pairs with the
+highest similarity under this model are kept, as many as are right; and a second model is trained on them for as many
+steps.  Prints one JSON line: recall of both, and the share of kept pairs that are right.  Finished parts are skipped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MODEL = "model"
 
 
 def main() -> int:
-    """Parse, run what is due for every seed, and print the means."""
+    """Parse, perform the runs of every seed, and print the means."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--noise", type=float, default=0.4, help="share of images whose captions move")
     parser.add_argument("--epochs", type=int, default=5, help="passes over the noisy pairs")
@@ -75,15 +75,15 @@ def one_seed(options: argparse.Namespace, clean: Path, seed: int) -> dict[str, f
     }
 
 
-def train_once(options: argparse.Namespace, pairs: Path, place: Path, seed: int, steps: int) -> None:
-    """Train on `pairs` for `steps`, or go on with it; nothing where the model is there."""
-    if (place / MODEL).is_dir():
+def train_once(options: argparse.Namespace, pairs: Path, folder: Path, seed: int, steps: int) -> None:
+    """Train on `pairs` for `steps`, or continue that run; do nothing where the model exists."""
+    if (folder / MODEL).is_dir():
         return
     # As many passes as the steps may take; the schedule ends with the last step.
     keys = {"train.epochs": 10 * options.epochs, "train.max_steps": steps, "train.seed": seed}
-    run = Run(place.name, 0.0, seed, keys | settings(options))
+    run = Run(folder.name, 0.0, seed, keys | settings(options))
     sources = Sources([str(pairs)], options.validation, options.test)
-    train(options.recipe, [*sources.flags(run, options.output), *run.command()], place)
+    train(options.recipe, [*sources.flags(run, options.output), *run.command()], folder)
 
 
 def settings(options: argparse.Namespace) -> dict[str, str]:
@@ -96,9 +96,9 @@ def batch_size(options: argparse.Namespace) -> int:
     return load_config(options.recipe, settings(options)).train.batch_size
 
 
-def recall(place: Path) -> float:
+def recall(folder: Path) -> float:
     """Mean recall of the dual encoder on the test split."""
-    return last_evaluations(place / "metrics.jsonl")["test"]["dual"]["r_mean"]
+    return last_evaluations(folder / "metrics.jsonl")["test"]["dual"]["r_mean"]
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ built and rejects unknown keys.  `tercet.config_io` reads and writes it.
 
 from __future__ import annotations
 
+import re
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 HeadName = Literal["answer", "entailment", "nlvr", "assignment"]
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE]\+?\d+")
 OBJECTIVE_NAMES = ("cma", "imc", "lmi", "itm", "mlm")
 
 
@@ -25,7 +27,8 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _accept_plain_forms(cls, data: Any) -> Any:
-        """Accept `none` for None or an empty list, one string for a list of one, and a section without keys."""
+        """Accept `none` for None or an empty list, one string for a list of one, `1e5` for a whole number, and a
+        section without keys."""
         if not isinstance(data, dict):
             return data
         plain = {}
@@ -40,6 +43,8 @@ class Section(BaseModel):
                 plain[key] = []
             elif isinstance(value, str) and get_origin(annotation) is list:
                 plain[key] = [value]
+            elif isinstance(value, str) and int in (annotation, *get_args(annotation)) and _EXPONENT.fullmatch(value):
+                plain[key] = float(value)
             else:
                 plain[key] = value
         return plain
@@ -306,7 +311,7 @@ class OptimConfig(Section):
     beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's second moment decay")
     epsilon: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
     clip_norm: float | None = Field(default=1.0, gt=0, description="largest norm of the gradient; none: no clipping")
-    grad_accum_steps: int = Field(default=1, ge=1, description="batches whose gradients are summed before a step")
+    grad_accum_steps: int = Field(default=1, ge=1, description="batches whose gradients are averaged before a step")
 
 
 class TrainConfig(Section):

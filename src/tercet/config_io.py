@@ -1,14 +1,15 @@
-"""Recipes and config files: layers of YAML laid over one another, and mistakes told in one line that names the key.
+"""Recipes and config files: YAML layers that override one another, and one-line errors that name file and key.
 
-The lowest layer is the recipe at the root of the `extends` chain, the highest the flags of the command line.  Each
-layer holds only the keys that were written; the preset that `model.size` names lies beneath all of them.
+The first layer is the recipe at the root of the `extends` chain, the last the flags of the command line.  Each layer
+holds only the keys that were written, and its values are text as in a flag; `tercet.config` converts them.  The preset
+that `model.size` names comes before all layers.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -34,7 +35,7 @@ class Layer:
 
 
 def load_config(recipe: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """The config of a recipe with `overrides` laid over it.
+    """The config of a recipe, changed by `overrides`.
 
     Args:
         recipe: name of a packaged recipe, path of a YAML file, or a run folder (its config.yaml is read).
@@ -50,12 +51,12 @@ def load_config(recipe: str | Path, overrides: Mapping[str, Any] | None = None) 
 
 
 def default_config(overrides: Mapping[str, Any] | None = None) -> Config:
-    """The defaults with `overrides` laid over them, for commands without a recipe."""
+    """The defaults, changed by `overrides`, for commands without a recipe."""
     return build_config([Layer("defaults", {}), Layer(FLAGS, _nest(overrides or {}))])
 
 
 def build_config(layers: list[Layer]) -> Config:
-    """Lay the layers over one another, the last on top, and validate the result.
+    """Merge the layers, where a later one overrides an earlier one, and validate the result.
 
     Raises:
         TercetError: names the key, the layer that wrote it and the nearest right key.
@@ -97,15 +98,13 @@ def config_fields(section: type[Section] = Config, prefix: str = "") -> Iterator
 
 def nearest(word: str, known: list[str]) -> str | None:
     """The known dotted name nearest to `word`: by its whole name, else by its last part."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
-    if close:
-        return close[0]
     by_last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-    close = difflib.get_close_matches(word.rsplit(".", 1)[-1], list(by_last), n=1, cutoff=0.6)
-    if close:
-        return by_last[close[0]]
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return close[0] if close else None
+    last = word.rsplit(".", 1)[-1]
+    return _close(word, known, 0.75) or by_last.get(_close(last, by_last, 0.6) or "") or _close(word, known, 0.5)
+
+
+def _close(word: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
 
 def _recipes() -> Any:
@@ -115,38 +114,37 @@ def _recipes() -> Any:
 def _read_chain(recipe: str | Path) -> list[Layer]:
     """The recipe and what it extends, the root first."""
     layers: list[Layer] = []
-    seen: list[str] = []
     wanted, folder = str(recipe), Path()
     while True:
+        seen = [layer.name for layer in layers]
         try:
             name, text, folder = _read(wanted, folder)
         except TercetError as error:
-            raise TercetError(f"{seen[-1]}: extends: {error}" if seen else str(error)) from error
+            raise TercetError(f"{seen[0]}: extends: {error}" if seen else str(error)) from error
         if name in seen:
-            raise TercetError(f"{name}: extends itself through {' -> '.join([*seen, name])}; break the circle")
-        seen.append(name)
+            circle = " -> ".join([*reversed(seen), name])
+            raise TercetError(f"{name}: extends itself through {circle}; break the circle")
         keys = _parse(text, name)
-        parent = keys.pop("extends", None)
+        wanted = keys.pop("extends", None)
         layers.insert(0, Layer(name, keys))
-        if parent is None:
+        if wanted is None:
             return layers
-        if not isinstance(parent, str):
-            raise TercetError(f"{name}: extends: {parent!r} is not the name of a recipe or the path of a file")
-        wanted = parent
+        if not isinstance(wanted, str):
+            raise TercetError(f"{name}: extends: {wanted!r} is not the name of a recipe or the path of a file")
 
 
 def _read(wanted: str, folder: Path) -> tuple[str, str, Path]:
     """Name for messages, text, and the folder that relative parents start from."""
+    if wanted in recipe_names():
+        return f"{wanted}.yaml", _recipes().joinpath(f"{wanted}.yaml").read_text("utf-8"), folder
     try:
         path = folder / Path(wanted).expanduser()
         if path.is_dir() and (path / "config.yaml").is_file():
             path = path / "config.yaml"
-        path.is_file()
-    except (OSError, RuntimeError) as error:  # a name too long for a file; the home of a user who is not there
+        found = path.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long for a file; the home of a user who does not exist
         raise TercetError(f"{_shown(wanted)}: names no file ({getattr(error, 'strerror', None) or error})") from error
-    if wanted in recipe_names():
-        return f"{wanted}.yaml", _recipes().joinpath(f"{wanted}.yaml").read_text("utf-8"), folder
-    if not path.is_file():
+    if not found:
         raise TercetError(_no_recipe(wanted, path))
     try:
         return str(path), path.read_text("utf-8"), path.parent
@@ -158,33 +156,27 @@ def _no_recipe(wanted: str, path: Path) -> str:
     if path.is_dir():
         return f"{wanted} is a folder without config.yaml; name a recipe, a YAML file or a run folder"
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        beside = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(str(path), beside, n=1)
-        return f"no file {path}" + (f"; did you mean {close[0]}?" if close else "; check the path")
-    names = recipe_names()
-    close = difflib.get_close_matches(wanted, names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else f"the recipes are {', '.join(names)}"
+        close = _close(str(path), map(str, path.parent.glob("*.y*ml")), 0.6)
+        return f"no file {path}; " + (f"did you mean {close}?" if close else "check the path")
+    close = _close(wanted, recipe_names())
+    hint = f"did you mean {close}?" if close else f"the recipes are {', '.join(recipe_names())}"
     return f"no recipe or file named {wanted!r}; {hint}"
 
 
 def _parse(text: str, name: str) -> dict[str, Any]:
+    """The sections and keys of a YAML file; every value is text or None, or a list or section of such."""
     try:
         keys = yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise TercetError(f"{name}{line}: not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
-        raise TercetError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise TercetError(f"{name}{line}: not valid YAML: {reason}") from error
     except RecursionError as error:
         raise TercetError(f"{name}: nested too deep to be a config") from error
-    except Exception as error:  # a tag such as !!int on what is none makes the constructors raise nearly anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise TercetError(f"{name}: a value that its tag does not fit ({reason})") from error
-    if keys is None:
-        return {}
-    if not isinstance(keys, dict):
+    if keys is not None and not isinstance(keys, dict):
         raise TercetError(f"{name}: holds a {type(keys).__name__}, not sections with keys such as 'optim:'")
-    return keys
+    return keys or {}
 
 
 def _nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,62 +191,40 @@ def _nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
 def _release_preset(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     """Drop the widths, depths and heads of the lower layers when a higher one names a preset.
 
-    They would else win over it, and `--model.size` laid over a resolved config would change nothing.
+    They would otherwise override it, and `--model.size` would change nothing in a resolved config.
     """
     model, chosen = lower.get("model"), upper.get("model")
     if not isinstance(model, dict) or not isinstance(chosen, dict) or "size" not in chosen:
         return lower
-    kept: dict[str, Any] = {}
-    for key, value in model.items():
-        decided = PRESET_KEYS.get(key, ())
-        if isinstance(value, dict):
-            kept[key] = {name: size for name, size in value.items() if name not in decided}
-        elif key != "embed_dim":
-            kept[key] = value
+    kept = {key: value for key, value in model.items() if key != "embed_dim"}
+    for part, decided in PRESET_KEYS.items():
+        if isinstance(kept.get(part), dict):
+            kept[part] = {key: value for key, value in kept[part].items() if key not in decided}
     return {**lower, "model": kept}
 
 
 def _explain(error: ValidationError, layers: list[Layer]) -> str:
     """One line for the first mistake, and the number of the others."""
-    details = error.errors(include_url=False)
-    first = details[0]
-    path = _named_path(first["loc"])
-    origin = _origin(path, layers)
-    key = ".".join(path)
+    first, *others = error.errors(include_url=False)
+    path = [part for part in first["loc"] if isinstance(part, str)]  # without positions in a list
+    origin, key = _origin(path, layers), ".".join(path)
     where = f"{origin}: {key}"
     if origin == FLAGS:
         where = f"--{key}" if key in dict(config_fields()) else key
-    more = f" ({len(details) - 1} more after it)" if len(details) > 1 else ""
-    return f"{where}: {_word(first, key)}{more}"
-
-
-def _named_path(location: tuple[int | str, ...]) -> list[str]:
-    """The keys of a pydantic location, without positions in lists and branches of unions."""
-    path: list[str] = []
-    section: Any = Config
-    for part in location:
-        path.append(str(part))
-        if not (isinstance(section, type) and issubclass(section, Section)) or part not in section.model_fields:
-            break
-        section = section.model_fields[str(part)].annotation
-        if not (isinstance(section, type) and issubclass(section, Section)):
-            break
-    return path
+    return f"{where}: {_problem(first, key)}" + (f" ({len(others)} more after it)" if others else "")
 
 
 def _origin(path: list[str], layers: list[Layer]) -> str:
-    """The highest layer that wrote the key, or failing that, its section."""
+    """The last layer that wrote the key, or failing that, its section."""
     for length in range(len(path), 0, -1):
         for layer in reversed(layers):
             found: Any = layer.keys
-            for part in path[:length]:
-                found = found.get(part, _ABSENT) if isinstance(found, dict) else _ABSENT
-            if found is not _ABSENT:
+            for part in path[: length - 1]:
+                found = found.get(part) if isinstance(found, dict) else None
+            if isinstance(found, dict) and path[length - 1] in found:
                 return layer.name
     return layers[-1].name
 
-
-_ABSENT = object()
 
 # Keys of earlier versions by section, which configs in old run folders and recipes still have.
 MOVED_KEYS: dict[str, dict[str, str | None]] = {
@@ -287,40 +257,47 @@ _BOUNDS = {
 }
 
 
-def _word(detail: ErrorDetails, key: str) -> str:
-    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+def _problem(detail: ErrorDetails, key: str) -> str:
+    """What is wrong with the value of a key, and how to fix it."""
+    kind, value, context = detail["type"], _shown(detail["input"]), detail.get("ctx", {})
     if kind == "extra_forbidden":
-        close = nearest(key, [name for name, _ in config_fields()])
-        section, _, name = key.partition(".")
-        if name in MOVED_KEYS.get(section, ()):
-            new = MOVED_KEYS[section][name]
-            return f"is now {section}.{new}" if new else "no longer exists; remove the line"
-        if close == key:
-            return f"write the key under its section, as '{key.replace('.', ': {', 1)}: ...}}'"
-        return "unknown key" + (f"; did you mean {close}?" if close else "; see tercet train --help")
+        return _unknown_key(key)
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])
-        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-        return f"{_shown(value)} is none of {', '.join(choices)}" + (f"; did you mean {close[0]}?" if close else "")
+        close = _close(str(detail["input"]), choices)
+        return f"{value} is none of {', '.join(choices)}" + (f"; did you mean {close}?" if close else "")
     if kind == "value_error":
         return str(context["error"])
     if kind in ("too_short", "too_long", "missing"):
-        return f"{_shown(value)} has the wrong number of values"
-    for prefix, wanted in _KINDS.items():
-        if kind.startswith(prefix):
-            return f"{_shown(value)} is not {wanted}"
+        return f"{value} has the wrong number of values"
     if kind in _BOUNDS:
-        return f"{_shown(value)} must be {_BOUNDS[kind].format(**context)}"
-    return f"{_shown(value)}: {detail['msg']}"
+        return f"{value} must be {_BOUNDS[kind].format(**context)}"
+    wanted = next((wanted for prefix, wanted in _KINDS.items() if kind.startswith(prefix)), None)
+    return f"{value} is not {wanted}" if wanted else f"{value}: {detail['msg']}"
+
+
+def _unknown_key(key: str) -> str:
+    section, _, name = key.partition(".")
+    if name in MOVED_KEYS.get(section, ()):
+        new = MOVED_KEYS[section][name]
+        return f"is now {section}.{new}" if new else "no longer exists; remove the line"
+    close = nearest(key, [name for name, _ in config_fields()])
+    if close == key:
+        return f"write the key under its section, as '{key.replace('.', ': {', 1)}: ...}}'"
+    return "unknown key" + (f"; did you mean {close}?" if close else "; see tercet train --help")
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    """A value as messages show it: numbers bare, other text in quotes, and nothing at length."""
+    if isinstance(value, list):
+        text = f"[{', '.join(map(_shown, value))}]"
+    else:
+        text = value if isinstance(value, str) and re.fullmatch(r"[-+.]?\d[-+.\deE]*", value) else repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-class _Loader(yaml.SafeLoader):
-    """Scalars by the core schema of YAML 1.2: `1e-4` is a number, `no` and `off` are words, `010` is ten."""
+class _Loader(yaml.BaseLoader):
+    """Reads every scalar as text, and a plain `null`, `~` or nothing as None."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         # A few aliases of aliases stand for more values than there is memory, and no config needs one.
@@ -329,46 +306,28 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(None, None, f"an alias (*{event.anchor}); write the value out", event.start_mark)
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:  # an empty or null scalar is None
+        text = super().construct_scalar(node)
+        return None if node.style is None and text in ("null", "Null", "NULL", "~", "") else text
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        keys: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep)
+            if not isinstance(key, str) or key in keys:
+                problem = f"key {key!r} " + ("appears twice" if isinstance(key, str) else "is not text")
+                raise yaml.MarkedYAMLError(None, None, problem, key_node.start_mark)
+            keys[key] = self.construct_object(value_node, deep)
+        return keys
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every word that YAML 1.1 or 1.2 would read as something else, and writes no aliases."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))
+    """Puts text with unusual characters in double quotes."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # PyYAML leaves some line breaks of Unicode (U+0085 among them) bare outside double quotes, and reads them as space.
-    style = None if text.isprintable() else '"'
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+    # PyYAML writes some line breaks of Unicode (U+0085 among them) bare outside double quotes, and reads them as space.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
 
-_NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
-_CORE = (
-    ("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
-    ("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
-    ("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789")),
-    ("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789.")),
-    ("tag:yaml.org,2002:float", re.compile(r"([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"), list("-+.")),
-)
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in _CORE:
-    _Loader.add_implicit_resolver(_tag, _pattern, _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
 _Dumper.add_representer(str, _represent_text)

@@ -50,7 +50,7 @@ def wants_cuda(device: str) -> bool:
 
 
 def resolve_precision(device: torch.device, wanted: str) -> str:
-    """`fp32` or `bf16`: what `wanted` says, or for `auto` what the device is faster at."""
+    """`fp32` or `bf16`: `wanted`, or for `auto` the faster one on the device."""
     if wanted != "auto":
         return wanted
     return "bf16" if native_bf16(device) else "fp32"

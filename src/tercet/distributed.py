@@ -1,6 +1,6 @@
 """The processes that train together: start, collectives, DDP and FSDP2.
 
-A single process is a group of one on the same code path: without a process group every call answers for it alone.
+A single process is a group of one on the same code path: without a process group every call returns its own values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tercet.errors import TercetError
 
 Value = TypeVar("Value")
 
-# Their names since PyTorch 2.13, which warns about the former ones.
+# Their names since PyTorch 2.13, which warns about the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -164,7 +164,7 @@ class RankLayout:
 
 
 def rank_layout(rows: int) -> RankLayout:
-    """The layout of a batch with `rows` rows on this rank; exchanged over Gloo, so that no device is waited for."""
+    """The layout of a batch with `rows` rows on this rank; exchanged over Gloo, which does not wait for a device."""
     ranks = Ranks()
     sizes = ranks.gather_tensor(torch.tensor([rows]))
     return RankLayout(tuple(sizes[:, 0].tolist()), ranks.rank)
@@ -230,7 +230,7 @@ def init_distributed(device: str) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
         store, rank, world = fresh_store()
-        # Gloo beside NCCL for what hosts exchange, so that no device is waited for.
+        # Gloo beside NCCL for values on the host, so that exchanging them does not wait for a device.
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
         yield
     except RuntimeError as error:
@@ -244,8 +244,8 @@ def init_distributed(device: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-# Kept to the end of the process: whoever drops the last reference to a group waits for its threads, and DDP's reducer
-# does so while holding the interpreter's lock, which those threads may want.
+# Kept to the end of the process: dropping the last reference to a group waits for its threads, and DDP's reducer does
+# so while holding the GIL, which those threads may need.
 _closed_groups: list[object] = []
 
 POLL_SECONDS = 0.02
@@ -260,7 +260,7 @@ def fresh_store() -> tuple[Store, int, int]:
     first agree on a prefix that no earlier start had.
 
     Raises:
-        TercetError: the other processes do not come.
+        TercetError: not all processes connect.
     """
     from torch.distributed.rendezvous import rendezvous
 
@@ -272,7 +272,8 @@ def agree_on_prefix(store: Store, rank: int, world: int) -> str:
     """A name that every process of this start gets, and no earlier start had.
 
     Each publishes a token of its own.  Rank 0 keeps proposing the tokens that it finds, some of which may be of an
-    earlier start; the others accept a proposal with their own token in it.  What all accept holds no other.
+    earlier start; the others accept a proposal with their own token in it.  A proposal that all accept contains no
+    token of an earlier start.
 
     Args:
         store: shared by all processes, and by those of earlier starts.
@@ -280,13 +281,13 @@ def agree_on_prefix(store: Store, rank: int, world: int) -> str:
         world: number of processes.
 
     Raises:
-        TercetError: the others do not come within the store's timeout.
+        TercetError: not all processes connect within the store's timeout.
     """
     store = PrefixStore("tercet/rendezvous", store)
     deadline = time.monotonic() + store.timeout.total_seconds()  # pyright: ignore[reportAttributeAccessIssue] - not in its stub
     own = uuid.uuid4().hex
     store.set(f"token/{rank}", own)
-    missing = f"not all of the {world} processes came; see their output"
+    missing = f"not all of the {world} processes connected; see their output"
     try:
         while time.monotonic() < deadline:
             if rank == 0:
@@ -309,7 +310,7 @@ def agree_on_prefix(store: Store, rank: int, world: int) -> str:
     raise TercetError(missing)
 
 
-SHUTDOWN_SECONDS = 300  # for ranks that were told to stop: to end their step and write a checkpoint
+SHUTDOWN_SECONDS = 300  # for ranks to end their step and write a checkpoint after SIGTERM
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
@@ -322,7 +323,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
     Raises:
         TercetError: a rank was killed.
-        KeyboardInterrupt: this process was told to stop; the ranks have been told as well.
+        KeyboardInterrupt: this process received a signal, and has passed it on to the ranks.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -361,7 +362,7 @@ SHARDED_LAYERS = ("vision.blocks", "text.layers")
 
 
 def wrap_parallel(task: nn.Module, parallel: str) -> nn.Module:
-    """What to call instead of `task`, so that gradients are averaged over the ranks; alone, `task` itself.
+    """`task`, wrapped so that gradients are averaged over the ranks; unwrapped on a single rank.
 
     Args:
         task: on its device, equal on every rank, with what does not learn frozen.
@@ -407,7 +408,7 @@ def gradient_sync(trained: nn.Module, last: bool) -> Iterator[None]:
         trained.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]
     yield
     if sharded and last:
-        # FSDP leaves the gradients of unsharded parameters alone.
+        # FSDP does not average the gradients of unsharded parameters.
         for parameter in trained.parameters():
             if parameter.grad is not None and not is_sharded(parameter):
                 parameter.grad.copy_(Ranks().sum(parameter.grad) / Ranks().world)
@@ -419,5 +420,5 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's shard of a sharded tensor; any other as it is."""
+    """This rank's shard of a sharded tensor; any other tensor unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]

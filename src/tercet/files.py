@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old one or the new one, never half of one."""
+"""Atomic writes, where a reader sees the old file or the new one and never a part of it, and locks of folders."""
 
 from __future__ import annotations
 
@@ -100,9 +100,9 @@ def lock_folder(folder: str | Path, name: str, doing: str, timeout: float = 0) -
     """Be the only process that holds the lock `folder`/`name`; the system releases it however the process ends.
 
     Args:
-        folder: made where it is missing.
+        folder: created if missing.
         name: of the lock file.
-        doing: what the message says of the other process, such as "training in".
+        doing: what the other process does, for the message, such as "training in".
         timeout: seconds to wait for it.
 
     Raises:
@@ -130,7 +130,7 @@ def lock_folder(folder: str | Path, name: str, doing: str, timeout: float = 0) -
 
 @contextlib.contextmanager
 def only_writer(folder: str | Path, prefix: str) -> Iterator[None]:
-    """Be the only process that writes files of that prefix into a folder; what killed ones left unfinished is removed.
+    """Be the only process that writes files of that prefix into a folder, and remove unfinished ones of killed writers.
 
     Raises:
         TercetError: another process does, or the folder cannot be written.

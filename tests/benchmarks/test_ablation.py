@@ -1,4 +1,4 @@
-"""The ablation harness on scenes: it runs what is due, continues after a stop, and compares with the baseline."""
+"""The ablation harness on scenes: it runs missing cells, continues after a stop, and compares with the baseline."""
 
 from __future__ import annotations
 
@@ -26,24 +26,21 @@ from tercet.errors import TercetError
 from tiny_run import TINY_MODEL
 
 ABLATION = Path(__file__).resolve().parents[2] / "benchmarks" / "ablation"
-TINY = {
-    **TINY_MODEL,
-    "data.tokenizer_texts": [],
-    "data.workers": 0,
-    "data.tokenizer_size": 150,
-    "train.max_steps": 2,
-    "train.batch_size": 8,
-    "evaluate.limit": 16,
-}
+TINY = TINY_MODEL | {"data.tokenizer_texts": [], "data.workers": 0, "data.tokenizer_size": 150}
+TINY |= {"train.max_steps": 2, "train.batch_size": 8, "evaluate.limit": 16}
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("file", sorted(ABLATION.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_cell_of_the_shipped_grids_is_a_valid_config(file: Path) -> None:
     grid = read_grid(file)
     runs = list(grid.runs())
-    assert len({run.name for run in runs}) == len(runs) == len(grid.cells) * len(grid.noise) * len(grid.seeds)
-    for run in runs:
-        load_config(grid.recipe, run.flags)
+    assert len({one.name for one in runs}) == len(runs) == len(grid.cells) * len(grid.noise) * len(grid.seeds)
+    for one in runs:
+        load_config(grid.recipe, one.flags)
 
 
 def test_a_grid_without_its_baseline_is_refused(tmp_path: Path) -> None:
@@ -78,19 +75,16 @@ def test_means_and_paired_differences() -> None:
     assert difference(grid, results, "cma+lmi", 0.0) == "—"
 
 
-def test_a_grid_runs_and_goes_on(tmp_path: Path) -> None:
+def test_a_grid_runs_and_continues(tmp_path: Path) -> None:
     grid = tmp_path / "grid.yaml"
     cells = {"both": {"objectives.itm": 0, "objectives.mlm": 0}, "cma": {"objectives.imc": 0, "objectives.lmi": 0}}
-    grid.write_text(
-        yaml.safe_dump(
-            {"recipe": "demo", "overrides": TINY, "cells": cells, "baseline": "cma", "seeds": [0], "noise": [0.5]}
-        )
-    )
+    content = {"recipe": "demo", "overrides": TINY, "cells": cells, "baseline": "cma", "seeds": [0], "noise": [0.5]}
+    grid.write_text(yaml.safe_dump(content))
     folder = tmp_path / "runs"
     splits = {f"--{split}": scene_file(split, 16) for split in ("train", "validation", "test")}
     data = [*itertools.chain(*splits.items()), "--output", str(folder)]
     command = [sys.executable, str(ABLATION / "run.py"), str(grid), *data, "--jobs", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run(*command)
     assert done.returncode == 0, done.stderr
     results = {file.parent.name: json.loads(file.read_text()) for file in folder.glob("*/result.json")}
     assert set(results) == {f"{cell}-noise50-seed0" for cell in cells}
@@ -105,17 +99,17 @@ def test_a_grid_runs_and_goes_on(tmp_path: Path) -> None:
 
     (folder / "plot.png").unlink()
     table = (folder / "table.md").read_text()
-    told = subprocess.run([*command, "--table"], capture_output=True, text=True)
-    assert told.returncode == 0 and "done in" not in told.stdout
+    table_only = run(*command, "--table")
+    assert table_only.returncode == 0 and "done in" not in table_only.stdout
     assert (folder / "table.md").read_text() == table and (folder / "plot.png").is_file()
 
     (folder / "both-noise50-seed0" / "result.json").unlink()
     (folder / "both-noise50-seed0" / "config.yaml").unlink()
-    other = subprocess.run([*command, "--only", "cma-*"], capture_output=True, text=True)
+    other = run(*command, "--only", "cma-*")
     assert other.returncode == 0 and "done in" not in other.stdout
-    wrong = subprocess.run([*command, "--only", "imc-*"], capture_output=True, text=True)
+    wrong = run(*command, "--only", "imc-*")
     assert wrong.returncode == 1 and "is named imc-*; see --dry-run" in wrong.stderr
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = run(*command)
     assert again.stdout.count("done in") == 1
     remade = json.loads((folder / "both-noise50-seed0" / "result.json").read_text())
     assert remade["test"] == results["both-noise50-seed0"]["test"]
@@ -132,13 +126,13 @@ def test_filtering_after_noise_keeps_as_many_pairs_as_are_right_and_trains_on_th
     settings = {**TINY, "train.max_steps": None, "data.tokenizer_texts": None}
     keys = [f"{key}={value}" for key, value in settings.items() if value is not None]
     command = [sys.executable, str(ABLATION / "winback.py"), *sources, "--seeds", "0", "--noise", "0.5", "--set", *keys]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run(*command)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    report = json.loads(done.stdout.splitlines()[-1])
     assert len((folder / "kept-noise50-seed0.jsonl").read_text().splitlines()) == 10
-    (row,) = told["seeds"]
+    (row,) = report["seeds"]
     assert row["right_before"] == 50
     assert 0 < row["right_kept"] < 100
     assert 0 <= row["all"] <= 100
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = run(*command)
     assert again.stdout == done.stdout

@@ -257,8 +257,7 @@ def test_crops_have_uniform_areas_and_positions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "expected"),
-    [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10)), (1, 1, (0, 0, 1, 1))],
+    ("height", "width", "expected"), [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10)), (1, 1, (0, 0, 1, 1))]
 )
 def test_extreme_shapes_fall_back_to_the_centre(height: int, width: int, expected: tuple[int, ...]) -> None:
     assert sample_crop(height, width, np.random.default_rng(0), (0.9, 1.0)) == expected
@@ -280,7 +279,7 @@ def picture() -> Pixels:
 
 
 def statistics(view: Pixels) -> list[float]:
-    """What tells the operations apart: brightness, contrast, colour, hue, edges, sides, range, flatness, borders."""
+    """What distinguishes the operations: brightness, contrast, colour, hue, edges, sides, range, flatness, borders."""
     values = view.astype(float)
     red, green, blue = values.mean(axis=(0, 1))
     half = SIZE // 2

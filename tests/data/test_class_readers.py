@@ -6,24 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import pytest
 
+from scene_files import write_image, write_rows
 from tercet.config import DataConfig
 from tercet.data.class_readers import LABELS, open_entailments, read_entailments, read_probes, read_statements
 from tercet.errors import TercetError
-
-
-def write_image(path: Path, shade: int = 90) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), np.full((20, 30, 3), shade, np.uint8))
-
-
-def write_rows(path: Path, rows: Any, lines: bool = False) -> str:
-    text = "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows)
-    path.write_text(text, "utf-8")
-    return str(path)
 
 
 class TestEntailmentFiles:
@@ -207,32 +195,27 @@ WINOGROUND = {
 }
 
 
-def test_sugarcrepe(tmp_path: Path) -> None:
-    benchmark, probes = read_probes(write_rows(tmp_path / "swap_att.json", SUGARCREPE))
-    assert benchmark == "sugarcrepe"
-    assert probes[1].images == ("000000085330.jpg",)
-    assert probes[1].texts == ("A red cup.", "A blue cup.")
-    assert probes[1].kind == "swap_att"
-    assert probes[1].where.endswith("swap_att.json row '2'")
-
-
-def test_aro(tmp_path: Path) -> None:
-    benchmark, probes = read_probes(write_rows(tmp_path / "visual_genome_relation.json", [RELATION]))
-    assert benchmark == "aro"
-    assert probes[0].texts == ("the cat is on the mat", "the mat is on the cat")
-    assert (probes[0].kind, probes[0].crop) == ("on", (10, 20, 110, 70))
-    _, probes = read_probes(write_rows(tmp_path / "visual_genome_attribution.json", [ATTRIBUTION]))
-    assert probes[0].kind == "red_wet"
-
-
-def test_winoground(tmp_path: Path) -> None:
-    benchmark, probes = read_probes(
-        write_rows(tmp_path / "examples.jsonl", [WINOGROUND, WINOGROUND | {"id": 1}], lines=True)
-    )
-    assert benchmark == "winoground"
-    assert len(probes) == 2
-    assert probes[0].images == ("ex_0_img_0", "ex_0_img_1")
-    assert (probes[0].kind, probes[0].where) == ("Object", f"{tmp_path}/examples.jsonl line 1")
+@pytest.mark.parametrize(
+    ("name", "rows", "benchmark", "probe"),
+    [
+        ("swap_att.json", SUGARCREPE, "sugarcrepe",
+         ("row '2'", ("000000085330.jpg",), ("A red cup.", "A blue cup."), "swap_att", None)),
+        ("visual_genome_relation.json", [ATTRIBUTION, RELATION], "aro",
+         ("row 2", ("2354786.jpg",), ("the cat is on the mat", "the mat is on the cat"), "on", (10, 20, 110, 70))),
+        ("visual_genome_attribution.json", [RELATION, ATTRIBUTION], "aro",
+         ("row 2", ("1.jpg",), ("the red cup and the wet dog", "the wet cup and the red dog"), "red_wet",
+          (0, 0, 8, 8))),
+        ("examples.jsonl", [WINOGROUND, WINOGROUND | {"id": 1}], "winoground",
+         ("line 2", ("ex_0_img_0", "ex_0_img_1"), (WINOGROUND["caption_0"], WINOGROUND["caption_1"]), "Object", None)),
+    ],
+)  # fmt: skip
+def test_probes_of_every_benchmark(tmp_path: Path, name: str, rows: Any, benchmark: str, probe: tuple) -> None:
+    path = write_rows(tmp_path / name, rows, lines=name.endswith("jsonl"))
+    found, (_, second) = read_probes(path)
+    assert found == benchmark
+    where, *wanted = probe
+    assert second.where == f"{path} {where}"
+    assert [second.images, second.texts, second.kind, second.crop] == wanted
 
 
 @pytest.mark.parametrize(
@@ -250,9 +233,6 @@ def test_winoground(tmp_path: Path) -> None:
 def test_a_wrong_row_of_a_probe_is_named(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(TercetError, match=message):
         read_probes(write_rows(tmp_path / "rows.json", content))
-
-
-def test_a_file_cut_short(tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_text('[{"caption": "a"', "utf-8")
     with pytest.raises(TercetError, match=r"cut\.json: the JSON ends too early; .*line 1"):
         read_probes(str(tmp_path / "cut.json"))

@@ -10,16 +10,12 @@ from typing import Any
 
 import pytest
 
+from scene_files import write_rows
 from tercet.config import DataConfig
 from tercet.data.grounding_readers import open_expressions, unpickle_plain
 from tercet.errors import TercetError
 
 ROW = {"image": "images/1.jpg", "text": "the left dog", "boxes": [[4, 5, 20, 30]], "size": [48, 40]}
-
-
-def write(folder: Path, content: object, name: str = "rows.json") -> str:
-    (folder / name).write_text(json.dumps(content), "utf-8")
-    return str(folder / name)
 
 
 def official(data_dir: Path, folder: Path) -> tuple[list[dict[str, Any]], str, str]:
@@ -31,11 +27,13 @@ def official(data_dir: Path, folder: Path) -> tuple[list[dict[str, Any]], str, s
         "images": [{"id": 581857, "width": 48, "height": 40, "file_name": "COCO_train2014_000000581857.jpg"}],
         "annotations": [{"id": 1719310, "image_id": 581857, "bbox": [10.5, 4.0, 20.0, 30.0]}],
     }
-    return rows, write(folder, rows, "refs.json"), write(folder, instances, "instances.json")
+    return rows, write_rows(folder / "refs.json", rows), write_rows(folder / "instances.json", instances)
 
 
 def test_rows_with_boxes(photo_folder: Path) -> None:
-    source = open_expressions([write(photo_folder, [ROW, ROW | {"text": "a cat"}])], DataConfig(), "test")
+    source = open_expressions(
+        [write_rows(photo_folder / "rows.json", [ROW, ROW | {"text": "a cat"}])], DataConfig(), "test"
+    )
     assert (source.image_count, source.sample_count) == (1, 2)
     sample = source.sample(1)
     assert sample.text == "a cat"
@@ -92,25 +90,25 @@ def test_a_pickle_that_runs_programs_is_not_opened(tmp_path: Path) -> None:
 def test_albef_rows_find_boxes_and_candidates_by_ref_id(photo_folder: Path, data_dir: Path) -> None:
     _, refs, instances = official(data_dir, photo_folder)
     image = "train2014/COCO_train2014_000000581857.jpg"
-    rows = write(photo_folder, [{"image": image, "text": "blue shirt", "ref_id": 0}], "refcoco+_test.json")
-    detections = write(photo_folder, {"581857": [[1, 2, 10, 10, 0.9], [10, 4, 20, 30, 0.8]]}, "dets.json")
+    rows = write_rows(photo_folder / "refcoco+_test.json", [{"image": image, "text": "blue shirt", "ref_id": 0}])
+    detections = write_rows(photo_folder / "dets.json", {"581857": [[1, 2, 10, 10, 0.9], [10, 4, 20, 30, 0.8]]})
     data = DataConfig(references=refs, instances=instances, detections=detections)
     target = open_expressions([rows], data, "test").sample(0).target
     assert target["boxes"] == [[10.5, 4.0, 30.5, 34.0]]
     assert target["candidates"] == [[1, 2, 11, 12], [10, 4, 30, 34]]
     with pytest.raises(TercetError, match=r"row 1: no boxes; .* --data\.references"):
         open_expressions([rows], DataConfig(), "test")
-    unknown = write(photo_folder, [{"image": image, "text": "blue shirt", "ref_id": 7}], "other.json")
+    unknown = write_rows(photo_folder / "other.json", [{"image": image, "text": "blue shirt", "ref_id": 7}])
     with pytest.raises(TercetError, match=r"other\.json row 1: ref_id 7 has no box in .*refs\.json"):
         open_expressions([unknown], data, "test")
-    nothing = write(photo_folder, {"1": [[1, 2, 3, 4]]}, "nothing.json")
+    nothing = write_rows(photo_folder / "nothing.json", {"1": [[1, 2, 3, 4]]})
     with pytest.raises(TercetError, match=r"row 1: no boxes of image 581857 in .*nothing\.json"):
         open_expressions([rows], data.model_copy(update={"detections": nothing}), "test")
 
 
 def test_training_reads_expressions_as_captions_and_needs_no_box(photo_folder: Path) -> None:
     rows = [{"image": f"images/{number}.jpg", "text": text} for number, text in ((1, "b"), (0, "a"), (1, "c"))]
-    pairs = open_expressions([write(photo_folder, rows)], DataConfig(), "train")
+    pairs = open_expressions([write_rows(photo_folder / "rows.json", rows)], DataConfig(), "train")
     found = {pairs.key(index): pairs.captions(index) for index in range(pairs.image_count)}
     assert found == {"images/1.jpg": ["b", "c"], "images/0.jpg": ["a"]}
     assert pairs.caption_counts.tolist() == [len(captions) for captions in found.values()]
@@ -133,7 +131,7 @@ def test_training_reads_expressions_as_captions_and_needs_no_box(photo_folder: P
 )
 def test_a_wrong_row_is_named(photo_folder: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(TercetError, match=rf"rows\.json {message}"):
-        open_expressions([write(photo_folder, [ROW | change])], DataConfig(), "test")
+        open_expressions([write_rows(photo_folder / "rows.json", [ROW | change])], DataConfig(), "test")
 
 
 def test_real_phrases(data_dir: Path) -> None:

@@ -5,7 +5,6 @@ import itertools
 import pickle
 import struct
 import warnings
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from safetensors.numpy import load_file
 
+from scene_files import png_header
 from tercet.data.augment import Pixels
 from tercet.data.images import BrokenImage, EncodedImage, ViewTransform, decode, resize, resize_fast
 
@@ -188,16 +188,6 @@ def test_what_is_no_image_says_what_it_is(data: bytes, reason: str) -> None:
         decode(data, "http://host/a.jpg")
     message = str(caught.value)
     assert message.startswith("http://host/a.jpg: ") and "\n" not in message
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds hardly any data: a bomb for who allocates before looking."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
 
 def test_too_many_pixels_are_refused_before_decoding() -> None:

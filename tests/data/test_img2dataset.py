@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import psutil
 import pytest
 
 from tercet.config import DataConfig
-from tercet.data.loader import TrainLoader, cleaned_captions
+from tercet.data.loader import TrainLoader
 from tercet.data.readers import open_sources
 from tercet.data.table import SampleTable
 from tercet.data.tokenizer import Tokenizer
@@ -36,6 +35,11 @@ def record(number: int) -> dict[str, Any]:
         "exif": None if failed else "{}",
         "sha256": None if failed else "00",
     }
+
+
+def sample_files(number: int, jpeg: MakeJpeg) -> dict[str, bytes]:
+    contents = {"jpg": jpeg(number), "txt": b"picture number %d" % number, "json": json.dumps(record(number)).encode()}
+    return {f"{number:09d}.{kind}": content for kind, content in contents.items()}
 
 
 def write_metadata(folder: Path, shard: int, images: dict[int, bytes] | None = None) -> None:
@@ -66,9 +70,7 @@ def test_webdataset(tmp_path: Path, tar: Callable[..., Path], jpeg: MakeJpeg) ->
         members: dict[str, bytes] = {}
         for number in range(10 * shard, 10 * shard + 10):
             if number not in FAILED:
-                members[f"{number:09d}.jpg"] = jpeg(number)
-                members[f"{number:09d}.txt"] = f"picture number {number}".encode()
-                members[f"{number:09d}.json"] = json.dumps(record(number)).encode()
+                members |= sample_files(number, jpeg)
         tar(tmp_path / f"{shard:05d}.tar", members)
         write_metadata(tmp_path, shard)
     check(opened(tmp_path), jpeg)
@@ -81,9 +83,8 @@ def test_files(tmp_path: Path, jpeg: MakeJpeg) -> None:
         folder.mkdir()
         for number in range(10 * shard, 10 * shard + 10):
             if number not in FAILED:
-                (folder / f"{number:09d}.jpg").write_bytes(jpeg(number))
-                (folder / f"{number:09d}.json").write_text(json.dumps(record(number)))
-                (folder / f"{number:09d}.txt").write_text(f"picture number {number}")
+                for name, content in sample_files(number, jpeg).items():
+                    (folder / name).write_bytes(content)
         write_metadata(tmp_path, shard)
     check(opened(tmp_path), jpeg)
 
@@ -97,28 +98,13 @@ def test_parquet(tmp_path: Path, jpeg: MakeJpeg, monkeypatch: pytest.MonkeyPatch
     assert len(source.rejected) == 2 and "row 4: 'jpg' is empty" in source.rejected[0]
 
 
-def test_images_that_are_gone_are_skipped_and_counted(photo_folder: Path) -> None:
-    rows = [{"image": f"images/{number}.jpg", "caption": f"picture {number}"} for number in range(12)]
-    (photo_folder / "pairs.json").write_text(json.dumps(rows))
-    source = opened(photo_folder / "pairs.json")
-    loader = TrainLoader(source, Tokenizer.train(cleaned_captions(source, 30), 100), DataConfig(workers=1), 16, 4, 0)
-    assert sum(len(batch) for batch in loader.batches(0)) == 6
-    loader.close()
-    assert loader.report.count == 6
-    assert "6 samples were skipped because their image is broken:" in loader.report.lines()[0]
-    assert sum("No such file or directory" in line for line in loader.report.lines()) == 6
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's count of private pages is Linux's")
 def test_workers_do_not_copy_the_captions(tmp_path: Path, tar: Callable[..., Path], jpeg: MakeJpeg) -> None:
-    stream, number = io.BytesIO(jpeg(0)), 800
+    image, number = jpeg(0), 800
     text = ("a long caption of many words that is kept whole " * 100).encode()
     members: dict[str, bytes] = {}
     for index in range(number):
-        members |= {
-            f"{index:06d}.jpg": stream.getvalue() + b"%d" % index,
-            f"{index:06d}.txt": text + str(index).encode(),
-        }
+        members |= {f"{index:06d}.jpg": image + b"%d" % index, f"{index:06d}.txt": text + str(index).encode()}
     source = opened(tar(tmp_path / "a.tar", members))
     tokenizer = Tokenizer.train(iter(["a long caption of many words"]), 100)
     loader = TrainLoader(source, tokenizer, DataConfig(workers=1, augment="none"), 16, 50, 0)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from scene_files import scene_file
 from tercet.cli import main
-from tercet.data.inspection import LINES, TILE, _font, _lines, alike, fingerprint, groups_of_equal
+from tercet.data.inspection import LINES, TILE, _font, _lines, alike, fingerprint
 
 
 def photograph(seed: int, side: int = 96) -> np.ndarray:
@@ -57,13 +57,7 @@ def test_a_folder_with_everything_in_it(tmp_path: Path, capsys: pytest.CaptureFi
     assert [Path(name).name for name in found["duplicates"][0]] == ["a.jpg", "copy.jpg"]
     assert {Path(name).name for name in found["near_duplicates"][0]} == {"a.jpg", "smaller.jpg", "brighter.png"}
     assert found["captions_cut"] == 7 and found["caption_words"]["least"] == 3
-    assert found["width"] == {
-        "least": 60,
-        "median": 96.0,
-        "p95": pytest.approx(163.6),
-        "greatest": 200,
-        "mean": 100.5,
-    }
+    assert found["width"] == {"least": 60, "median": 96.0, "p95": pytest.approx(163.6), "greatest": 200, "mean": 100.5}
     assert sum("a web page or XML text" in line for line in found["broken"]) == 1
     with Image.open(sheet) as image:
         assert image.format == "PNG" and image.width > 1000
@@ -84,16 +78,6 @@ def test_scenes_are_all_different(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "inspect", scene_file("test"), "--json", "--data.workers", "0"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["images"], found["broken_images"], found["duplicate_images"]) == (40, 0, 0)
-
-
-@given(st.lists(st.integers(0, 5), max_size=30))
-def test_groups_of_equal(values: list[int]) -> None:
-    groups = groups_of_equal(np.array(values, np.int64), np.arange(len(values)))
-    assert sorted(map(tuple, groups)) == sorted(
-        tuple(place for place, other in enumerate(values) if other == value)
-        for value in set(values)
-        if values.count(value) > 1
-    )
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.sets(st.integers(0, 63), max_size=5))

@@ -1,10 +1,10 @@
-"""Images alone, wherever they lie: each is listed with its place, and read by it."""
+"""Images alone, from every source: each is listed with its location, and read from there."""
 
 from __future__ import annotations
 
 import io
 import json
-import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +27,6 @@ def listed(*specs: object) -> tuple[list[ListedImage], Rejected]:
     return list(find_images([str(spec) for spec in specs], problems)), problems
 
 
-def write_shard(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
 def test_a_folder(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPG", ".hidden.png", "sub/c.webp", ".git/d.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -48,10 +40,10 @@ def test_a_folder(tmp_path: Path) -> None:
     assert read_image(images[1].uri) == png(1)
 
 
-def test_shards(tmp_path: Path) -> None:
+def test_shards(tmp_path: Path, tar: Callable[..., Path]) -> None:
     members = {"x/1.png": png(1), "x/1.json": json.dumps({"caption": ["one", "ein"]}).encode(), "2.jpg": png(2)}
-    write_shard(tmp_path / "s-0.tar", members | {"2.txt": b"two\n", "3.json": b"{}"})
-    write_shard(tmp_path / "s-1.tar", {"4.png": png(4), "4.json": b"{broken"})
+    tar(tmp_path / "s-0.tar", members | {"2.txt": b"two\n", "3.json": b"{}"})
+    tar(tmp_path / "s-1.tar", {"4.png": png(4), "4.json": b"{broken"})
     for spec in (tmp_path, tmp_path / "s-*.tar", tmp_path / "s-{0..1}.tar"):
         images, _ = listed(spec)
         assert [image.uri.rpartition("/")[2] for image in images] == ["1", "s-0.tar#2", "s-1.tar#4"]

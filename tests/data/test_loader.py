@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from scene_files import png_header
 from tercet.config import DataConfig
 from tercet.data.batch import Batch, ImageBatch, SkipReport, to_device
 from tercet.data.images import decode, resize
@@ -44,22 +44,12 @@ def loader_of(source: SampleTable, batch_size: int = 5, seed: int = 3, workers: 
 
 
 def assert_same(first: Batch, second: Batch) -> None:
-    assert (first.epoch, first.step, first.keys, first.texts) == (
-        second.epoch,
-        second.step,
-        second.keys,
-        second.texts,
-    )
+    assert (first.epoch, first.step, first.keys, first.texts) == (second.epoch, second.step, second.keys, second.texts)
     assert first.skipped == second.skipped
     assert first.second_views is not None
     assert second.second_views is not None
-    for one, other in (
-        (first.images, second.images),
-        (first.second_views, second.second_views),
-        (first.input_ids, second.input_ids),
-        (first.attention_mask, second.attention_mask),
-        (first.image_ids, second.image_ids),
-    ):
+    for field in ("images", "second_views", "input_ids", "attention_mask", "image_ids"):
+        one, other = getattr(first, field), getattr(second, field)
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
 
@@ -133,8 +123,8 @@ def test_epochs_and_seeds_differ(source: SampleTable) -> None:
     assert sorted(first.keys) == sorted(other_epoch.keys) == sorted(other_seed.keys)
     assert first.keys != other_epoch.keys
     assert first.keys != other_seed.keys
-    place = other_epoch.keys.index(first.keys[0])
-    assert not torch.equal(first.images[0], other_epoch.images[place])
+    row = other_epoch.keys.index(first.keys[0])
+    assert not torch.equal(first.images[0], other_epoch.images[row])
 
 
 def test_a_set_smaller_than_a_batch(source: SampleTable) -> None:
@@ -160,16 +150,6 @@ def test_no_augmentation_is_a_resize(source: SampleTable) -> None:
         assert torch.equal(image, view)
 
 
-def png_with_too_many_pixels() -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    header = (10_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
-    )
-
-
 @pytest.fixture
 def broken(photo_folder: Path, jpeg: Callable[..., bytes]) -> tuple[SampleTable, set[str]]:
     """Six good photographs, and images that are broken in every way, one of which is a folder and one is not there."""
@@ -178,7 +158,7 @@ def broken(photo_folder: Path, jpeg: Callable[..., bytes]) -> tuple[SampleTable,
         "empty.jpg": b"",
         "page.jpg": b"<!DOCTYPE html><html>404</html>",
         "text.png": b"no image at all",
-        "bomb.png": png_with_too_many_pixels(),
+        "bomb.png": png_header(10_000, 10_000),
         "half.png": png_bytes()[: len(png_bytes()) // 2],
         "noise.jpg": jpeg(1)[:2] + b"\0" * 300 + b"\xff\xd9",
     }

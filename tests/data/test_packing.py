@@ -60,7 +60,7 @@ def test_what_goes_in_comes_out(
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").glob("*.tar")} == first
 
 
-def test_resized_and_encoded_anew(annotations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resized_and_encoded_again(annotations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for encoding, kind in (("webp", "WEBP"), ("keep", "JPEG"), ("png", "PNG")):
         out = tmp_path / encoding
         flags = ["--resize", "20", "--encoding", encoding, "--quality", "80", "--data.workers", "0"]
@@ -84,17 +84,8 @@ def test_formats_that_shards_do_not_hold_become_png(tmp_path: Path, capsys: pyte
 
 def test_it_goes_on_after_a_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    arguments = [
-        "data",
-        "pack",
-        scene_file("test", 500),
-        "--output",
-        str(out),
-        "--shard-size",
-        "40",
-        "--data.workers",
-        "0",
-    ]
+    arguments = ["data", "pack", scene_file("test", 500), "--output", str(out)]
+    arguments += ["--shard-size", "40", "--data.workers", "0"]
     process = subprocess.Popen([sys.executable, "-m", "tercet", *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
     while len(list(out.glob("*_stats.json"))) < 2 and time.monotonic() < deadline:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from scene_files import scene_file
+from scene_files import scene_file, write_image, write_rows
 from tercet.config import DataConfig
 from tercet.data.batch import Batch
 from tercet.data.class_readers import open_entailments, open_statements, read_entailments, read_statements
@@ -21,17 +20,6 @@ from tercet.data.table import SampleTable
 from tercet.data.tokenizer import Tokenizer, clean_caption
 
 PLAIN = DataConfig(workers=0, augment="none")
-
-
-def write_image(path: Path, shade: int = 90) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), np.full((20, 30, 3), shade, np.uint8))
-
-
-def write_rows(path: Path, rows: list[Any], lines: bool = False) -> str:
-    text = "".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows)
-    path.write_text(text)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +39,16 @@ def assert_same(first: Batch, second: Batch) -> None:
     assert (first.keys, first.targets, first.texts) == (second.keys, second.targets, second.texts)
 
 
+def half_white(tmp_path: Path, rows: list[tuple[str, str]]) -> SampleTable:
+    """Neutral hypotheses of pictures, each written here, whose left half is white."""
+    picture = np.zeros((16, 16, 3), np.uint8)
+    picture[:, :8] = 255
+    for name, _ in rows:
+        cv2.imwrite(str(tmp_path / name), picture)
+    whole = [{"image": name, "sentence": text, "label": "neutral"} for name, text in rows]
+    return read_entailments(write_rows(tmp_path / "ve.json", whole), None, DataConfig())
+
+
 class TestLoader:
     def test_every_sample_once_an_epoch(self, scenes: SampleTable, tokenizer: Tokenizer) -> None:
         loader = TrainLoader(scenes, tokenizer, PLAIN, 32, 7, seed=3, drop_last=False)
@@ -60,9 +58,9 @@ class TestLoader:
         assert [key for batch in loader.batches(1) for key in batch.keys] != keys
         assert batches[0].images.shape == (7, 3, 32, 32)
         assert batches[0].image_rows is None
-        place = {scenes.sample(index).key: index for index in range(scenes.sample_count)}
+        index_of = {scenes.sample(index).key: index for index in range(scenes.sample_count)}
         for view, key, target in zip(batches[0].images, batches[0].keys, batches[0].targets, strict=True):
-            sample = scenes.sample(place[key])
+            sample = scenes.sample(index_of[key])
             assert target == sample.target
             pixels = resize(scenes.pixels(sample.images[0], 10**6), 32)
             assert np.array_equal(view.permute(1, 2, 0).numpy(), pixels)
@@ -72,13 +70,13 @@ class TestLoader:
         loader = TrainLoader(scenes, tokenizer, data, 32, 5, seed=3, drop_last=False)
         batches = list(loader.batches(0))
         assert [len(batch.images) for batch in batches] == [5, 5, 2]
-        place = {scenes.sample(index).key: index for index in range(scenes.sample_count)}
-        assert sorted(key for batch in batches for key in batch.keys) == sorted(place)
+        index_of = {scenes.sample(index).key: index for index in range(scenes.sample_count)}
+        assert sorted(key for batch in batches for key in batch.keys) == sorted(index_of)
         for batch in batches:
             assert batch.image_rows is not None
             assert batch.image_rows.shape == (len(batch), 1)
             for key, row in zip(batch.keys, batch.image_rows[:, 0].tolist(), strict=True):
-                pixels = resize(scenes.pixels(scenes.sample(place[key]).images[0], 10**6), 32)
+                pixels = resize(scenes.pixels(scenes.sample(index_of[key]).images[0], 10**6), 32)
                 assert np.array_equal(batch.images[row].permute(1, 2, 0).numpy(), pixels)
         statements = open_statements([scene_file("nlvr-test", 6)], DataConfig(), "test")
         pairs = next(TrainLoader(statements, tokenizer, data, 32, 4, seed=0).batches(0))
@@ -101,15 +99,11 @@ class TestLoader:
             assert np.array_equal(view.permute(1, 2, 0).numpy(), source.pixels(image, 10**6))
 
     @pytest.mark.parametrize(("compat", "mirrored"), [("tercet", False), ("published", True)])
-    def test_what_tells_left_from_right_is_not_mirrored(
+    def test_texts_of_left_and_right_are_not_mirrored(
         self, tmp_path: Path, tokenizer: Tokenizer, compat: Any, mirrored: bool
     ) -> None:
-        picture = np.zeros((16, 16, 3), np.uint8)
-        picture[:, :8] = 255
-        cv2.imwrite(str(tmp_path / "a.png"), picture)
-        rows = [{"image": "a.png", "sentence": f"{side} number {n}", "label": "neutral"} for n in range(8) for side in
-                ("to the left", "RIGHT", "above")]  # fmt: skip
-        source = read_entailments(write_rows(tmp_path / "ve.json", rows), None, DataConfig())
+        sides = ("to the left", "RIGHT", "above")
+        source = half_white(tmp_path, [("a.png", f"{side} number {n}") for n in range(8) for side in sides])
         data = DataConfig(workers=0, augment="light", crop_scale=(0.99, 1.0))
         flips = {"left": 0, "right": 0, "above": 0}
         loader = TrainLoader(source, tokenizer, data, 16, 24, seed=0, compat=compat)
@@ -124,25 +118,20 @@ class TestLoader:
     def test_images_that_samples_share_are_mirrored_for_all_of_them_or_not(
         self, tmp_path: Path, tokenizer: Tokenizer
     ) -> None:
-        picture = np.zeros((16, 16, 3), np.uint8)
-        picture[:, :8] = 255
-        for name in ("told.png", "free.png"):
-            cv2.imwrite(str(tmp_path / name), picture)
-        texts = [("told.png", "a dog"), ("told.png", "a dog on the left"), ("free.png", "a dog"), ("free.png", "a cat")]
-        rows = [{"image": image, "sentence": text, "label": "neutral"} for image, text in texts]
-        source = read_entailments(write_rows(tmp_path / "ve.json", rows), None, DataConfig())
+        texts = [("left.png", "a dog"), ("left.png", "a dog on the left"), ("free.png", "a dog"), ("free.png", "a cat")]
+        source = half_white(tmp_path, texts)
         data = DataConfig(workers=0, augment="light", crop_scale=(0.99, 1.0), share_images=True)
         loader = TrainLoader(source, tokenizer, data, 16, 2, seed=0)
         flips = {True: 0, False: 0}
         for epoch in range(8):
             batch = next(loader.batches(epoch))
             assert batch.image_rows is not None and len(batch.images) == 2
-            told = int(batch.image_rows[batch.texts.index("a dog on the left"), 0])
+            left = int(batch.image_rows[batch.texts.index("a dog on the left"), 0])
             for row, view in enumerate(batch.images):
-                flips[row == told] += int(view[0, 8, 1] < 128)
+                flips[row == left] += int(view[0, 8, 1] < 128)
         assert flips[True] == 0 and flips[False] > 0
 
-    def test_a_broken_image_is_left_out_and_named_by_file_and_row(self, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    def test_a_broken_image_is_skipped_and_named_by_file_and_row(self, tmp_path: Path, tokenizer: Tokenizer) -> None:
         for name in ("a.png", "b.png"):
             write_image(tmp_path / name)
         (tmp_path / "broken.png").write_bytes(b"<html>")

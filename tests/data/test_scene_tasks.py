@@ -137,7 +137,7 @@ def test_answers_are_right(scenes: list[Scene]) -> None:
             assert answer(scene, text, kind) == given, text
 
 
-def test_locations_are_asked_of_every_object_that_words_tell_apart(scenes: list[Scene]) -> None:
+def test_locations_are_asked_of_every_object_that_words_distinguish(scenes: list[Scene]) -> None:
     answers: Counter[str] = Counter()
     replayed = 0
     for scene in scenes:
@@ -170,8 +170,8 @@ def test_located_objects_are_asked_about_where_another_would_give_another_answer
             if match is None or kind == "position" or kind == "yes/no":
                 assert answer(scene, text, kind) == given, text
                 continue
-            told = "outermost" if match[1] else "neighbour"
-            item = resolve(scene.objects, match[0], told, seen)
+            form = "outermost" if match[1] else "neighbour"
+            item = resolve(scene.objects, match[0], form, seen)
             assert getattr(item, kind) == given, text
             assert any(getattr(other, kind) != given for other in scene.objects)
     assert min(seen.values()) > 600
@@ -232,7 +232,7 @@ def features(text: str) -> list[str]:
     return words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
 
 
-def test_words_alone_tell_neither_entailment_nor_yes(scenes: list[Scene]) -> None:
+def test_words_alone_predict_neither_entailment_nor_yes(scenes: list[Scene]) -> None:
     decided = [[(t, label) for t, label in entailments(scene) if label != "neutral"] for scene in scenes]
     split = len(decided) * 2 // 3
     flat = [list(itertools.chain(*part)) for part in (decided[:split], decided[split:])]
@@ -316,7 +316,7 @@ def pair_truth(pair: ScenePair) -> bool:
     return having == 0
 
 
-def test_pair_statements_are_true_or_false_as_told(pairs: list[ScenePair]) -> None:
+def test_pair_statements_have_the_truth_that_their_pairs_show(pairs: list[ScenePair]) -> None:
     for pair in pairs:
         assert pair_truth(pair) == pair.truth, pair.sentence
         assert all(1 <= len(scene.objects) <= 4 for scene in (pair.left, pair.right))

@@ -1,4 +1,4 @@
-"""Bytes from where they lie: files that are images, and whole copies of remote ones within a limit."""
+"""Bytes of local and remote files: files that are images, and whole copies of remote ones within a limit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def copies(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.suffix == ".copy"]
 
 
-def test_the_least_recently_used_give_way(tmp_path: Path) -> None:
+def test_the_least_recently_used_are_removed(tmp_path: Path) -> None:
     urls = make_files(tmp_path / "remote", 5)
     cache = FileCache(tmp_path / "cache", 3 * SIZE)
     for number in (0, 1, 2, 0, 3):  # 0 is used again before room is needed

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import pytest
 
+from scene_files import write_image, write_rows
 from tercet.config import DataConfig
 from tercet.data.task_readers import (
     common_answers,
@@ -30,16 +29,6 @@ QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 
 
-def put_image(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), np.zeros((8, 8, 3), np.uint8))
-
-
-def put_json(path: Path, value: object) -> Path:
-    path.write_text(json.dumps(value))
-    return path
-
-
 def annotation(question_id: int, answers: list[str], kind: str = "other") -> dict[str, Any]:
     rows = [{"answer": answer, "answer_confidence": "yes", "answer_id": place} for place, answer in enumerate(answers)]
     return {"question_id": question_id, "image_id": 1, "answer_type": kind, "answers": rows}
@@ -54,7 +43,7 @@ def official(data_dir: Path, tmp_path: Path) -> Path:
     rows = [annotation(row["question_id"], ["yes"] * 7 + ["no"] * 3, "yes/no") for row in whole["questions"]]
     (tmp_path / ANNOTATIONS).write_text(json.dumps({"annotations": rows}))
     for row in whole["questions"]:
-        put_image(tmp_path / "val2014" / f"COCO_val2014_{row['image_id']:012d}.jpg")
+        write_image(tmp_path / "val2014" / f"COCO_val2014_{row['image_id']:012d}.jpg")
     return tmp_path / QUESTIONS
 
 
@@ -73,7 +62,7 @@ def test_official_questions_find_annotations_and_images(official: Path) -> None:
     assert weighted_answers(sample.target) == pytest.approx({"yes": 0.7, "no": 0.3})
     assert sample.key.endswith("questions 4")
     assert source.key(sample.images[0]) == "val2014/COCO_val2014_000000393225.jpg"
-    assert source.pixels(sample.images[0], 10**6).shape == (8, 8, 3)
+    assert source.pixels(sample.images[0], 10**6).shape == (20, 30, 3)
     assert pickle.loads(pickle.dumps(source)).sample(3) == sample
     assert common_answers(source, 5) == ["yes", "no"]
 
@@ -81,14 +70,14 @@ def test_official_questions_find_annotations_and_images(official: Path) -> None:
 @pytest.mark.parametrize("form", ["COCO_val2014_{:012d}.jpg", "val2014/{:012d}.jpg", "{:012d}.jpg"])
 def test_images_are_found_in_other_layouts(official: Path, tmp_path: Path, form: str) -> None:
     root = tmp_path / "elsewhere"
-    put_image(root / form.format(262148))
+    write_image(root / form.format(262148))
     source = read_questions(str(official), None, DataConfig(image_root=str(root)), need_answers=True)
     assert source.key(0) == form.format(262148)
 
 
 def test_test_dev_asks_about_images_of_test(official: Path) -> None:
     change(official, lambda whole: whole.update(data_subtype="test-dev2015"))
-    put_image(official.parent / "test2015" / "COCO_test2015_000000262148.jpg")
+    write_image(official.parent / "test2015" / "COCO_test2015_000000262148.jpg")
     source = open_questions([str(official)], DATA, "test")
     assert source.key(0) == "test2015/COCO_test2015_000000262148.jpg"
 
@@ -96,12 +85,7 @@ def test_test_dev_asks_about_images_of_test(official: Path) -> None:
 def test_questions_without_annotations_can_be_answered_but_not_learned(official: Path) -> None:
     (official.parent / ANNOTATIONS).rename(official.parent / "mine.json")
     source = open_questions([str(official)], DATA, "test")
-    assert source.sample(0).target == {
-        "question_id": 262148000,
-        "answers": None,
-        "weight": 1.0,
-        "answer_type": None,
-    }
+    assert source.sample(0).target == {"question_id": 262148000, "answers": None, "weight": 1.0, "answer_type": None}
     assert common_answers(source, 5) == []
     with pytest.raises(TercetError, match=f"no annotations for it; looked for {ANNOTATIONS}"):
         open_questions([str(official)], DATA, "train")
@@ -152,7 +136,7 @@ def test_mistakes_in_annotations_are_named(official: Path, edit: Any, message: s
         open_questions([str(official)], DATA, "train")
 
 
-def test_files_of_another_kind_are_told(official: Path, tmp_path: Path) -> None:
+def test_files_of_another_kind_are_refused(official: Path, tmp_path: Path) -> None:
     with pytest.raises(TercetError, match=r"holds annotations; name the file of questions"):
         open_questions([str(official.parent / ANNOTATIONS)], DATA, "train")
     other = tmp_path / "other.json"
@@ -163,11 +147,11 @@ def test_files_of_another_kind_are_told(official: Path, tmp_path: Path) -> None:
     with pytest.raises(TercetError, match=r"other\.json: the JSON ends too early"):
         open_questions([str(other)], DATA, "train")
     with pytest.raises(TercetError, match="no official annotations"):
-        read_gold(str(put_json(tmp_path / "third.json", {"images": []})))
+        read_gold(write_rows(tmp_path / "third.json", {"images": []}))
 
 
 def test_albef_files(tmp_path: Path) -> None:
-    put_image(tmp_path / "train2014" / "a.jpg")
+    write_image(tmp_path / "train2014" / "a.jpg")
     file = tmp_path / "vqa_train.json"
     rows: list[dict[str, Any]] = [
         {
@@ -247,15 +231,15 @@ def test_lists_of_answers(tmp_path: Path) -> None:
 
 def test_images_in_shards(tmp_path: Path, tar: Callable[..., Path], jpeg: Callable[..., bytes]) -> None:
     rows = [{"question_id": n, "question": "Who?", "image": f"images/{n}.jpg", "answer": ["a man"]} for n in (7, 8, 9)]
-    file = put_json(tmp_path / "vqa.json", rows)
+    file = write_rows(tmp_path / "vqa.json", rows)
     with pytest.raises(TercetError, match=r"vqa\.json: none of its images exists"):
-        open_questions([str(file)], DATA, "test")
+        open_questions([file], DATA, "test")
     tar(tmp_path / "a.tar", [("7.jpg", jpeg(7)), ("9.jpg", jpeg(9)), ("9.txt", b"anything")])
     for data in (DATA, DataConfig(image_root=str(tmp_path / "*.tar")), DataConfig(image_root=str(tmp_path / "a.tar"))):
         source = open_questions([str(file)], data, "test")
         assert [source.sample(index).target["question_id"] for index in range(2)] == [7, 9]
         assert source.image(source.sample(1).images[0]) == jpeg(9)
         assert len(source.rejected) == 1 and source.rejected[0].startswith(f"{file} row 2: no image images/8.jpg in ")
-    put_image(tmp_path / "images" / "7.jpg")
+    write_image(tmp_path / "images" / "7.jpg")
     source = open_questions([str(file)], DATA, "test")
     assert source.image_count == 3 and source.key(0) == "images/7.jpg"

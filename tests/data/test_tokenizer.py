@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,7 @@ def test_tokenizers_of_other_families_have_the_same_roles(tmp_path: Path) -> Non
     ("name", "content", "message"),
     [
         ("missing.json", None, "no such file"),
+        ("", None, r"neither tokenizer\.json nor vocab\.txt"),
         ("tokenizer.json", b'{"model": {"type": "Word', "the JSON ends too early"),
         ("tokenizer.json", b'{"hidden_size": 768}', "not a tokenizer"),
         ("tokenizer.json", b'{"model": {"type": "Nonsense"}}', "not a tokenizer that can be read"),
@@ -173,11 +175,6 @@ def test_unusable_files_are_refused_by_name(name: str, content: bytes | None, me
     with pytest.raises(TercetError, match=message) as caught:
         Tokenizer.load(tmp_path / name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TercetError, match=r"neither tokenizer\.json nor vocab\.txt"):
-        Tokenizer.load(tmp_path)
 
 
 def test_a_tokenizer_without_special_tokens_is_refused(tmp_path: Path) -> None:
@@ -230,31 +227,25 @@ def test_training_twice_gives_the_same_file(tmp_path: Path) -> None:
     assert len(files) == 1
 
 
-@pytest.mark.parametrize(("captions", "size", "message"), [([], 100, "no words"), (["", " "], 100, "no words")])
-def test_training_on_nothing_is_refused(captions: list[str], size: int, message: str) -> None:
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda trained: trained.train([], 100), "no words"),
+        (lambda trained: trained.train(["", " "], 100), "no words"),
+        (lambda trained: trained.train(CAPTIONS, 5), "5 word pieces"),
+        (lambda trained: trained.encode(CAPTIONS, None, pad_to=3), "does not fit pad_to 3"),
+        (lambda trained: trained.tokens([10_000]), "not in the vocabulary"),
+    ],
+)
+def test_refusals(trained: Tokenizer, call: Callable[[Tokenizer], object], message: str) -> None:
     with pytest.raises(TercetError, match=message):
-        Tokenizer.train(captions, size)
-
-
-def test_training_without_room_is_refused() -> None:
-    with pytest.raises(TercetError, match="5 word pieces"):
-        Tokenizer.train(CAPTIONS, 5)
+        call(trained)
 
 
 def test_pickles_for_workers(trained: Tokenizer) -> None:
     copy = pickle.loads(pickle.dumps(trained))
     assert torch.equal(copy.encode(CAPTIONS, 25)[0], trained.encode(CAPTIONS, 25)[0])
     assert copy.mask_id == trained.mask_id
-
-
-def test_a_text_longer_than_the_padding_is_refused(trained: Tokenizer) -> None:
-    with pytest.raises(TercetError, match="does not fit pad_to 3"):
-        trained.encode(CAPTIONS, None, pad_to=3)
-
-
-def test_an_id_beyond_the_vocabulary_is_refused(trained: Tokenizer) -> None:
-    with pytest.raises(TercetError, match="not in the vocabulary"):
-        trained.tokens([10_000])
 
 
 def test_an_empty_batch_has_no_rows(trained: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""Worker processes: results in order, deaths that are told, arrays that are shared."""
+"""Worker processes: results in order, deaths that are reported, arrays that are shared."""
 
 from __future__ import annotations
 

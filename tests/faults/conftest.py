@@ -13,7 +13,7 @@ from faults.runs import Run, end_all
 
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 12 steps that nothing happened to."""
+    """A run of 12 steps without a fault."""
     run = Run(tmp_path_factory.mktemp("faults") / "unbroken")
     run.finish()
     return run.folder
@@ -21,7 +21,6 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def nothing_left_running() -> Iterator[None]:
-    """Ends what a test that failed has left."""
     yield
     end_all()
 
@@ -33,10 +32,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
     try:
-        done = subprocess.run(command, capture_output=True, check=False)
-    except OSError:
-        pytest.skip("no command to mount a file system")
-    if done.returncode:
+        subprocess.run(command, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
         pytest.skip("only root can mount a small file system")
     try:
         yield folder

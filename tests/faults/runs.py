@@ -1,14 +1,11 @@
-"""Training runs of a tiny model in processes of their own, to be killed, starved and interrupted.
-
-They start from a server that has imported Tercet already, so that a run begins in a moment.
-"""
+"""Training runs of a tiny model in their own processes, to be killed, starved and interrupted."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,17 +15,17 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors.torch import load_file
 
-from tiny_run import TINY, flag
+from tercet.train.checkpoint import list_checkpoints
+from tiny_run import TINY, dotted, flags, lines
 
-PATIENCE = 600  # seconds for what takes a few where nothing else runs
+PATIENCE = 600  # seconds for what takes a few on a quiet machine
 
+# The server has imported Tercet already, so a run starts in a moment.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tercet.train.loop", "tercet.commands.training", "tercet.report.page"])
 
-
-_started: list[Run] = []
+_started: list[Process] = []
 
 
 def end_all() -> None:
@@ -37,128 +34,152 @@ def end_all() -> None:
         _started.pop().kill()
 
 
-class Run:
-    """A process that trains, as `tercet train` does.
+class Process:
+    """A process that trains in the run folder `folder` and prints to the file `output`."""
 
-    Attributes:
-        folder: the run folder.
-        process: the process; its workers are its children.
-    """
+    folder: Path
+    output: Path
+    pid: int | None
 
-    def __init__(self, folder: Path, *, resume: bool = False, tensorboard: bool = False, **keys: Any) -> None:
-        """Start it.
+    def exit_status(self) -> int | None:
+        """None while it runs."""
+        raise NotImplementedError
 
-        Args:
-            folder: the run folder.
-            resume: go on in it.
-            tensorboard: whether TensorBoard's files are written too.
-            keys: of the config, with two underscores for a dot.
-        """
-        self.folder = folder
-        # Not beside the run, which may lie on a disk that is full.
-        self.said = folder.parent.parent / f"{folder.parent.name}-{folder.name}.{time.monotonic_ns()}.said"
-        settings = {name.replace("__", "."): value for name, value in keys.items()}
-        if not resume:
-            settings = {**TINY, "output": str(folder), **settings}
-        arguments = (settings, folder if resume else None, self.said, tensorboard)
-        self.process: BaseProcess = _context.Process(target=_train, args=arguments)
-        _started.append(self)
-        self.process.start()
-
-    def until(self, happened: Callable[[], bool], pause: float = 0.01) -> Run:
-        """Wait until something has happened; the run must not end before."""
+    def until(self, happened: Callable[[], bool], pause: float = 0.005) -> None:
+        """Wait until `happened`; fails if the process ends first."""
         deadline = time.monotonic() + PATIENCE
         while not happened():
-            assert self.process.is_alive() or happened(), f"the run ended before: {self.messages}"
+            assert self.exit_status() is None or happened(), f"the run ended before: {self.messages}"
             assert time.monotonic() < deadline, f"the run did not get there: {self.messages}"
             time.sleep(pause)
-        return self
+
+    def end(self) -> int:
+        """Wait for it, and return its exit status."""
+        deadline = time.monotonic() + PATIENCE
+        while (status := self.exit_status()) is None:
+            assert time.monotonic() < deadline, f"the run did not end: {self.messages}"
+            time.sleep(0.005)
+        return status
+
+    def finish(self) -> None:
+        """Wait for it to end with success."""
+        assert self.end() == 0, self.messages
+
+    def children(self) -> list[psutil.Process]:
+        """The data workers of a trainer, or the ranks of torchrun."""
+        return psutil.Process(self.pid).children()
+
+    def kill(self) -> None:
+        """kill -9."""
+        raise NotImplementedError
+
+    @property
+    def messages(self) -> str:
+        """What it printed."""
+        return self.output.read_text("utf-8", "replace") if self.output.is_file() else ""
+
+    def checkpoints(self) -> list[Path]:
+        """The newest first."""
+        return list_checkpoints(self.folder / "checkpoints")
+
+
+class Run(Process):
+    """`tercet train`, forked from the server."""
+
+    def __init__(self, folder: Path, *, resume: bool = False, **keys: Any) -> None:
+        """Start or resume it; in `keys`, of the config, two underscores stand for a dot."""
+        self.folder = folder
+        # Not next to the run, whose disk may be full.
+        self.output = folder.parent.parent / f"{folder.parent.name}-{folder.name}.{time.monotonic_ns()}.out"
+        words = ["--resume", str(folder)] if resume else ["demo", *flags({**TINY, "output": str(folder)})]
+        self.process: BaseProcess = _context.Process(target=_train, args=([*words, *flags(dotted(keys))], self.output))
+        _started.append(self)
+        self.process.start()
+        self.pid = self.process.pid
+
+    def exit_status(self) -> int | None:
+        return self.process.exitcode
 
     def until_step(self, count: int) -> Run:
         """Wait until metrics.jsonl has `count` training lines."""
-        return self.until(lambda: self.steps() >= count, pause=0.002)
+        self.until(lambda: self.steps() >= count, pause=0.002)
+        return self
 
     def steps(self) -> int:
         """Training lines in metrics.jsonl."""
         return len(lines(self.folder))
 
     def kill(self) -> None:
-        """kill -9."""
         self.process.kill()
         self.process.join(PATIENCE)
 
     def send(self, number: signal.Signals, group: bool = False) -> None:
         """A signal, to the process or to its whole group."""
-        assert self.process.pid is not None
-        (os.killpg if group else os.kill)(self.process.pid, number)
-
-    def end(self) -> int:
-        """Wait for it, and return its exit status."""
-        self.process.join(PATIENCE)
-        assert self.process.exitcode is not None, f"the run did not end: {self.messages}"
-        return self.process.exitcode
-
-    def finish(self) -> None:
-        """Wait for it to end well."""
-        assert self.end() == 0, self.messages
-
-    def workers(self) -> list[psutil.Process]:
-        """Its children."""
-        return psutil.Process(self.process.pid).children()
-
-    @property
-    def messages(self) -> str:
-        """What it printed."""
-        return self.said.read_text("utf-8", "replace") if self.said.is_file() else ""
+        assert self.pid is not None
+        (os.killpg if group else os.kill)(self.pid, number)
 
 
-def _train(settings: dict[str, Any], resume: Path | None, said: Path, tensorboard: bool) -> None:
+def _train(words: list[str], output: Path) -> None:
     os.setpgrp()
-    multiprocessing.set_start_method("fork", force=True)  # of the workers, as where a run is started by hand
-    with said.open("wb") as stream:
+    multiprocessing.set_start_method("fork", force=True)  # for the data workers, as in a run that a user starts
+    with output.open("wb") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     torch.set_num_threads(1)
-    if not tensorboard:
-        # Its files are written by a thread of its own, which has nothing to do with what these tests are about.
-        from tercet.train.log import RunLogger
-
-        RunLogger._open_tensorboard = lambda self, step: None  # type: ignore[method-assign]
     from tercet.cli import main
+    from tercet.train.log import RunLogger
 
-    flags = [part for name, value in settings.items() for part in flag(name, value)]
-    sys.exit(main(["train", *(["--resume", str(resume)] if resume else ["demo"]), *flags]))
-
-
-def lines(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl of one kind."""
-    file = folder / "metrics.jsonl"
-    text = file.read_text("utf-8") if file.is_file() else ""
-    read = [json.loads(line) for line in text.split("\n")[:-1]]
-    return [line for line in read if line["kind"] == kind]
+    # TensorBoard writes from its own thread, which these tests are not about.
+    RunLogger._open_tensorboard = lambda self, step: None  # type: ignore[method-assign]
+    sys.exit(main(["train", *words]))
 
 
-def events(folder: Path) -> str:
-    """All messages of a run."""
-    return "\n".join(line["message"] for line in lines(folder, "event"))
+class Launch(Process):
+    """torchrun and the ranks that it starts, as docs/distributed.md describes it."""
+
+    def __init__(self, folder: Path, output: Path, keys: dict[str, Any], *where: str) -> None:
+        """Start it with torchrun's own flags `where`."""
+        # torchrun gives each of several processes one thread, and a single one all; other sums round differently.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if "c10d" in where:
+            # Without it, torchrun (2.13) lets a machine that returns wait for an address that nobody writes.
+            environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        command = [sys.executable, "-m", "torch.distributed.run", *where, "--max-restarts", "3"]
+        command += ["-m", "tercet", "train", "demo", *flags(keys), "--output", str(folder), "--resume-if-there"]
+        self.folder, self.output = folder, output
+        with output.open("wb") as stream:
+            self.process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+        self.pid = self.process.pid
+        _started.append(self)
+
+    def exit_status(self) -> int | None:
+        return self.process.poll()
+
+    def ranks(self) -> dict[str, psutil.Process]:
+        """The processes that it runs now, by rank."""
+        found = {}
+        for child in self.children():
+            try:
+                found[child.environ().get("RANK", "")] = child
+            except psutil.Error:  # it has just ended
+                continue
+        return found
+
+    def kill(self) -> None:
+        """kill -9 of torchrun and its ranks, as simultaneously as the system can."""
+        if self.process.poll() is None:
+            torchrun = psutil.Process(self.process.pid)
+            for one in [torchrun, *torchrun.children(recursive=True)]:
+                one.kill()
+        self.process.wait(PATIENCE)
 
 
-def losses(folder: Path) -> list[tuple[float, ...]]:
-    """What every step of a run gave, to the last bit."""
-    names = ("step", "loss", "cma", "imc", "lmi", "itm", "mlm", "lr", "temperature", "grad_norm", "alpha")
-    return [tuple(line[name] for name in names) for line in lines(folder)]
-
-
-def assert_equal(first: Path, second: Path) -> int:
-    """Two finished runs gave the same at every step and end in the same parameters, bit for bit; how many steps."""
-    assert losses(first) == losses(second)
-    expected, actual = (load_file(run / "model" / "model.safetensors") for run in (first, second))
-    assert expected.keys() == actual.keys()
-    for name, value in expected.items():
-        assert torch.equal(value, actual[name]), name
-    return len(losses(first))
-
-
-def rubbish(folder: Path) -> list[Path]:
+def leftovers(folder: Path) -> list[Path]:
     """Files that are half-written or left over."""
     return [path for path in folder.rglob(".*") if path.name != ".lock"]
+
+
+def assert_gone(processes: list[psutil.Process], seconds: float = 5) -> None:
+    """The processes end by themselves."""
+    _, alive = psutil.wait_procs(processes, seconds)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]

@@ -13,8 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from faults.runs import Run, assert_equal, events, lines
+from faults.runs import Run
+from tercet.config_io import load_config
+from tercet.tasks.pretrain import Pretraining
 from tercet.train.checkpoint import list_checkpoints
+from tercet.train.loop import train
+from tiny_run import TINY, assert_equal, events, lines
 
 
 def flip(path: Path) -> None:
@@ -37,7 +41,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 def test_damaged_checkpoints(unbroken: Path, tmp_path: Path) -> None:
-    """Each kind of damage to the newest checkpoint: it is named, and the one before is used."""
+    """The damaged checkpoint is named, and the one before it is used."""
     stopped = Run(tmp_path / "stopped", train__max_steps=5)
     stopped.finish()
     runs = []
@@ -62,13 +66,10 @@ def picture(number: int, kind: str = "JPEG", mode: str = "RGB", **options: objec
     return stream.getvalue()
 
 
-def rotated() -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return picture(1, exif=exif)
+ROTATED = Image.Exif()
+ROTATED[0x0112] = 6
 
-
-# Names end as a photograph's whatever they hold, which is the commonest fault of all.
+# All names end in .jpg, whatever the files hold: the most common fault of all.
 BROKEN = {
     "empty": b"",
     "truncated": picture(1)[:-300],
@@ -82,7 +83,7 @@ ODD = {
     "cmyk": picture(3, mode="CMYK"),
     "sixteen": picture(4, "PNG", "I;16"),
     "animated": picture(5, "GIF", "P", save_all=True, append_images=[Image.new("P", (48, 40))]),
-    "rotated": rotated(),
+    "rotated": picture(1, exif=ROTATED),
     "transparent": picture(6, "PNG", "RGBA"),
 }
 
@@ -98,25 +99,17 @@ def test_five_percent_of_the_pictures_are_broken(tmp_path: Path) -> None:
     assert len(BROKEN) / len(everything) == 0.05
     run = Run(tmp_path / "run", data__train=str(folder), train__batch_size=10, train__epochs=2, data__workers=2)
     run.finish()
-    taken = lines(run.folder)
-    assert len(taken) == 24
-    assert sum(line["skipped"] for line in taken) == 2 * len(BROKEN)
-    said = events(run.folder)
-    assert f"{2 * len(BROKEN)} samples could not be read and were skipped" in said
-    for name in BROKEN:
-        assert f"skipped: {name}.jpg: " in said, said
-    for name in ODD:
-        assert f"{name}.jpg" not in said
-    assert "skipped: huge.jpg: more pixels than" in said
+    steps, messages = lines(run.folder), events(run.folder)
+    assert len(steps) == 24
+    assert sum(line["skipped"] for line in steps) == 2 * len(BROKEN)
+    assert f"{2 * len(BROKEN)} samples could not be read and were skipped" in messages
+    assert all(f"skipped: {name}.jpg: " in messages for name in BROKEN), messages
+    assert not any(f"{name}.jpg" in messages for name in ODD)
+    assert "skipped: huge.jpg: more pixels than" in messages
 
 
-def test_a_batch_with_nan_is_skipped_and_the_run_ends_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The poison enters where a damaged picture would: in the pixels of one batch of a whole run."""
-    from faults.runs import TINY
-    from tercet.config_io import load_config
-    from tercet.tasks.pretrain import Pretraining
-    from tercet.train.loop import train
-
+def test_a_batch_with_nan_is_skipped_and_the_run_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pixels of one batch of a whole run are not finite."""
     prepare, calls = Pretraining.prepare, []
 
     def poisoned(self: Pretraining, batch: object, *rest: object) -> object:
@@ -126,8 +119,7 @@ def test_a_batch_with_nan_is_skipped_and_the_run_ends_sound(tmp_path: Path, monk
         return prepare(self, batch, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Pretraining, "prepare", poisoned)
-    keys = {**TINY, "data.validation": [], "data.test": [], "output": str(tmp_path / "run")}
-    run = train(load_config("demo", keys))
+    run = train(load_config("demo", {**TINY, "output": str(tmp_path / "run")}))
     assert events(run).count("not finite; the step is skipped") == 1
     named = next(line for line in lines(run, "event") if "not finite" in line["message"])
     assert named["step"] == 5 and calls[4].keys[0] in named["message"]

@@ -1,4 +1,4 @@
-"""kill -9: at random moments, during a checkpoint, of a worker; the run that goes on equals one that nothing hit."""
+"""kill -9 at random moments, during a checkpoint, of a worker; the resumed run equals an unbroken one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,31 @@ import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from faults.runs import Run, assert_equal, events, rubbish
-from tercet.train.checkpoint import list_checkpoints
+from faults.runs import Run, assert_gone, leftovers
+from tiny_run import assert_equal, events
+
+
+def assert_survives(folder: Path, whole: Path, kills: int, seed: int, workers: int, **keys: int) -> int:
+    """Kill a run repeatedly, resume it each time, and compare it with `whole`; returns the steps compared."""
+    draw = random.Random(seed)
+    run = Run(folder, data__workers=workers, **keys)
+    for number in range(kills):
+        run.until(lambda: (folder / "metrics.jsonl").is_file())
+        if number % 4:  # otherwise at any moment of the start
+            run.until_step(run.steps() + 1)
+        time.sleep(draw.uniform(0, 0.25))
+        assert run.process.is_alive(), f"only {number} kills before the run ended: {run.messages}"
+        orphans = run.children()
+        run.kill()
+        assert run.process.exitcode == -signal.SIGKILL
+        assert_gone(orphans)
+        run = Run(folder, resume=True, data__workers=workers, **keys)
+    run.finish()
+    assert leftovers(folder) == []
+    assert events(folder).count("resumed at step") + events(folder).count("it starts again") <= kills
+    return assert_equal(whole, folder)
 
 
 def test_killed_at_random_moments(unbroken: Path, tmp_path: Path) -> None:
@@ -29,59 +49,30 @@ def test_killed_twenty_times(tmp_path: Path, workers: int) -> None:
     print(f"20 kills survived with {workers} workers; {steps} steps compared")
 
 
-def assert_survives(folder: Path, whole: Path, kills: int, seed: int, workers: int, **keys: int) -> int:
-    """Kill a run again and again, resume it each time, and compare it with `whole`; how many steps were compared."""
-    draw = random.Random(seed)
-    run = Run(folder, data__workers=workers, **keys)
-    for number in range(kills):
-        run.until(lambda: (folder / "metrics.jsonl").is_file())
-        if number % 4:  # else at any moment of the start
-            run.until_step(run.steps() + 1)
-        time.sleep(draw.uniform(0, 0.25))
-        assert run.process.is_alive(), f"only {number} kills before the run ended: {run.messages}"
-        orphans = run.workers()
-        run.kill()
-        assert run.process.exitcode == -signal.SIGKILL
-        assert_gone(orphans)
-        run = Run(folder, resume=True, data__workers=workers, **keys)
-    run.finish()
-    assert rubbish(folder) == []
-    assert events(folder).count("resumed at step") + events(folder).count("it starts again") <= kills
-    return assert_equal(whole, folder)
-
-
-def assert_gone(processes: list[psutil.Process], seconds: float = 5) -> None:
-    """The processes end by themselves."""
-    _, alive = psutil.wait_procs(processes, seconds)
-    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
-
-
 def test_killed_while_a_checkpoint_is_written(unbroken: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    caught = 0
+    caught = False
     for attempt in range(10):
         run = Run(folder, resume=attempt > 0)
         left = set(folder.glob("checkpoints/.step-*"))
         while run.process.is_alive() and set(folder.glob("checkpoints/.step-*")) <= left:
             time.sleep(0.0005)
         run.kill()
-        caught += bool(set(folder.glob("checkpoints/.step-*")) - left)
-        if caught == 1 or run.process.exitcode == 0:
+        caught = bool(set(folder.glob("checkpoints/.step-*")) - left)
+        if caught or run.process.exitcode == 0:
             break
     assert caught, "no kill came while a checkpoint was being written"
-    whole = list_checkpoints(folder / "checkpoints")
-    run = Run(folder, resume=True)
-    run.finish()
+    whole = run.checkpoints()
+    Run(folder, resume=True).finish()
     assert not whole or f"resumed at step {int(whole[0].name[-8:])}" in events(folder)
-    assert rubbish(folder) == []
+    assert leftovers(folder) == []
     assert_equal(unbroken, folder)
 
 
 def test_a_killed_worker_is_replaced(unbroken: Path, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run", data__workers=2)
-    run.until(lambda: run.steps() > 1)
+    run = Run(tmp_path / "run", data__workers=2).until_step(2)
     run.send(signal.SIGSTOP)
-    workers = run.workers()
+    workers = run.children()
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker.pid, signal.SIGKILL)

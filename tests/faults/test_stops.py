@@ -1,4 +1,4 @@
-"""SIGTERM with ten seconds of grace, as clusters send it: while training, evaluating and writing, to one or to all."""
+"""SIGTERM as clusters send it, ten seconds before SIGKILL: while training, evaluating and writing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from faults.runs import PATIENCE, Run, assert_equal, events, lines, rubbish
-from faults.test_kills import assert_gone
+from faults.runs import Run, assert_gone, leftovers
 from scene_files import scene_file
-from tercet.train.checkpoint import list_checkpoints
+from tiny_run import assert_equal, events, lines
 
-STOPPED = 130
 GRACE = 10  # seconds between a cluster's SIGTERM and its SIGKILL
 
 
@@ -25,27 +23,25 @@ def stop(run: Run, group: bool = False) -> None:
     """
     sent = time.monotonic()
     run.send(signal.SIGTERM, group)
-    assert run.end() == STOPPED, run.messages
+    assert run.end() == 130, run.messages
     waited, share = time.monotonic() - sent, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
     print(f"ended {waited:.2f} s after SIGTERM, {share:.1f} processes a core")
     assert waited < GRACE * share
     assert "Traceback" not in run.messages
     assert "stopped by SIGTERM; go on with: tercet train --resume" in run.messages.splitlines()[-1]
-    newest = list_checkpoints(run.folder / "checkpoints")[0]
-    assert newest.name == f"step-{lines(run.folder)[-1]['step']:08d}"
-    assert rubbish(run.folder) == []
+    assert run.checkpoints()[0].name == f"step-{lines(run.folder)[-1]['step']:08d}"
+    assert leftovers(run.folder) == []
 
 
 @pytest.mark.parametrize("group", [False, True], ids=["trainer", "whole group"])
 def test_while_training(unbroken: Path, tmp_path: Path, group: bool) -> None:
     run = Run(tmp_path / "run", data__workers=2, train__checkpoint_every=1000).until_step(3)
-    workers = run.workers()
+    workers = run.children()
     assert len(workers) == 2
     stop(run, group)
     assert "worker process died" not in run.messages
     assert_gone(workers)
-    again = Run(run.folder, resume=True)
-    again.finish()
+    Run(run.folder, resume=True).finish()
     assert_equal(unbroken, run.folder)
 
 
@@ -57,26 +53,21 @@ def test_while_evaluating(tmp_path: Path) -> None:
     time.sleep(0.5)
     stop(run)
     assert lines(run.folder, "evaluate") == []
-    again = Run(run.folder, resume=True, evaluate__limit=8, evaluate__rerank=0)
-    again.finish()
+    Run(run.folder, resume=True, evaluate__limit=8, evaluate__rerank=0).finish()
     assert "resumed at step 3" in events(run.folder)
 
 
 def test_while_a_checkpoint_is_written(unbroken: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    run = Run(folder, train__checkpoint_every=1)
-    deadline = time.monotonic() + PATIENCE
-    while not list(folder.glob("checkpoints/.step-*")):
-        assert time.monotonic() < deadline and run.process.is_alive(), run.messages
+    run = Run(tmp_path / "run", train__checkpoint_every=1)
+    run.until(lambda: bool(list(run.folder.glob("checkpoints/.step-*"))), pause=0)
     stop(run)
-    again = Run(folder, resume=True)
-    again.finish()
-    assert_equal(unbroken, folder)
+    Run(run.folder, resume=True).finish()
+    assert_equal(unbroken, run.folder)
 
 
 def test_workers_end_when_their_trainer_is_killed(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", data__workers=2).until_step(1)
-    workers = run.workers()
+    workers = run.children()
     run.kill()
     assert len(workers) == 2
     assert_gone(workers)

@@ -82,10 +82,7 @@ def weight_targets() -> dict[str, Target]:
         return Target(name, [seed], read)
 
     answers = Target(
-        "model/answers.json",
-        [as_json(["yes", "no"])],
-        lambda folder: load_model(folder / "model"),
-        beside_model(files),
+        "model/answers.json", [as_json(["yes", "no"])], lambda folder: load_model(folder / "model"), beside_model(files)
     )
     return {
         "model config": loads("config.json"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from fuzz.data_targets import ALBEF_QUESTIONS, DETECTIONS, INSTANCES, REFERENCES
+from fuzz.data_targets import ALBEF_QUESTIONS, DETECTIONS, INSTANCES, OFFICIAL_QUESTIONS, REFERENCES
 from fuzz.model_targets import model_files
 from fuzz.property import check
 from fuzz.target import JPEG, as_json, as_lines
@@ -77,15 +76,6 @@ def endless_strides() -> bytes:
     return stream.getvalue()
 
 
-def compressed(content: bytes) -> bytes:
-    """The same archive, its members compressed."""
-    stream = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as given, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as taken:
-        for name in given.namelist():
-            taken.writestr(name, given.read(name))
-    return stream.getvalue()
-
-
 def aliases(levels: int) -> bytes:
     """YAML that says ten to the power of `levels` times the same in a few lines."""
     lines = ["a0: &a0 [x]"]
@@ -94,11 +84,11 @@ def aliases(levels: int) -> bytes:
 
 
 def changed(value: Any, path: tuple[Any, ...], odd: Any) -> bytes:
-    """`value` as JSON with something odd in one place."""
-    copy = place = json.loads(json.dumps(value))
+    """`value` as JSON with something odd at `path`."""
+    copy = part = json.loads(json.dumps(value))
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = odd
+        part = part[key]
+    part[path[-1]] = odd
     return as_json(copy)
 
 
@@ -118,7 +108,7 @@ def refused_tokenizer() -> bytes:
 
 PAIRS = [{"image": "1.jpg", "caption": "a dog"}, {"image": "2.jpg", "caption": "a cat"}]
 READ = "read"
-# The reader, the file, and a part of what is said of it; READ where the file, or what is whole of it, is read.
+# The reader, the file, and a part of the message; READ where the file, or what is whole of it, is read.
 FINDINGS: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "Arrow with damaged offsets": ("arrow", damaged_offsets, "a.arrow"),
     "Parquet damaged inside": ("parquet", damaged_inside, "a.parquet"),
@@ -129,8 +119,7 @@ FINDINGS: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "JSON nested thousands deep": ("json", lambda: b"[" * 100_000, "a.json"),
     "JSON lines nested thousands deep": ("jsonl", lambda: b'{"image":' * 100_000 + b"\n" + as_lines(PAIRS), READ),
     "a list for image_id": ("vqa questions", lambda: changed(
-        {"data_subtype": "val2014", "questions": [{"image_id": 1, "question": "what?", "question_id": 10}]},
-        ("questions", 0, "image_id"), [1]), "v2_"),
+        json.loads(OFFICIAL_QUESTIONS), ("questions", 0, "image_id"), [1]), "v2_"),
     "a list for ref_id": ("references", lambda: changed(REFERENCES, (0, "ref_id"), [1]), "refs.json"),
     "an object for split": ("references", lambda: changed(REFERENCES, (0, "split"), {"a": 1}), "refs.json"),
     "a list for a question": ("vqa albef", lambda: changed(ALBEF_QUESTIONS, (0, "question"), ["what?"]), "q.json"),
@@ -139,7 +128,7 @@ FINDINGS: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "an image named /dev/zero": ("json", lambda: changed(PAIRS, (0, "image"), "/dev/zero"), READ),
     "an image with a name of 5,000 characters": ("json", lambda: changed(PAIRS, (0, "image"), "x" * 5000), READ),
     "a probe whose image is gone": ("probes", lambda: as_json(
-        [{"image_0": "9", "image_1": "2", "caption_0": "a b", "caption_1": "b a"}]), "probe.json"),
+        [{"image_0": "9", "image_1": "2", "caption_0": "a b", "caption_1": "b a"}]), READ),
     "a probe whose image is a device far outside": ("probes", lambda: as_json(
         [{"filename": f"{'../' * 20}dev/zero", "caption": "a b", "negative_caption": "b a"}]), "probe.json"),
     "YAML of aliases of aliases": ("config", lambda: aliases(12), "c.yaml"),
@@ -147,7 +136,7 @@ FINDINGS: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "a tokenizer without its own token for unknown words": ("tokenizer", refused_tokenizer, "tokenizer.json"),
     "a model of a billion layers": ("model config", huge_config, "model"),
     "a .pth whose strides make it a terabyte": ("weights pth", endless_strides, "w.pth"),
-    "a compressed .pth": ("weights pth", lambda: compressed(TARGETS["weights pth"].seeds[0]), "w.pth"),
+    "a compressed .pth": ("weights pth", lambda: TARGETS["weights packed pth"].seeds[0], "w.pth"),
     "a config that extends what is not there": ("config", lambda: b"extends: nowhere near\n", "c.yaml: extends: "),
     "a pattern with a null character": ("file names", lambda: b"a\0,y/a*", "null character"),
     "a trillion names of shards": ("file names", lambda: b"{000000..999999999999}.tar", ""),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fuzz.mutations import mutated_json
 from fuzz.property import check
 from fuzz.targets import all_targets
 
@@ -27,9 +29,7 @@ SCALARS = st.one_of(
     st.integers(),
     st.floats(),
     st.text(max_size=8),
-    st.sampled_from(
-        ["", "\ud800", "a\0b", "x" * 5000, "../../etc/passwd", "/dev/zero", "http://", "~nobody/x", "1.jpg"]
-    ),
+    st.sampled_from(NAMES),
 )
 JSON_STARTS = (b'{"', b'["', b"[{", b"{\n")
 ODD = st.recursive(
@@ -44,26 +44,61 @@ def damaged(draw: Any, seeds: list[bytes]) -> bytes:
     if draw(st.integers(0, 9)) == 0:
         return draw(st.binary(max_size=200))
     for _ in range(draw(st.integers(1, 4))):
-        place = draw(st.integers(0, max(0, len(content) - 1)))
+        start = draw(st.integers(0, max(0, len(content) - 1)))
         length = draw(st.sampled_from([1, 2, 4, 8, 64, 512]))
         kind = draw(st.sampled_from(["set", "set", "flip", "cut", "remove", "insert", "double", "swap"]))
         if kind == "cut":
-            del content[place:]
+            del content[start:]
         elif kind == "remove":
-            del content[place : place + length]
+            del content[start : start + length]
         elif kind == "insert":
-            content[place:place] = draw(st.binary(max_size=16))
+            content[start:start] = draw(st.binary(max_size=16))
         elif kind == "double":
-            content[place:place] = content[place : place + length]
+            content[start:start] = content[start : start + length]
         elif kind == "flip" and content:
-            content[place] ^= 1 << draw(st.integers(0, 7))
+            content[start] ^= 1 << draw(st.integers(0, 7))
         elif kind == "swap" and content:
             other = draw(st.integers(0, len(content) - 1))
-            content[place], content[other] = content[other], content[place]
+            content[start], content[other] = content[other], content[start]
         elif content:
             fill = draw(st.sampled_from([b"\0", b"\xff", b"\x7f", b"\x80", b"9", b"[", b'"']))
-            content[place : place + length] = fill * len(content[place : place + length])
+            content[start : start + length] = fill * len(content[start : start + length])
     return bytes(content)
+
+
+def mutated_json(seed: bytes, draw: Callable[[Sequence[Any]], Any], parts: Callable[[], Any]) -> bytes:
+    """`seed` with some of its values replaced by odd ones.
+
+    Args:
+        seed: JSON, or JSON lines.
+        draw: chooses one of a sequence.
+        parts: makes an odd value.
+    """
+    try:
+        values = [json.loads(seed)]
+    except ValueError:
+        values = [json.loads(line) for line in seed.split(b"\n") if line.strip()]
+    for _ in range(draw(range(1, 4))):
+        slots = list(_slots(values))
+        container, key = draw(slots)
+        what = draw(("replace", "replace", "remove", "double"))
+        if what == "replace":
+            container[key] = parts()
+        elif what == "remove":
+            del container[key]
+        elif isinstance(container, list):
+            container.append(copy.deepcopy(container[key]))
+        if not values:
+            break
+    return b"\n".join(json.dumps(value).encode() for value in values)
+
+
+def _slots(value: Any) -> Any:
+    keys = range(len(value)) if isinstance(value, list) else list(value)
+    for key in keys:
+        yield value, key
+        if isinstance(value[key], list | dict):
+            yield from _slots(value[key])
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -49,7 +49,7 @@ def test_frozen_parameters_take_no_gradient(processor: str) -> None:
     assert layer.weight.grad is None and layer.bias.grad is not None
 
 
-def test_other_precisions_are_left_to_pytorch(processor: str) -> None:
+def test_other_precisions_use_pytorch(processor: str) -> None:
     layer, hidden = Linear(8, 8), torch.randn(4, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(hidden).dtype == torch.bfloat16

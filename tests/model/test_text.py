@@ -49,7 +49,7 @@ def test_an_image_selected_several_times_gets_the_sum_of_their_gradients() -> No
 
 
 @pytest.mark.parametrize("window", [None, 1])
-def test_fusion_reads_patches_alone_where_they_see_their_neighbours_alone(window: int | None) -> None:
+def test_with_a_window_fusion_attends_only_to_patches(window: int | None) -> None:
     torch.manual_seed(0)
     model = Tercet(ModelConfig.model_validate({"size": "tiny", "vision": {"window": window}})).eval()
     text, mask = torch.randn(2, 5, 128), torch.ones(2, 5, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The vision transformer's own ways: the convolution stem, pooling, windows, and patches that are dropped."""
+"""Options of the vision transformer: convolution stem, pooling, windows, and dropped patches."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_maximum_joins_the_class_token_alone() -> None:
     torch.testing.assert_close(after[:, 0], before[:, 0] + before[:, 1:].amax(1))
 
 
-def test_patches_are_drawn_without_repeats_in_order_and_all_equally_often() -> None:
+def test_patches_are_sampled_without_repeats_in_order_and_equally_often() -> None:
     torch.manual_seed(0)
     drawn = draw_patches(torch.zeros(2000, 10, 3), 4)
     assert (drawn.diff(dim=1) > 0).all()
@@ -82,7 +82,7 @@ def test_a_patch_that_remains_keeps_its_position() -> None:
     torch.testing.assert_close(remaining[1:], whole[positions])
 
 
-def test_with_a_window_a_patch_sees_its_neighbours_and_the_class_token_all() -> None:
+def test_with_a_window_a_patch_attends_to_its_neighbours_and_the_class_token_to_all() -> None:
     vision = build(window=1).eval()
     images = torch.rand(1, 3, 32, 32)
     changed = images.clone()
@@ -111,7 +111,7 @@ def test_the_neighbours_of_patches_that_remain() -> None:
         ({"text": {"pool": "mean"}}, r"model\.text\.pool mean"),
     ],
 )
-def test_our_own_ways_are_saved_and_loaded_but_have_no_published_form(
+def test_own_options_are_saved_and_loaded_but_have_no_published_form(
     tmp_path: Path, sizes: dict[str, object], named: str
 ) -> None:
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tercet.objectives.contrast import contrast, cross_modal, gather_candidates, intra_modal, same_image
+from tercet.objectives.contrast import contrast, cross_modal, gather_candidates, intra_modal
 from tercet.objectives.state import FeatureQueue
 
 
@@ -77,7 +77,3 @@ def test_a_count_makes_the_mean_over_ranks_the_mean_over_all_rows() -> None:
         own = gather_candidates(images, texts, None, None, rows=rows)
         parts.append(cross_modal(images[rows], texts[rows], own, temperature, 2.5))
     torch.testing.assert_close(sum(parts) / 2, cross_modal(images, texts, candidates, temperature))
-
-
-def test_same_image_without_ids_is_the_diagonal() -> None:
-    assert torch.equal(same_image(None, 3, torch.device("cpu")), torch.eye(3, dtype=torch.bool))

@@ -18,11 +18,13 @@ from tercet.model.names import published_to_state
 from tercet.model.tercet import Tercet
 from tercet.objectives.masking import masked_positions
 from tercet.objectives.matching import Negatives
+from tercet.objectives.state import Teacher
 from tercet.tasks.classification import ClassificationTask
 from tercet.tasks.pretrain import PairBatch, Pretraining
+from tercet.tasks.vqa import QuestionAnswering
 
 FP32_EPS = torch.finfo(torch.float32).eps
-LabelTask = TypeVar("LabelTask", bound=ClassificationTask)
+HeadTask = TypeVar("HeadTask", bound=ClassificationTask | QuestionAnswering)
 
 
 @dataclass
@@ -90,8 +92,8 @@ def load_student(fixture: Fixture, heads: Sequence[HeadName] = ()) -> Tercet:
     return model
 
 
-def load_labels(fixture: Fixture, head: HeadName, build: Callable[[Tercet], LabelTask]) -> LabelTask:
-    """A task that chooses labels, with the fixture's student and teacher."""
+def load_task_with_head(fixture: Fixture, head: HeadName, build: Callable[[Tercet], HeadTask]) -> HeadTask:
+    """A task with the fixture's student and teacher."""
     task = build(load_student(fixture, [head]))
     if task.teacher is not None:
         task.teacher.model.load_state_dict(published_teacher(fixture.part("state.")))
@@ -176,6 +178,15 @@ def assert_gradients(fixture: Fixture, student: Tercet) -> None:
     gradients = {name: value.grad for name, value in student.named_parameters() if value.requires_grad}
     assert all(gradient is not None for gradient in gradients.values())
     assert_precise(fixture, "grad", {name: gradient for name, gradient in gradients.items() if gradient is not None})
+
+
+def assert_teacher(fixture: Fixture, teacher: Teacher | None) -> None:
+    """The teacher is the recorded one after the forward pass."""
+    assert teacher is not None
+    actual, expected = teacher.model.state_dict(), published_teacher(fixture.part("after_fwd."))
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-6, atol=1e-7, msg=name)
 
 
 def assert_close_to_norm(actual: Tensor, expected: Tensor, relative: float, absolute: float, name: str) -> None:

@@ -7,13 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures import Fixture, assert_gradients, load_fixture, model_config
+from fixtures import Fixture, assert_gradients, assert_teacher, load_fixture, load_student, load_task_with_head
 from torch import Tensor
 
-from published_names import is_teacher, published_teacher
 from tercet.config import ModelConfig, ObjectivesConfig
-from tercet.model.convert import convert, published_config
-from tercet.model.hub import empty_model, load_model
 from tercet.model.names import published_to_state, state_to_published
 from tercet.model.tercet import Tercet
 from tercet.tasks.answering import AnswerList, decoder_of, fuse_questions, rank_answers
@@ -29,21 +26,12 @@ def fixture(parity_dir: Path) -> Fixture:
     return load_fixture(parity_dir, "vqa")
 
 
-def load_student(fixture: Fixture) -> Tercet:
-    sizes = model_config(fixture)
-    model = Tercet(sizes.model_copy(update={"heads": ["answer"]}))
-    missing, unexpected = model.load_state_dict(published_to_state(fixture.part("state.")), strict=False)
-    assert not unexpected
-    unread = ("vision_projection", "text_projection", "itm_head", "mlm_head", "temperature")
-    assert all(name.startswith(unread) for name in missing), missing
-    return model.train()
+def load_model(fixture: Fixture) -> Tercet:
+    return load_student(fixture, ["answer"])
 
 
 def load_task(fixture: Fixture, published: bool) -> QuestionAnswering:
-    task = QuestionAnswering(load_student(fixture), CONFIG, published)
-    if task.teacher is not None:
-        task.teacher.model.load_state_dict(published_teacher(fixture.part("state.")))
-    return task.train()
+    return load_task_with_head(fixture, "answer", lambda student: QuestionAnswering(student, CONFIG, published))
 
 
 def read_batch(fixture: Fixture) -> AnswerBatch:
@@ -75,7 +63,7 @@ def fused_questions(fixture: Fixture, model: Tercet) -> Tensor:
 
 @torch.no_grad()
 def test_questions_and_answers_give_the_published_logits(fixture: Fixture) -> None:
-    model, batch, out = load_student(fixture), read_batch(fixture), fixture.part("out.")
+    model, batch, out = load_model(fixture), read_batch(fixture), fixture.part("out.")
     assert (model.encode_image(batch.images) - out["image_embeds"]).abs().max() < STATES
     assert (fused_questions(fixture, model) - out["question_states"]).abs().max() < STATES
     expected = out["answer_logits"][:, :-1].flatten(0, 1)[batch.positions]
@@ -83,7 +71,7 @@ def test_questions_and_answers_give_the_published_logits(fixture: Fixture) -> No
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-def test_published_loss_and_gradients_know_no_teacher(fixture: Fixture, alpha: float) -> None:
+def test_published_loss_and_gradients_without_a_teacher(fixture: Fixture, alpha: float) -> None:
     task = load_task(fixture, published=True)
     assert task.teacher is None
     task.begin_step()
@@ -99,11 +87,7 @@ def test_the_teacher_softens_the_targets(fixture: Fixture) -> None:
     task, batch, out = load_task(fixture, published=False), read_batch(fixture), fixture.part("out.")
     assert task.teacher is not None
     task.begin_step()
-    after = published_teacher(fixture.part("after_fwd."))
-    actual = task.teacher.model.state_dict()
-    assert set(after) == set(actual)
-    for name, value in after.items():
-        torch.testing.assert_close(actual[name], value, rtol=1e-6, atol=1e-7, msg=name)
+    assert_teacher(fixture, task.teacher)
     teacher_logits = out["logits_m"].flatten(0, 1)[batch.positions]
     with torch.no_grad():
         assert (answer_logits(task.teacher.model, batch) - teacher_logits).abs().max() < LOGITS
@@ -122,7 +106,7 @@ def test_the_teacher_softens_the_targets(fixture: Fixture) -> None:
 
 
 def test_published_ranking_counts_the_first_token_twice(fixture: Fixture) -> None:
-    model, out = load_student(fixture).eval(), fixture.part("out.")
+    model, out = load_model(fixture).eval(), fixture.part("out.")
     mask = fixture.tensors["in.question_mask"]
     k = int(fixture.tensors["in.rank_k"])
     states = fused_questions(fixture, model)
@@ -136,7 +120,7 @@ def test_published_ranking_counts_the_first_token_twice(fixture: Fixture) -> Non
 
 
 def test_default_ranking_is_by_the_probability_of_the_answer(fixture: Fixture) -> None:
-    model, out = load_student(fixture).eval(), fixture.part("out.")
+    model, out = load_model(fixture).eval(), fixture.part("out.")
     mask = fixture.tensors["in.question_mask"]
     states, decoder, answers = fused_questions(fixture, model), decoder_of(model), answer_list(fixture)
     ranked = rank_answers(decoder, states, mask, answers, 8)
@@ -147,51 +131,10 @@ def test_default_ranking_is_by_the_probability_of_the_answer(fixture: Fixture) -
     assert (ranked.log_probabilities.diff(dim=1) <= 0).all()
     # The two ways of counting do not agree here, so neither test can pass by the other's rule.
     assert not torch.equal(ranked.indices, out["rank_topk_ids"])
-    # With every answer scored in full, no better one can have been left out by its first token.
+    # With every answer scored in full, no better one can have been missed by its first token.
     every = rank_answers(decoder, states, mask, answers, 1000)
     assert every.indices.shape == (3, 24)
     assert (every.log_probabilities.exp().sum(dim=1) <= 1 + 1e-5).all()
-
-
-def test_weights_map_both_ways(fixture: Fixture) -> None:
-    state = fixture.part("state.")
-    ours = published_to_state(state)
-    back = state_to_published(ours, "downstream")
-    student = {name: value for name, value in state.items() if not is_teacher(name)}
-    assert back.keys() == student.keys()
-    assert all(torch.equal(back[name], value) for name, value in student.items())
-
-
-def test_a_converted_checkpoint_answers_as_published(fixture: Fixture, tmp_path: Path) -> None:
-    state = fixture.part("state.")
-    torch.save({"model": state}, tmp_path / "vqa.pth")
-    report = convert(tmp_path / "vqa.pth", tmp_path / "model", vision_heads=4, text_heads=4)
-    used = [name for names in report.used.values() for name in names]
-    left = [name for names in report.skipped.values() for name in names]
-    assert sorted(used + left) == sorted(state)
-    assert set(report.skipped) == {"the momentum teacher", "second names of tied tensors", "position numbers"}
-    model = load_model(tmp_path / "model")
-    states, mask = fused_questions(fixture, model), fixture.tensors["in.question_mask"]
-    ranked = rank_answers(decoder_of(model), states, mask, answer_list(fixture), 8, published=True)
-    assert torch.equal(ranked.indices, fixture.tensors["out.rank_topk_ids"])
-
-
-def test_every_base_size_name_is_known(parity_dir: Path) -> None:
-    listed = json.loads((parity_dir / "official_keys_base.json").read_text())["models"]["vqa"]
-    floats = {"float32": torch.float32, "int64": torch.int64}
-    state = {
-        name: torch.empty(entry["shape"], dtype=floats[entry["dtype"]], device="meta") for name, entry in listed.items()
-    }
-    config = published_config(state)
-    assert config.heads == ["answer"] and config.vision.image_size == 384
-    wanted = empty_model(config).state_dict()
-    ours = published_to_state(state)
-    assert {name: value.shape for name, value in ours.items()} == {name: wanted[name].shape for name in ours}
-    made_new = {name.split(".")[0] for name in wanted.keys() - ours.keys()}
-    assert made_new == {"vision_projection", "text_projection", "itm_head", "mlm_head", "temperature"}
-    back = set(state_to_published(ours, "downstream"))
-    assert {name for name in state if not is_teacher(name)} == back
-    assert set(published_teacher(state)) == set(ours)
 
 
 def test_the_decoder_starts_as_published(parity_dir: Path) -> None:

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 
 HOSTILE = "<script>alert('x')</script> & \"dog\""
-THUMBNAIL = (
-    "data:image/jpeg;base64," + base64.b64encode(cv2.imencode(".jpg", np.zeros((8, 8, 3)))[1].tobytes()).decode()
-)
+THUMBNAIL = "data:image/jpeg;base64," + base64.b64encode(cv2.imencode(".jpg", np.zeros((8, 8, 3)))[1]).decode()
 
 
 def train_line(step: int, **more: Any) -> dict[str, Any]:
-    line = {"kind": "train", "step": step, "epoch": step / 50, "time": 1.7e9 + step, "loss": 9 - step / 100, "lr": 1e-4}
-    return {**line, "cma": 2.5, "mlm": 3.25, "grad_norm": 1.5, "answer_loss": 0.5, **more}
+    losses = {"loss": 9 - step / 100, "cma": 2.5, "mlm": 3.25, "answer_loss": 0.5}
+    clock = {"step": step, "epoch": step / 50, "time": 1.7e9 + step}
+    return {"kind": "train", **clock, **losses, "lr": 1e-4, "grad_norm": 1.5, **more}
 
 
 def write_lines(folder: Path, lines: list[dict[str, Any]]) -> None:
@@ -39,18 +38,14 @@ def make_run(folder: Path, rate: float = 1e-4, recall: float = 40.0) -> Path:
     lines += [train_line(step, time=1.7e9 + 9000 + step - 150, skipped=2) for step in range(160, 310, 10)]
     for step in (100, 300):
         recalls = {f"{side}_r{k}": recall + step / 100 for side in ("text", "image") for k in (1, 5, 10)}
-        groups = {
-            "dual": {**recalls, "r_mean": recall + step / 100},
-            "reranked": {key: value + 10 for key, value in recalls.items()},
-            "embeddings": {"alignment": 2 - recall / 100},
-        }
-        size = {"images": 100, "texts": 500}
-        lines.append({"kind": "evaluate", "step": step, "data": "validation", "size": size, **groups})
+        line = {"kind": "evaluate", "step": step, "data": "validation", "size": {"images": 100, "texts": 500}}
+        line["dual"] = {**recalls, "r_mean": recall + step / 100}
+        line["reranked"] = {key: value + 10 for key, value in recalls.items()}
+        lines.append({**line, "embeddings": {"alignment": 2 - recall / 100}})
     write_lines(folder, lines)
     results = [{"key": "a", "score": 0.9, "thumbnail": THUMBNAIL}, {"key": "b", "right": True, "thumbnail": THUMBNAIL}]
-    gallery = [
-        {"query": query, "rank": rank, "results": results} for query, rank in (("a dog", 1), (HOSTILE, 7), ("b", 2))
-    ]
+    queries = {"a dog": 1, HOSTILE: 7, "b": 2}
+    gallery = [{"query": query, "rank": rank, "results": results} for query, rank in queries.items()]
     matrix = {"captions": [HOSTILE, "b"], "thumbnails": [THUMBNAIL] * 2, "cosines": [[0.9, 0.1], [0.8, 0.7]]}
     maps = [{"query": HOSTILE, "thumbnail": THUMBNAIL, "overlay": "http://evil/x", "words": [{"word": HOSTILE}]}]
     facts = {"recipe": "demo", "pairs": 4000, "parameters": 1231, "machine": "2 cores"}

@@ -12,7 +12,6 @@ from PIL import Image
 
 from scene_files import png_of
 from tercet.cli import main
-from tercet.errors import TercetError
 from tercet.model.hub import save_model
 from tercet.report.figures import comparison_chart, draw_explanation, run_chart, smooth
 from tercet.tasks.explaining import Explanation, WordHeat
@@ -47,8 +46,7 @@ def test_any_values_make_a_chart_with_labels(values: list[float]) -> None:
 @pytest.mark.parametrize("shape", [(64, 64), (20, 640), (640, 20), (1, 1)])
 @pytest.mark.parametrize("words", [1, 14])
 def test_any_shape(shape: tuple[int, int], words: int, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     heats = [WordHeat("$word" * (1 + index), torch.rand(4, 4), (index + 1) / words) for index in range(words)]
     explanation = Explanation("costs $5 _and_ ^more " * words, pixels, torch.rand(4, 4), heats, 0.5)
     path = draw_explanation(explanation, tmp_path / "e.png")
@@ -57,27 +55,19 @@ def test_any_shape(shape: tuple[int, int], words: int, tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = save_model(make_model(), tmp_path / "model")
-    (tmp_path / "a.png").write_bytes(png_of(SCENES[0]))
-    words = ["explain", str(folder), str(tmp_path / "a.png"), TEXTS[0]]
-    assert main([*words, "--output", str(tmp_path / "e.png")]) == 0
-    printed = capsys.readouterr()
-    assert printed.out.strip() == str(tmp_path / "e.png") and "not trained" not in printed.err
-    assert Image.open(tmp_path / "e.png").width > 400
-    assert main([*words, "--output", str(tmp_path / "e.jpg")]) == 2
-    assert "a name that ends in .png" in capsys.readouterr().err
+    model, picture, target = make_model(), tmp_path / "a.png", tmp_path / "e.png"
+    picture.write_bytes(png_of(SCENES[0]))
 
-    dual = make_model()
-    dual.objectives = ["cma"]
-    save_model(dual, folder)
-    assert main([*words, "--output", str(tmp_path / "e.png")]) == 0
-    assert "matching head was not trained" in capsys.readouterr().err
+    def explain(output: Path) -> tuple[int, str, str]:
+        words = ["explain", str(save_model(model, tmp_path / "model")), str(picture), TEXTS[0], "--output", str(output)]
+        return main(words), *capsys.readouterr()
 
-
-def test_not_a_picture(tmp_path: Path) -> None:
-    empty = Explanation("a", np.zeros((4, 4, 3), np.uint8), torch.zeros(2, 2), [], 0.5)
-    with pytest.raises(TercetError, match=r"ends in \.png"):
-        draw_explanation(empty, tmp_path / "e")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(TercetError, match="cannot write"):
-        draw_explanation(empty, tmp_path / "file" / "e.png")
+    status, printed, warned = explain(target)
+    assert (status, printed.strip()) == (0, str(target)) and "not trained" not in warned
+    assert Image.open(target).width > 400
+    for wrong, named in ((tmp_path / "e.jpg", "a name that ends in .png"), (picture / "e.png", "cannot write")):
+        status, _, error = explain(wrong)
+        assert status == 2 and named in error
+    model.objectives = ["cma"]
+    status, _, warned = explain(target)
+    assert status == 0 and "matching head was not trained" in warned

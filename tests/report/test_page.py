@@ -33,16 +33,9 @@ def test_whole_report(run: Path) -> None:
     assert sum(tag == "svg" for tag, _ in page.tags) == 8
     assert "1 of 2 captions are nearest to their own image" in page.text
     assert sum("own" in (attributes.get("class") or "").split() for _, attributes in page.tags) == 2
-
-
-def test_nothing_comes_from_outside_and_captions_are_text(run: Path) -> None:
-    page = report(run)
     page.assert_offline()
     assert page.text.count(HOSTILE) == 6  # query, event, config, a row of the matrix, a heatmap and its word
-
-
-def test_failures_come_first_and_right_images_are_marked_by_more_than_colour(run: Path) -> None:
-    page = report(run)
+    # Failures come first, and right images are marked by more than colour.
     found = ("right image at rank 7", "right image at rank 2", "right image first")
     positions = [page.html.index(f"<p class=rank>{text}<") for text in found]
     assert positions == sorted(positions)
@@ -55,13 +48,16 @@ def test_resumed_steps_count_once_and_the_pause_not_at_all(run: Path) -> None:
     assert record.seconds == pytest.approx((150 - 10) + (300 - 150), abs=11)
 
 
-def test_killed_run_with_half_a_last_line(run: Path) -> None:
+def test_a_killed_run_and_damaged_metrics(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join(lines[:5]) + '\n{"kind": "train", "step": 60, "lo')
     for name in ("gallery.json", "run.json", "model/model.safetensors"):
         (run / name).unlink()
     for expected in ("(1)", "No evaluation yet", "No gallery.json", "No trained model yet", "Total loss"):
         assert expected in report(run).text
+    rows = [b"\xff\xfe", b"[1]", b'{"kind": "train"}', b'{"kind": "train", "step": "x", "loss": 1}']
+    (run / "metrics.jsonl").write_bytes(b"\n".join(rows))
+    assert "(2)" in report(run).text and "No training step" in report(run).text
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "gallery.json", "similarity.json", "heatmaps.json", "run.json"])
@@ -69,12 +65,6 @@ def test_killed_run_with_half_a_last_line(run: Path) -> None:
 def test_a_damaged_file_is_skipped(run: Path, name: str, content: str) -> None:
     (run / name).write_text(content)
     assert "Total loss" in report(run).text
-
-
-def test_damaged_metrics_are_counted(run: Path) -> None:
-    rows = [b"\xff\xfe", b"[1]", b'{"kind": "train"}', b'{"kind": "train", "step": "x", "loss": 1}']
-    (run / "metrics.jsonl").write_bytes(b"\n".join(rows))
-    assert "(2)" in report(run).text and "No training step" in report(run).text
 
 
 def test_odd_values_are_skipped(run: Path) -> None:

@@ -46,24 +46,24 @@ def test_an_image_that_is_gone_or_changed(index: Index, pictures: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "names"),
     [
-        ("width == 64", {"a.png"}),
-        ("WIDTH >= 84 and Height < 65", {"b.jpg", "c.png", "d.webp"}),
-        ("caption is null", {"b.jpg", "d.webp"}),
-        ("caption is not null and not caption like 'it%'", {"a.png"}),
-        ("caption = 'it''s a \"c\"'", {"c.png"}),
-        ('caption = "it\'s a ""c"""', {"c.png"}),
-        ("uri ilike '%.PNG'", {"a.png", "c.png"}),
-        ("width in (64, 84)", {"a.png", "b.jpg"}),
-        ("width between 80 and 110", {"b.jpg", "c.png"}),
-        ("(width = 64 or width = 84) and uri like '%.jpg'", {"b.jpg"}),
-        ("modified > timestamp '2020-01-01'", {"a.png", "b.jpg", "c.png", "d.webp"}),
-        ("modified < date '2020-01-01'", set()),
-        ("size > -1", {"a.png", "b.jpg", "c.png", "d.webp"}),
+        ("width == 64", "a"),
+        ("WIDTH >= 84 and Height < 65", "bcd"),
+        ("caption is null", "bd"),
+        ("caption is not null and not caption like 'it%'", "a"),
+        ("caption = 'it''s a \"c\"'", "c"),
+        ('caption = "it\'s a ""c"""', "c"),
+        ("uri ilike '%.PNG'", "ac"),
+        ("width in (64, 84)", "ab"),
+        ("width between 80 and 110", "bc"),
+        ("(width = 64 or width = 84) and uri like '%.jpg'", "b"),
+        ("modified > timestamp '2020-01-01'", "abcd"),
+        ("modified < date '2020-01-01'", ""),
+        ("size > -1", "abcd"),
     ],
 )
-def test_filters(index: Index, where: str, names: set[str]) -> None:
+def test_filters(index: Index, where: str, names: str) -> None:
     (found,) = index.nearest(torch.ones(1, index.embed_dim), 10, where)
-    assert {Path(hit.uri).name for hit in found} == names
+    assert sorted(Path(hit.uri).stem for hit in found) == list(names)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,8 @@ def test_filters_that_are_refused(where: str, named: str) -> None:
     assert named in str(refused.value)
 
 
-@pytest.mark.parametrize("where", ["width", "width = 'abc'", "and and", "width = = 1", "not", "caption = 3"])
-def test_filters_that_only_the_table_refuses(index: Index, where: str) -> None:
-    with pytest.raises(TercetError) as refused:
-        index.nearest(torch.ones(1, index.embed_dim), 10, where)
-    assert repr(where) in str(refused.value)
+def test_filters_that_only_the_table_refuses(index: Index) -> None:
+    for where in ("width", "width = 'abc'", "and and", "width = = 1", "not", "caption = 3"):
+        with pytest.raises(TercetError) as refused:
+            index.nearest(torch.ones(1, index.embed_dim), 10, where)
+        assert repr(where) in str(refused.value)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn import functional as F
 
 from scene_files import png_of
@@ -23,10 +25,9 @@ from tiny_model import TEXTS, make_model
 @pytest.fixture(scope="module")
 def index(predictor: Predictor, tmp_path_factory: pytest.TempPathFactory) -> Index:
     folder = tmp_path_factory.mktemp("scenes")
-    scenes = list(split_scenes("validation", 120))
-    for number in range(len(scenes)):
-        (folder / f"{number}.png").write_bytes(png_of(scenes[number]))
-        (folder / f"{number}.txt").write_text(scenes[number].captions[0])
+    for number, scene in enumerate(split_scenes("validation", 120)):
+        (folder / f"{number}.png").write_bytes(png_of(scene))
+        (folder / f"{number}.txt").write_text(scene.captions[0])
     return build_index([str(folder)], predictor, "m", str(tmp_path_factory.mktemp("index")))[0]
 
 
@@ -36,80 +37,76 @@ def searcher(predictor: Predictor, index: Index) -> Searcher:
 
 
 @pytest.fixture(scope="module")
-def feats(index: Index) -> tuple[list[str], torch.Tensor]:
+def feats(index: Index) -> dict[str, Tensor]:
+    """Image features `[embed_dim]` by id."""
     table = index.table.to_arrow()
-    return table["id"].to_pylist(), torch.tensor(table["embedding"].to_pylist())
+    return dict(zip(table["id"].to_pylist(), torch.tensor(table["embedding"].to_pylist()), strict=True))
 
 
 def ids(hits: list[Hit]) -> list[str]:
     return [hit.id for hit in hits]
 
 
-def test_text_by_the_dual_encoder(
-    predictor: Predictor, searcher: Searcher, feats: tuple[list[str], torch.Tensor]
-) -> None:
-    names, vectors = feats
-    best = (vectors @ predictor.embed_texts(TEXTS[0])).topk(5)
+def nearest(feats: dict[str, Tensor], query: Tensor, k: int) -> dict[str, float]:
+    """Ids and cosines of the `k` nearest images, best first."""
+    cosines = {name: float(vector @ F.normalize(query, dim=0)) for name, vector in feats.items()}
+    return dict(sorted(cosines.items(), key=lambda item: -item[1])[:k])
+
+
+def test_text_by_the_dual_encoder(predictor: Predictor, searcher: Searcher, feats: dict[str, Tensor]) -> None:
     hits = searcher.search(Query(text=TEXTS[0], k=5, rerank=0))
-    assert ids(hits) == [names[row] for row in best.indices]
-    assert [hit.cosine for hit in hits] == pytest.approx(best.values.tolist(), abs=1e-5)
-    assert [hit.dual_rank for hit in hits] == [1, 2, 3, 4, 5] and all(hit.match is None for hit in hits)
+    best = nearest(feats, predictor.embed_texts(TEXTS[0]), 5)
+    assert ids(hits) == list(best)
+    assert [hit.cosine for hit in hits] == pytest.approx(list(best.values()), abs=1e-5)
+    assert [(hit.dual_rank, hit.match) for hit in hits] == [(rank, None) for rank in range(1, 6)]
 
 
 def test_the_fusion_encoder_re_ranks(predictor: Predictor, searcher: Searcher, index: Index) -> None:
     dual = searcher.search(Query(text=TEXTS[1], k=30, rerank=0))
-    chances = predictor.match([index.image(hit.id) for hit in dual[:20]], TEXTS[1])
-    assert isinstance(chances, torch.Tensor)
+    chances: Any = predictor.match([index.image(hit.id) for hit in dual[:20]], TEXTS[1])
     for _ in range(2):  # the second time from cached tokens
         hits = searcher.search(Query(text=TEXTS[1], k=30, rerank=20))
+        expected = sorted(chances.tolist(), reverse=True)
+        assert [hit.match for hit in hits] == [pytest.approx(chance, abs=1e-5) for chance in expected] + [None] * 10
         for hit in hits[:20]:
             assert hit.match == pytest.approx(chances[hit.dual_rank - 1].item(), abs=1e-5)
-        shown = [hit.match for hit in hits[:20] if hit.match is not None]
-        assert shown == sorted(shown, reverse=True) and len(shown) == 20
-        assert sorted(ids(hits[:20])) == sorted(ids(dual[:20]))
-        assert ids(hits[20:]) == ids(dual[20:]) and hits[25].match is None
+        assert sorted(ids(hits[:20])) == sorted(ids(dual[:20])) and ids(hits[20:]) == ids(dual[20:])
 
 
 def test_image_like_and_mixed(
-    predictor: Predictor, searcher: Searcher, index: Index, feats: tuple[list[str], torch.Tensor], tmp_path: Path
+    predictor: Predictor, searcher: Searcher, index: Index, feats: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    names, vectors = feats
-    own = index.image(names[7])
+    name = list(feats)[7]
+    own = index.image(name)
     (tmp_path / "q.png").write_bytes(own)
-    hits: list[Hit] = []
+    like = searcher.search(Query(like=name, k=3))
+    assert name not in ids(like) and [hit.dual_rank for hit in like] == [1, 2, 3]
     for image in (own, tmp_path / "q.png", Image.open(tmp_path / "q.png")):
-        hits = searcher.search(Query(image=image, k=3))
-        assert hits[0].id == names[7] and hits[0].cosine == pytest.approx(1, abs=1e-5) and hits[0].match is None
-    like = searcher.search(Query(like=names[7], k=3))
-    assert names[7] not in ids(like) and ids(like)[:2] == ids(hits)[1:]
-    assert [hit.dual_rank for hit in like] == [1, 2, 3]
-
-    mixed = F.normalize(predictor.embed_texts(TEXTS[2]) + vectors[7], dim=0)
+        first, *others = searcher.search(Query(image=image, k=3))
+        assert first.id == name and first.cosine == pytest.approx(1, abs=1e-5) and first.match is None
+        assert ids(others) == ids(like)[:2]
     hits = searcher.search(Query(text=TEXTS[2], image=own, k=4, rerank=0))
-    assert ids(hits) == [names[row] for row in (vectors @ mixed).topk(4).indices]
+    assert ids(hits) == list(nearest(feats, predictor.embed_texts(TEXTS[2]) + feats[name], 4))
 
 
-def test_without(predictor: Predictor, searcher: Searcher, index: Index, feats: tuple[list[str], torch.Tensor]) -> None:
+def test_without(predictor: Predictor, searcher: Searcher, index: Index, feats: dict[str, Tensor]) -> None:
     """Images that show what must not be there sink, by both encoders."""
-    names, vectors = feats
     wanted, unwanted = predictor.embed_texts([TEXTS[0], TEXTS[3]])
-    cosines = vectors @ F.normalize(wanted - 0.5 * unwanted, dim=0)
     hits = searcher.search(Query(text=TEXTS[0], without=TEXTS[3], k=9, rerank=0))
-    assert ids(hits) == [names[row] for row in cosines.topk(9).indices]
+    assert ids(hits) == list(nearest(feats, wanted - 0.5 * unwanted, 9))
 
     hits = searcher.search(Query(text=TEXTS[0], without=TEXTS[3], k=20, rerank=20))
-    chances = predictor.match([index.image(hit.id) for hit in hits], [TEXTS[0], TEXTS[3]])
-    assert isinstance(chances, torch.Tensor)
+    chances: Any = predictor.match([index.image(hit.id) for hit in hits], [TEXTS[0], TEXTS[3]])
     score = chances[:, 0] * (1 - chances[:, 1])
     assert (score[:-1] >= score[1:] - 1e-6).all()
     assert [hit.match for hit in hits] == pytest.approx(chances[:, 0].tolist(), abs=1e-5)
 
 
 def test_many_queries_equal_each_alone(
-    predictor: Predictor, index: Index, feats: tuple[list[str], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    predictor: Predictor, index: Index, feats: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Queries of every kind together give what each gives alone, and every image is encoded and projected once."""
-    names, _ = feats
+    names = list(feats)
     queries = [
         *(Query(text=text, k=12, rerank=40) for text in TEXTS),
         Query(text="heart", k=5, rerank=30),
@@ -124,11 +121,9 @@ def test_many_queries_equal_each_alone(
     ]
     alone = [Searcher(index, predictor).search(query) for query in queries]
     assert len(alone[-2]) > 0 and all("red" in (hit.caption or "") for hit in alone[-2])
-    candidates: set[str] = set()
-    for query in queries:
-        count = 64 if query.rerank is None else query.rerank
-        if query.text is not None and count:
-            candidates |= {hit.id for hit in Searcher(index, predictor).search(replace(query, rerank=0, k=count))}
+    read = [(query, 64 if query.rerank is None else query.rerank) for query in queries if query.text is not None]
+    dual = [replace(query, rerank=0, k=count) for query, count in read if count]
+    candidates = {hit.id for query in dual for hit in Searcher(index, predictor).search(query)}
     encoded: list[int] = []
     projected: list[int] = []
     model = predictor.model
@@ -147,19 +142,15 @@ def test_many_queries_equal_each_alone(
     assert together[-1] == [] and Searcher(index, predictor).search_many([]) == []
 
 
-def test_an_image_that_is_gone_keeps_its_dual_rank(predictor: Predictor, pictures: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_matched_keeps_its_dual_rank(predictor: Predictor, pictures: Path, tmp_path: Path) -> None:
     index, _ = build_index([str(pictures)], predictor, "m", str(tmp_path / "index"))
     (pictures / "a.png").unlink()
     hits = Searcher(index, predictor).search(Query(text=TEXTS[0]))
-    assert len(hits) == 4
-    assert [Path(hit.uri).name for hit in hits if hit.match is None] == ["a.png"]
-
-
-def test_a_model_without_matching_head_does_not_re_rank(index: Index) -> None:
+    assert len(hits) == 4 and [Path(hit.uri).name for hit in hits if hit.match is None] == ["a.png"]
     dual = Predictor(make_model())
-    dual.model.objectives = ["cma"]
-    hits = Searcher(index, dual).search(Query(text=TEXTS[0], k=5, rerank=20))
-    assert [hit.match for hit in hits] == [None] * 5 and [hit.dual_rank for hit in hits] == [1, 2, 3, 4, 5]
+    dual.model.objectives = ["cma"]  # its matching head was not trained
+    hits = Searcher(index, dual).search(Query(text=TEXTS[0], k=4, rerank=4))
+    assert [(hit.dual_rank, hit.match) for hit in hits] == [(rank, None) for rank in range(1, 5)]
 
 
 @pytest.mark.parametrize(

@@ -16,26 +16,12 @@ from tercet.model.layers import TokenCache
 from tercet.model.tercet import Tercet
 from tercet.tasks.answering import Answerer, AnswerList, encode_answers, fuse_questions, generate_answers, rank_answers
 
-SIZES = {
-    "vision": {"image_size": 16, "patch_size": 8, "width": 12, "depth": 1, "heads": 2},
-    "text": {
-        "vocabulary_size": 20,
-        "max_positions": 9,
-        "width": 16,
-        "mlp_width": 16,
-        "depth": 4,
-        "fusion_layer": 2,
-        "heads": 2,
-        "pad_id": 0,
-        "cls_id": 2,
-        "sep_id": 3,
-        "mask_id": 4,
-    },
-    "embed_dim": 4,
-    "heads": ["answer"],
-}
+TEXT = {"vocabulary_size": 20, "max_positions": 9, "width": 16, "mlp_width": 16, "depth": 4, "fusion_layer": 2}
+TEXT |= {"heads": 2, "pad_id": 0, "cls_id": 2, "sep_id": 3, "mask_id": 4}
+VISION = {"image_size": 16, "patch_size": 8, "width": 12, "depth": 1, "heads": 2}
+SIZES = {"vision": VISION, "text": TEXT, "embed_dim": 4, "heads": ["answer"]}
 CLS, SEP = 2, 3
-FORBIDDEN = (0, 2, 4)  # nobody writes padding, [CLS] or [MASK]
+FORBIDDEN = (0, 2, 4)  # padding, [CLS] and [MASK] are never generated
 
 
 @dataclass
@@ -94,12 +80,12 @@ def test_a_cache_changes_nothing(case: Case) -> None:
     cache = TokenCache()
     pieces = [case.decoder(ids[:, :3], kv, cache), case.decoder(ids[:, 3:4], kv, cache)]
     order = torch.tensor([5, 4, 3, 2, 1, 0])
-    turned = cache.select(order)
+    reversed_cache = cache.select(order)
     rest = case.decoder(ids[:, 4:], kv, cache)
-    assert len(cache) == 7 and len(turned) == 4
+    assert len(cache) == 7 and len(reversed_cache) == 4
     torch.testing.assert_close(torch.cat([*pieces, rest], dim=1), whole, rtol=1e-5, atol=1e-5)
-    # The answers of a question lie beside each other, so turned rows read the questions turned as well.
-    back = case.decoder(ids[order, 4:], kv.select(torch.tensor([2, 1, 0])), turned)
+    # The answers of a question are adjacent, so reversed rows read the questions reversed too.
+    back = case.decoder(ids[order, 4:], kv.select(torch.tensor([2, 1, 0])), reversed_cache)
     torch.testing.assert_close(back[order], rest, rtol=1e-5, atol=1e-5)
 
 
@@ -112,10 +98,6 @@ def test_no_position_sees_its_right_or_the_padding_of_the_question(case: Case) -
     second = case.decoder(changed_ids, case.decoder.project_kv(changed_states, case.mask))
     assert torch.equal(first[:, :4], second[:, :4])
     assert not torch.allclose(first[:, 4:], second[:, 4:])
-
-
-def test_an_answer_beyond_the_positions_is_refused(case: Case) -> None:
-    kv = case.decoder.project_kv(case.states, case.mask)
     with pytest.raises(TercetError, match="an answer of 10 tokens is longer than the model's 9 positions"):
         case.decoder(torch.full((3, 10), 7), kv)
 
@@ -135,23 +117,20 @@ def test_ranking_equals_scoring_each_answer_alone(case: Case, k: int) -> None:
         torch.testing.assert_close(ranked.log_probabilities[question], full[chosen], rtol=1e-4, atol=1e-4)
     assert (ranked.log_probabilities.diff(dim=1) <= 0).all()
     torch.testing.assert_close(ranked.probabilities.sum(dim=1), torch.ones(3))
-
-
-def test_an_answer_that_is_empty_can_be_ranked(case: Case) -> None:
-    ranked = rank_answers(case.decoder, case.states, case.mask, list_of([[SEP]]))
-    assert ranked.log_probabilities[0, 0].item() == pytest.approx(log_probability(case, 0, [SEP]), abs=1e-4)
+    empty = rank_answers(case.decoder, case.states, case.mask, list_of([[SEP]]))
+    assert empty.log_probabilities[0, 0].item() == pytest.approx(log_probability(case, 0, [SEP]), abs=1e-4)
 
 
 def search(case: Case, question: int, beams: int, max_tokens: int, penalty: float) -> tuple[list[int], float]:
-    """The same search, one question and one beginning at a time."""
+    """The same search, one question and one prefix at a time."""
     alive: list[tuple[list[int], float]] = [([], 0.0)]
     ended: list[tuple[list[int], float]] = []
     for length in range(1, max_tokens + 1):
         found = []
-        for beginning, _ in alive:
+        for prefix, _ in alive:
             for token in range(20):
                 if token not in FORBIDDEN:
-                    found.append(([*beginning, token], log_probability(case, question, [*beginning, token])))
+                    found.append(([*prefix, token], log_probability(case, question, [*prefix, token])))
         found.sort(key=lambda item: -item[1])
         ended += [(ids, value / length**penalty) for ids, value in found[:beams] if ids[-1] == SEP]
         alive = [item for item in found if item[0][-1] != SEP][:beams]
@@ -193,9 +172,9 @@ def test_generation_stops_at_the_end_of_the_positions(case: Case) -> None:
 
 def test_answerer_ranks_or_generates(model: Tercet) -> None:
     words = Tokenizer.train(["red blue green yes no"] * 3, 64)
-    sizes = {**SIZES, "text": SIZES["text"] | {"vocabulary_size": words.vocabulary_size, "max_positions": 24}}
     ids = {name: getattr(words, name) for name in ("pad_id", "cls_id", "sep_id", "mask_id")}
-    reader = Tercet(ModelConfig.model_validate({**sizes, "text": {**sizes["text"], **ids}})).eval()
+    text = TEXT | ids | {"vocabulary_size": words.vocabulary_size, "max_positions": 24}
+    reader = Tercet(ModelConfig.model_validate({**SIZES, "text": text})).eval()
     with pytest.raises(TercetError, match="no tokenizer"):
         Answerer(reader, VqaConfig(), None)
     reader.tokenizer = words
@@ -211,13 +190,10 @@ def test_answerer_ranks_or_generates(model: Tercet) -> None:
     assert alone.text == answers[2].text and alone.score == pytest.approx(answers[2].score, abs=1e-5)
     generating = Answerer(reader, VqaConfig(inference="generate", max_answer_tokens=3), options)
     assert generating.texts is None
-    assert all(
-        0 < answer.score <= 1 and not answer.others for answer in generating.answer(images, input_ids, mask, rows)
-    )
+    for answer in generating.answer(images, input_ids, mask, rows):
+        assert 0 < answer.score <= 1 and not answer.others
     with pytest.raises(TercetError, match=r"no list of answers to rank; name one with --vqa\.answers"):
         Answerer(reader, VqaConfig(inference="rank"), None)
     with pytest.raises(TercetError, match="the list of answers is empty"):
         encode_answers(words, [])
-    with torch.no_grad():
-        states = fuse_questions(reader, images, input_ids, mask, rows)
-    assert states.shape == (3, input_ids.shape[1], 16)
+    assert fuse_questions(reader, images, input_ids, mask, rows).shape == (3, input_ids.shape[1], 16)

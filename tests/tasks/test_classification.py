@@ -31,7 +31,7 @@ def learned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A run long enough to learn eight images by heart, which it evaluates."""
     file, output = files[request.param], tmp_path_factory.mktemp(request.param) / "run"
     settings = {"optim__schedule": "constant", "train__checkpoint_every": 1000, "data__test": [file]}
-    return run_task(request.param, file, output, train__max_steps=150, objectives__alpha=0, **settings)
+    return run_task(request.param, file, output, train__max_steps=200, objectives__alpha=0, **settings)
 
 
 def test_it_learns_evaluates_and_writes_predictions(
@@ -43,7 +43,7 @@ def test_it_learns_evaluates_and_writes_predictions(
     assert losses[0] == pytest.approx(math.log(classes), abs=0.4)
     assert sum(losses[-5:]) / 5 < losses[0] / 2
     measured = logged(learned, "evaluate")[-1]
-    assert measured[task]["accuracy"] > 75
+    assert measured[task]["accuracy"] > 85
     assert measured["size"] == ({"samples": 24} if task == "entailment" else {"samples": 8, "sentences": 1})
 
     written = tmp_path / "predictions.json"
@@ -64,7 +64,7 @@ def test_a_run_resumes_exactly(tmp_path: Path, files: dict[str, str], task: str,
 
 
 def test_text_assignment_then_statements(tmp_path: Path, files: dict[str, str]) -> None:
-    """The second layers and all below them continue from the pre-training; the new head starts afresh."""
+    """The second layers and all below them continue from the pre-training; the new head is initialised."""
     file = files["retrieval"]
     before = run_task("nlvr_pretrain", file, tmp_path / "before", train__max_steps=2, data__test=[file])
     assert logged(before, "train")[0]["assignment"] == pytest.approx(math.log(3), abs=0.4)
@@ -101,14 +101,6 @@ def test_only_what_the_logits_need_learns(task: str) -> None:
     assert ClassificationTask(model, head, ObjectivesConfig(alpha=0)).teacher is None
 
 
-def test_a_fresh_teacher_does_not_start_from_the_student() -> None:
-    model, name = student("nlvr"), "fusion.layers.0.mlp.up.weight"
-    weight = model.get_parameter(name)
-    for fresh in (False, True):
-        teacher = ClassificationTask(model, NLVR, ObjectivesConfig(), fresh).teacher
-        assert teacher is not None and torch.equal(teacher.model.get_parameter(name), weight) != fresh
-
-
 def test_the_published_teacher_of_nlvr_is_fresh() -> None:
     build = get_task("nlvr").build
     assert build is not None
@@ -123,28 +115,25 @@ def test_the_published_teacher_of_nlvr_is_fresh() -> None:
 samples = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.sampled_from("abcde")), min_size=1)
 
 
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @given(samples)
-def test_accuracy_by_class_confusion_and_consistency(drawn: list[tuple[int, int, str]]) -> None:
-    for head, classes in ((ENTAILMENT, 3), (NLVR, 2)):
-        check_metrics(head, [(gold % classes, chosen % classes, group) for gold, chosen, group in drawn])
-
-
-def check_metrics(head: ClassHead, drawn: list[tuple[int, int, str]]) -> None:
-    targets = [{"label": gold, "group": group} for gold, _, group in drawn]
-    metrics = head.metrics([chosen for _, chosen, _ in drawn], targets)
+def test_accuracy_by_class_confusion_and_consistency(head: ClassHead, rows: list[tuple[int, int, str]]) -> None:
+    rows = [(gold % len(head.classes), chosen % len(head.classes), group) for gold, chosen, group in rows]
+    targets = [{"label": gold, "group": group} for gold, _, group in rows]
+    metrics = head.metrics([chosen for _, chosen, _ in rows], targets)
     numbers = dict(metrics[head.name])
-    right = [gold == chosen for gold, chosen, _ in drawn]
+    right = [gold == chosen for gold, chosen, _ in rows]
     assert numbers.pop("accuracy") == pytest.approx(100 * sum(right) / len(right))
     if head is NLVR:
-        wrong, groups = {group for gold, chosen, group in drawn if gold != chosen}, {group for *_, group in drawn}
+        wrong, groups = {group for gold, chosen, group in rows if gold != chosen}, {group for *_, group in rows}
         assert numbers.pop("consistency") == pytest.approx(100 * (1 - len(wrong) / len(groups)))
     else:
-        pairs = [f"{head.classes[gold]}_as_{head.classes[chosen]}" for gold, chosen, _ in drawn]
+        pairs = [f"{head.classes[gold]}_as_{head.classes[chosen]}" for gold, chosen, _ in rows]
         assert {name: count for name, count in metrics["confusion"].items() if count} == {
             name: pairs.count(name) for name in set(pairs)
         }
     for label, name in enumerate(head.classes):
-        own = [good for good, (gold, *_) in zip(right, drawn, strict=True) if gold == label]
+        own = [good for good, (gold, *_) in zip(right, rows, strict=True) if gold == label]
         expected = 100 * sum(own) / len(own) if own else None
         assert numbers.pop(f"accuracy_{name.lower()}", None) == (None if expected is None else pytest.approx(expected))
     assert not numbers

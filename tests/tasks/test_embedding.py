@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tercet.config import Config
 from tercet.tasks.embedding import (
     alignment,
     caption_recall,
     caption_vectors,
-    embedding_quality,
     modality_gap,
     neighbourhood,
     uniformity,
 )
+from tercet.tasks.task import evaluate_task, open_data
+from tiny_model import make_model
 
 
 def unit(points: int, width: int = 16, seed: int = 0) -> torch.Tensor:
@@ -80,8 +82,13 @@ def test_nearest_caption_of_the_same_image() -> None:
     assert math.isnan(caption_recall(feats, torch.arange(5)))
 
 
-def test_all_together() -> None:
-    quality = embedding_quality(unit(3), unit(6, seed=1), torch.tensor([0, 0, 1, 1, 2, 2]), CAPTIONS)
-    assert set(quality) == {"embeddings", "neighbourhood"}
-    assert "caption_r1" in quality["neighbourhood"]
-    assert all(math.isfinite(value) for group in quality.values() for value in group.values())
+def test_quality_of_embeddings(files: dict[str, str]) -> None:
+    config = Config.model_validate({"data": {"workers": 0}})
+    source = open_data("embedding", [files["embedding"]], config.data, "test")
+    result = evaluate_task("embedding", make_model(), source, config)
+    assert result.sizes == {"images": 8, "texts": 16}
+    assert set(result.metrics) == {"embeddings", "neighbourhood"}
+    assert all(math.isfinite(value) for group in result.metrics.values() for value in group.values())
+    assert 0 <= result.metrics["embeddings"]["alignment"] <= 4
+    assert result.metrics["embeddings"]["image_uniformity"] <= 0
+    assert 0 <= result.metrics["neighbourhood"]["caption_r1"] <= 100

@@ -106,7 +106,7 @@ def test_it_continues_after_a_kill(pairs: Path, tmp_path: Path, cut: int, monkey
     assert (tmp_path / "kept.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_what_is_refused(pairs: Path, tmp_path: Path) -> None:
+def test_errors(pairs: Path, tmp_path: Path) -> None:
     output = tmp_path / "kept.jsonl"
     with pytest.raises(TercetError, match="give either a threshold of the score or the fraction"):
         run(pairs, output)

@@ -80,7 +80,7 @@ def test_maps_are_those_of_each_expression_alone(mode: str, files: dict[str, str
         torch.testing.assert_close(heatmap.flatten(), expected[0], rtol=1e-4, atol=1e-7)
 
 
-def test_maps_of_answers_add_up_over_questions_that_weigh_the_same(files: dict[str, str]) -> None:
+def test_maps_of_answers_add_up_over_equally_weighted_questions(files: dict[str, str]) -> None:
     model = answering_model()
     images, samples = expressions(files)
 
@@ -98,18 +98,18 @@ def test_maps_of_answers_add_up_over_questions_that_weigh_the_same(files: dict[s
     torch.testing.assert_close(maps(questions[0])[0], alone.heatmap / alone.heatmap.sum(), rtol=1e-4, atol=1e-6)
 
 
-def test_the_answer_whose_heat_is_read_is_one_of_the_models_list() -> None:
+def test_the_heat_is_of_an_answer_in_the_models_list() -> None:
     model, image = answering_model(), np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 
-    def seen(answers: list[str] | None) -> torch.Tensor:
+    def heat(answers: list[str] | None) -> torch.Tensor:
         model.answers = answers
         found = Predictor(model).ground(image, "is it red", mode="answer")
         assert isinstance(found, Explanation)
         return found.heatmap
 
-    freely, one, other = seen(None), seen(["red"]), seen(["circle", "large"])
-    assert not torch.allclose(one, other) and not torch.allclose(one, freely)
-    both = seen(["red", "circle", "large"])
+    unrestricted, one, other = heat(None), heat(["red"]), heat(["circle", "large"])
+    assert not torch.allclose(one, other) and not torch.allclose(one, unrestricted)
+    both = heat(["red", "circle", "large"])
     assert torch.allclose(both, one) or torch.allclose(both, other)
 
 
@@ -120,7 +120,7 @@ def test_the_answer_whose_heat_is_read_is_one_of_the_models_list() -> None:
         ({"heatmap": "answer", "heatmap_questions": ["what is it?"]}, r"heatmap_questions: 'what is it\?' has no {}"),
     ],
 )
-def test_what_pointing_by_answers_needs(settings: dict[str, Any], message: str, files: dict[str, str]) -> None:
+def test_what_heat_of_answers_needs(settings: dict[str, Any], message: str, files: dict[str, str]) -> None:
     source = open_data("grounding", [files["grounding"]], DataConfig(), "test")
     with pytest.raises(TercetError, match=message):
         evaluate_task("grounding", make_model(), source, config(**settings))
@@ -162,51 +162,40 @@ def test_a_broken_image_is_skipped_and_named(tmp_path: Path) -> None:
     assert result.predictions[0]["sample"].endswith("rows.json row 2")
 
 
-@pytest.mark.parametrize(
-    ("recipe", "settings"),
-    [
-        (
-            "grounding",
-            {
-                "model.vision.image_size": 384,
-                "train.batch_size": 8 * 32,
-                "train.epochs": 5,
-                "optim.lr": 1e-5,
-                "optim.min_lr": 1e-6,
-                "optim.warmup_lr": 1e-5,
-                "optim.warmup_epochs": 1,
-                "optim.weight_decay": 0.02,
-                "objectives.alpha": 0.4,
-                "objectives.enabled": ("cma", "imc", "lmi", "itm"),
-                "data.augment": "whole",
-            },
-        ),
-        (
-            "vqa",
-            {
-                "model.vision.image_size": 384,
-                "train.batch_size": 8 * 32,
-                "train.epochs": 8,
-                "evaluate.batch_size": 16,
-                "optim.lr": 2e-5,
-                "optim.min_lr": 1e-6,
-                "optim.warmup_lr": 1e-5,
-                "optim.warmup_epochs": 4,
-                "optim.weight_decay": 0.02,
-                "objectives.alpha": 0.4,
-                "objectives.momentum": 0.995,
-                "objectives.alpha_warmup": 1.0,
-                "data.crop_scale": (0.5, 1.0),
-                "data.max_words": 30,
-                "data.max_tokens": 25,
-                "vqa.max_words": 50,
-                "vqa.candidates": 128,
-            },
-        ),
-    ],
-)
+PUBLISHED = {
+    "model.vision.image_size": 384,
+    "train.batch_size": 8 * 32,
+    "optim.min_lr": 1e-6,
+    "optim.weight_decay": 0.02,
+    "objectives.alpha": 0.4,
+}
+PUBLISHED_GROUNDING = {
+    "train.epochs": 5,
+    "optim.lr": 1e-5,
+    "optim.warmup_lr": 1e-5,
+    "optim.warmup_epochs": 1,
+    "objectives.enabled": ("cma", "imc", "lmi", "itm"),
+    "data.augment": "whole",
+}
+PUBLISHED_VQA = {
+    "train.epochs": 8,
+    "evaluate.batch_size": 16,
+    "optim.lr": 2e-5,
+    "optim.warmup_lr": 1e-5,
+    "optim.warmup_epochs": 4,
+    "objectives.momentum": 0.995,
+    "objectives.alpha_warmup": 1.0,
+    "data.crop_scale": (0.5, 1.0),
+    "data.max_words": 30,
+    "data.max_tokens": 25,
+    "vqa.max_words": 50,
+    "vqa.candidates": 128,
+}
+
+
+@pytest.mark.parametrize(("recipe", "settings"), [("grounding", PUBLISHED_GROUNDING), ("vqa", PUBLISHED_VQA)])
 def test_recipes_have_the_published_settings(recipe: str, settings: dict[str, Any]) -> None:
-    for key, expected in settings.items():
+    for key, expected in (PUBLISHED | settings).items():
         value: Any = load_config(recipe)
         for name in key.split("."):
             value = getattr(value, name)

@@ -47,7 +47,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return images, input_ids, torch.arange(TOKENS)[None] < lengths[:, None]
 
 
-def test_texts_of_one_image_share_its_memory_and_nothing_else(model: Tercet, batch: tuple) -> None:
+def test_texts_of_one_image_share_only_its_keys_and_values(model: Tercet, batch: tuple) -> None:
     images, input_ids, mask = batch
     with torch.no_grad():
         image_embeds, text_embeds = model.encode_image(images), model.encode_text(input_ids, mask)
@@ -98,7 +98,7 @@ def test_without_gradients_and_with_frozen_parameters(model: Tercet, batch: tupl
     assert all(getattr(module, "tap", None) is None for module in model.modules())
 
 
-def test_an_answer_rests_on_what_the_words_of_its_question_saw(model: Tercet, batch: tuple) -> None:
+def test_heat_of_an_answer_comes_from_every_word_of_its_question(model: Tercet, batch: tuple) -> None:
     images, input_ids, mask = batch
     with torch.no_grad():
         image_embeds, text_embeds = model.encode_image(images), model.encode_text(input_ids, mask)
@@ -122,8 +122,8 @@ def test_an_answer_rests_on_what_the_words_of_its_question_saw(model: Tercet, ba
     assert not torch.allclose(other, together)
 
 
-def test_heat_for_an_answer_is_attention_times_what_looking_there_would_do_for_it(model: Tercet, batch: tuple) -> None:
-    """Against the definition: the layer's weights are nudged one at a time and the answer's likelihood read again."""
+def test_heat_of_an_answer_is_attention_times_its_positive_gradient(model: Tercet, batch: tuple) -> None:
+    """Against the definition: each weight of the layer is changed and the answer's likelihood computed again."""
     images, input_ids, mask = batch
     answering = copy.deepcopy(model)
     answering.add_heads(["answer"])
@@ -145,9 +145,9 @@ def test_heat_for_an_answer_is_attention_times_what_looking_there_would_do_for_i
         weights = attention_weights(query, key, mask)
         if attention.tap is not None:
             kept.append(weights.detach().clone())
-            for place, amount in nudge:
+            for index, amount in nudge:
                 weights = weights.clone()
-                weights[place] += amount
+                weights[index] += amount
         return weights
 
     @torch.no_grad()
@@ -170,18 +170,18 @@ def test_heat_for_an_answer_is_attention_times_what_looking_there_would_do_for_i
         for token, spot in ((0, 3), (1, 7), (1, 12)):
             expected = 0.0
             for head in range(heads):
-                place = (0, head, token, weights.shape[3] - patches + spot)
+                index = (0, head, token, weights.shape[3] - patches + spot)
                 values = []
                 for amount in (1e-5, -1e-5):
-                    nudge[:] = [(place, amount)]
+                    nudge[:] = [(index, amount)]
                     values.append(likelihood())
                 slope = (values[0] - values[1]) / 2e-5
-                expected += weights[place].item() * max(slope, 0.0) / heads
+                expected += weights[index].item() * max(slope, 0.0) / heads
             assert tokens == 2
             assert found[0, token, spot].item() == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
-def test_layers_that_are_not_there(model: Tercet, batch: tuple) -> None:
+def test_missing_layers(model: Tercet, batch: tuple) -> None:
     images, input_ids, mask = batch
     with torch.no_grad():
         text_embeds = model.encode_text(input_ids, mask)
@@ -198,7 +198,7 @@ def test_grids_of_oblong_images() -> None:
     assert enlarge(to_grid(maps, 48, 64), 30, 40).shape == (1, 30, 40)
 
 
-def test_a_patch_takes_its_neighbours_along() -> None:
+def test_blur_spreads_a_patch_to_its_neighbours() -> None:
     maps = torch.zeros(2, 4, 5)
     maps[0, 0, 1], maps[1, 2, 2] = 4.0, 1.0
     assert torch.equal(blur(maps, 0.0), maps)

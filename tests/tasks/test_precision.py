@@ -52,14 +52,10 @@ def test_a_task_is_measured_in_bf16_as_in_fp32(task: str, tmp_path: Path, files:
     first, second = (torch.tensor(NUMBERS[task](result)).flatten() for result in (exact, rough))
     torch.testing.assert_close(second, first, rtol=0.03, atol=0.02)
     assert not torch.equal(first, second)
-
-
-def test_scores_that_differ_in_fp32_are_not_tied_in_bf16(tmp_path: Path, files: dict[str, str]) -> None:
-    exact, rough = (measure("retrieval", precision, tmp_path, files) for precision in ("fp32", "bf16"))
-    assert isinstance(exact, RetrievalResult) and isinstance(rough, RetrievalResult)
-    assert rough.similarities.dtype == torch.float32
-    assert len(rough.similarities.unique()) == len(exact.similarities.unique())
-    assert len(rough.scores.image_to_text.unique()) == len(exact.scores.image_to_text.unique())
+    if isinstance(exact, RetrievalResult) and isinstance(rough, RetrievalResult):  # nor does bf16 tie any scores
+        assert rough.similarities.dtype == torch.float32
+        assert len(rough.similarities.unique()) == len(exact.similarities.unique())
+        assert len(rough.scores.image_to_text.unique()) == len(exact.scores.image_to_text.unique())
 
 
 def measure(task: str, precision: str, folder: Path, files: dict[str, str]) -> TaskResult:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from task_runs import write_image
 from tercet.config import Config, DataConfig
+from tercet.data.table import SampleTable
 from tercet.errors import TercetError
 from tercet.predictor import Predictor
 from tercet.tasks.probes import choice_scores, crop, open_probes, winoground_scores
@@ -96,18 +97,17 @@ def test_winoground_names_images_without_their_ending(photos: Path) -> None:
     assert set(result.metrics["similarity"]) == {"text", "image", "group"}
 
 
-def test_aro_looks_at_the_box_alone(photos: Path) -> None:
-    rows = [{"image_path": "0.png", "bbox_x": 8, "bbox_y": 4, "bbox_w": 30, "bbox_h": 20, "relation_name": "on"}]
-    rows[0] |= {"true_caption": "a circle on a star", "false_caption": "a star on a circle"}
-    (photos / "rows.json").write_text(json.dumps(rows), "utf-8")
-    probes = open_probes([str(photos / "rows.json")], DataConfig(), "test")
-    shown = crop(probes.pixels(0, 10**6), probes.sample(0))
-    assert np.array_equal(shown, pixels(photos, 0)[4:24, 8:38])
-    rows[0]["bbox_x"] = 64
-    (photos / "rows.json").write_text(json.dumps(rows), "utf-8")
-    probes = open_probes([str(photos / "rows.json")], DataConfig(), "test")
+def test_aro_crops_to_the_box(photos: Path) -> None:
+    def probes_at(left: int) -> SampleTable:
+        row = {"image_path": "0.png", "bbox_x": left, "bbox_y": 4, "bbox_w": 30, "bbox_h": 20, "relation_name": "on"}
+        row |= {"true_caption": "a circle on a star", "false_caption": "a star on a circle"}
+        (photos / "rows.json").write_text(json.dumps([row]), "utf-8")
+        return open_probes([str(photos / "rows.json")], DataConfig(), "test")
+
+    inside = probes_at(8)
+    assert np.array_equal(crop(inside.pixels(0, 10**6), inside.sample(0)), pixels(photos, 0)[4:24, 8:38])
     with pytest.raises(TercetError, match=r"rows\.json row 1: the box \(64, 4, 94, 24\) lies outside .* 64x64"):
-        evaluate_task("probes", make_model(), probes, config())
+        evaluate_task("probes", make_model(), probes_at(64), config())
 
 
 def test_broken_images_are_skipped_and_named(photos: Path) -> None:
@@ -119,7 +119,7 @@ def test_broken_images_are_skipped_and_named(photos: Path) -> None:
         assert f"swap_obj.json row '{row}'" in problem and ("1.png", "9.png")[row - 1] in problem
 
 
-def test_what_is_refused(photos: Path, tmp_path: Path) -> None:
+def test_errors(photos: Path, tmp_path: Path) -> None:
     other = photos / "other.jsonl"
     other.write_text(json.dumps({"image_0": "0", "image_1": "1", "caption_0": "a", "caption_1": "b"}), "utf-8")
     with pytest.raises(TercetError, match=r"is of winoground, .* of sugarcrepe; measure one benchmark at a time"):

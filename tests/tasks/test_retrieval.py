@@ -41,10 +41,6 @@ def test_ties_count_against_the_right_one() -> None:
     assert text_ranks.tolist() == [4, 4, 4]
     assert image_ranks.tolist() == [2] * 6
     assert recall(scores, owners)["image_r1"] == 0
-
-
-def test_perfect_scores() -> None:
-    owners = torch.tensor([0, 0, 1, 2])
     right = (owners[None] == torch.arange(3)[:, None]).float()
     assert all(value == 100 for value in recall(Scores(right, right.T.contiguous()), owners).values())
 
@@ -111,7 +107,7 @@ def test_broken_images_are_skipped_with_their_captions(model: Tercet, files: dic
     assert evaluate(model, str(tmp_path / "broken.json"), rerank=0, limit=5).sizes["images"] == 4
 
 
-def test_what_is_refused(model: Tercet, files: dict[str, str], tmp_path: Path) -> None:
+def test_errors(model: Tercet, files: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     (tmp_path / "a.txt").write_text("a cat", "utf-8")
     with pytest.raises(TercetError, match=r"a\.png"):

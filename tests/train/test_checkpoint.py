@@ -1,4 +1,4 @@
-"""Checkpoints: a full disk, what is kept, and foreign formats."""
+"""Checkpoints: what comes back, what is kept, full disks, lost ranks, foreign formats."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from rank_runs import SMALL, fail_while_writing, run_ranks
 from tercet.errors import TercetError
 from tercet.train.checkpoint import RECORD, Best, Checkpoints, Position, list_checkpoints
 
+Parts = tuple[nn.Module, torch.optim.AdamW]
 
-def parts(seed: int) -> tuple[nn.Module, torch.optim.AdamW]:
+
+def make_parts(seed: int) -> Parts:
     torch.manual_seed(seed)
     model = nn.Linear(64, 64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -24,142 +26,121 @@ def parts(seed: int) -> tuple[nn.Module, torch.optim.AdamW]:
     return model, optimizer
 
 
-def write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, keep: int) -> Path:
+@pytest.fixture
+def parts() -> Parts:
+    return make_parts(0)
+
+
+def write(folder: Path, parts: Parts, step: int, keep: int = 2) -> Path:
     checkpoints = Checkpoints(folder, keep)
-    checkpoints.save(model, optimizer, Position(step, "abc", 8))
+    checkpoints.save(*parts, Position(step, "abc", 8))
     checkpoints.wait()
     return list_checkpoints(folder)[0]
 
 
-def test_everything_comes_back(tmp_path: Path) -> None:
-    model, optimizer = parts(0)
-    write(tmp_path, model, optimizer, 7, keep=2)
-    other, other_optimizer = parts(1)
-    position, complaints = Checkpoints(tmp_path, 2).load(other, other_optimizer)
-    assert position == Position(7, "abc", 8) and complaints == []
-    for first, second in zip(model.parameters(), other.parameters(), strict=True):
+def names(folder: Path) -> list[str]:
+    """Every entry of the folder, newest first: nothing but whole checkpoints."""
+    listed = [path.name for path in list_checkpoints(folder)]
+    assert sorted(path.name for path in folder.iterdir() if path.name != "best.json") == sorted(listed)
+    return listed
+
+
+def test_everything_comes_back_as_it_was_when_it_was_saved(tmp_path: Path, parts: Parts) -> None:
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.save(*parts, Position(7, "abc", 8))
+    with torch.no_grad():
+        for parameter in parts[0].parameters():
+            parameter.add_(1)  # the run goes on while the thread writes
+    checkpoints.wait()
+    (model, optimizer), (expected, expected_optimizer) = make_parts(1), make_parts(0)
+    assert Checkpoints(tmp_path, 2).load(model, optimizer) == (Position(7, "abc", 8), [])
+    for first, second in zip(expected.parameters(), model.parameters(), strict=True):
         assert torch.equal(first, second)
         for name in ("exp_avg", "exp_avg_sq", "step"):
-            assert torch.equal(optimizer.state[first][name], other_optimizer.state[second][name])
+            assert torch.equal(expected_optimizer.state[first][name], optimizer.state[second][name])
 
 
-def test_the_newest_few_are_kept(tmp_path: Path) -> None:
-    model, optimizer = parts(0)
-    for step in (2, 4, 10):
-        write(tmp_path, model, optimizer, step, keep=2)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000010", "step-00000004"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000010"]
-
-
-def test_a_step_that_is_saved_already_is_not_written_again(tmp_path: Path) -> None:
-    model, optimizer = parts(0)
+def test_the_newest_few_are_kept_and_none_is_written_twice(tmp_path: Path, parts: Parts) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     written = []
-    for step in (1, 1, 2):
-        checkpoints.save(model, optimizer, Position(step, "abc", 8))
+    for step in (2, 4, 4, 10):
+        checkpoints.save(*parts, Position(step, "abc", 8))
         checkpoints.wait()
         written.append((list_checkpoints(tmp_path)[0] / RECORD).stat().st_mtime_ns)
-    assert written[0] == written[1] < written[2]
+    assert written[0] < written[1] == written[2] < written[3]
+    assert names(tmp_path) == ["step-00000010", "step-00000004"]
 
 
-def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_rubbish(tmp_path: Path) -> None:
+def test_the_best_one_outlives_the_newest_few(tmp_path: Path, parts: Parts) -> None:
+    checkpoints = Checkpoints(tmp_path, 1)
+    for step in (2, 4, 6):
+        checkpoints.save(*parts, Position(step, "", 8))
+        if step == 2:
+            checkpoints.keep_best(Best(step, "dual.r_mean", 31.5))
+    checkpoints.wait()
+    assert names(tmp_path) == ["step-00000006", "step-00000002"]
+    again = Checkpoints(tmp_path, 1)
+    assert again.best == Best(2, "dual.r_mean", 31.5)
+    again.save(*parts, Position(8, "", 8))
+    again.keep_best(Best(8, "dual.r_mean", 32.0))
+    again.save(*parts, Position(10, "", 8))
+    again.wait()
+    assert names(tmp_path) == ["step-00000010", "step-00000008"]
+
+
+def test_a_failed_write_keeps_the_old_checkpoint_and_leaves_nothing(tmp_path: Path, parts: Parts) -> None:
     """A limit on the size of files stands for a full disk: both make `write` fail half-way."""
-    model, optimizer = parts(0)
-    write(tmp_path, model, optimizer, 1, keep=2)
+    write(tmp_path, parts, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(TercetError, match="cannot write"):
-            write(tmp_path, model, optimizer, 2, keep=2)
+            write(tmp_path, parts, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert Checkpoints(tmp_path, 2).load(*parts(1))[0].step == 1
+    assert names(tmp_path) == ["step-00000001"]
+    assert Checkpoints(tmp_path, 2).load(*make_parts(1))[0].step == 1
 
 
-def test_a_newer_format_is_refused(tmp_path: Path) -> None:
-    model, optimizer = parts(0)
-    path = write(tmp_path, model, optimizer, 1, keep=1)
-    record = json.loads((path / RECORD).read_text("utf-8"))
-    (path / RECORD).write_text(json.dumps({**record, "format_version": 99}), "utf-8")
-    with pytest.raises(TercetError, match="another version"):
-        Checkpoints(tmp_path, 2).load(model, optimizer)
-
-
-def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, *parts(0), 1, keep=1)
-    other = nn.Linear(32, 64)
-    with pytest.raises(TercetError, match="does not fit"):
-        Checkpoints(tmp_path, 2).load(other, torch.optim.AdamW(other.parameters()))
-
-
-def test_none_at_all(tmp_path: Path) -> None:
-    with pytest.raises(TercetError, match="no checkpoint"):
-        Checkpoints(tmp_path, 2).load(*parts(0))
-
-
-def test_what_is_written_is_the_state_when_it_was_asked_for(tmp_path: Path) -> None:
-    model, optimizer = parts(0)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    checkpoints = Checkpoints(tmp_path, 2)
-    checkpoints.save(model, optimizer, Position(1, "", 8))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1)  # the run goes on while the thread writes
-    checkpoints.wait()
-    checkpoints.load(model, optimizer)
-    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
-
-
-def test_what_a_killed_run_left_half_written_is_never_read_and_goes(tmp_path: Path) -> None:
-    model, optimizer = parts(0)
-    write(tmp_path, model, optimizer, 1, keep=2)
+def test_half_written_checkpoints_are_never_read_and_are_removed(tmp_path: Path, parts: Parts) -> None:
+    write(tmp_path, parts, 1)
     for name in (".step-00000002.partial", ".step-00000003.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "shard-00001.safetensors").write_bytes(b"half")
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
-    checkpoints = Checkpoints(tmp_path, 2)
-    assert checkpoints.load(model, optimizer)[0].step == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    checkpoints.save(model, optimizer, Position(2, "", 8))
-    checkpoints.wait()
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000001"]
+    assert Checkpoints(tmp_path, 2).load(*parts)[0].step == 1
+    assert names(tmp_path) == ["step-00000001"]
+    write(tmp_path, parts, 2)
+    assert names(tmp_path) == ["step-00000002", "step-00000001"]
 
 
-def test_the_best_one_outlives_the_newest_few(tmp_path: Path) -> None:
-    model, optimizer = parts(0)
-    checkpoints = Checkpoints(tmp_path, 1)
-    for step in (2, 4, 6):
-        checkpoints.save(model, optimizer, Position(step, "", 8))
-        if step == 2:
-            checkpoints.keep_best(Best(step, "dual.r_mean", 31.5))
-    checkpoints.wait()
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000006", "step-00000002"]
-    again = Checkpoints(tmp_path, 1)
-    assert again.best == Best(2, "dual.r_mean", 31.5)
-    again.save(model, optimizer, Position(8, "", 8))
-    again.keep_best(Best(8, "dual.r_mean", 32.0))
-    again.save(model, optimizer, Position(10, "", 8))
-    again.wait()
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000010", "step-00000008"]
-
-
-def test_a_damaged_one_is_written_anew_when_the_run_comes_there_again(tmp_path: Path) -> None:
-    model, optimizer = parts(0)
-    write(tmp_path, model, optimizer, 1, keep=2)
-    damaged = write(tmp_path, model, optimizer, 2, keep=2)
+def test_a_damaged_checkpoint_is_written_again_when_the_run_reaches_its_step(tmp_path: Path, parts: Parts) -> None:
+    write(tmp_path, parts, 1)
+    damaged = write(tmp_path, parts, 2)
     (damaged / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"")
     checkpoints = Checkpoints(tmp_path, 2)
-    position, complaints = checkpoints.load(model, optimizer)
+    position, complaints = checkpoints.load(*parts)
     assert position.step == 1 and "step-00000002 is damaged" in complaints[0]
-    checkpoints.save(model, optimizer, Position(2, "", 8))
+    checkpoints.save(*parts, Position(2, "", 8))
     checkpoints.wait()
-    assert checkpoints.load(model, optimizer) == (Position(2, "", 8), [])
+    assert checkpoints.load(*parts) == (Position(2, "", 8), [])
+
+
+def test_what_cannot_be_loaded_is_refused(tmp_path: Path, parts: Parts) -> None:
+    with pytest.raises(TercetError, match="no checkpoint"):
+        Checkpoints(tmp_path, 2).load(*parts)
+    record = write(tmp_path, parts, 1) / RECORD
+    other = nn.Linear(32, 64)
+    with pytest.raises(TercetError, match="does not fit"):
+        Checkpoints(tmp_path, 2).load(other, torch.optim.AdamW(other.parameters()))
+    record.write_text(json.dumps({**json.loads(record.read_text("utf-8")), "format_version": 99}), "utf-8")
+    with pytest.raises(TercetError, match="another version"):
+        Checkpoints(tmp_path, 2).load(*parts)
 
 
 @pytest.mark.parametrize("moment", ["_on_rank0", "save", "_digest"])
-def test_a_rank_that_dies_while_a_checkpoint_is_written_is_named_as_the_cause(tmp_path: Path, moment: str) -> None:
-    run = tmp_path / "gloo"  # a word of the errors that tell of a lost rank, which a path is not
+def test_a_rank_that_dies_during_a_write_is_named_as_the_cause(tmp_path: Path, moment: str) -> None:
+    run = tmp_path / "gloo"  # a word of the errors about a lost rank, which a path is not
     error, nothing = run_ranks(2, fail_while_writing, {**SMALL, "output": str(run)}, 1, moment)
     assert isinstance(error, TercetError) and nothing is None
     newest = run / "checkpoints" / "step-00000002"

@@ -1,4 +1,4 @@
-"""What a step is estimated to cost, against the model itself; and advice where memory is lacking."""
+"""Estimates of a step's cost against the model itself, and advice where memory is short."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from tercet.train.dry_run import (
     warn_if_oom_likely,
 )
 from tiny_model import make_model
+from tiny_run import dotted, kept_bytes
 
 CPU = DeviceSpec(torch.device("cpu"), "fp32")
 BATCH = 6
@@ -78,24 +79,16 @@ def test_cost_of_a_step_is_that_of_the_real_one(keys: dict[str, Any]) -> None:
     assert cost.fixed["teacher"] == pytest.approx(teacher, abs=1000)
     assert cost.fixed["queue"] == (0 if task.queue is None else sum(part.nbytes for part in task.queue.buffers()))
 
-    kept: dict[int, Tensor] = {}
-    weights = {weight.untyped_storage().data_ptr() for weight in task.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
     losses: dict[str, Tensor] = {}
+    held = 0
 
     def forward() -> None:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            losses.update(task(batch, config.objectives.alpha).losses)
+        nonlocal held
+        held = kept_bytes(lambda: losses.update(task(batch, config.objectives.alpha).losses), task.parameters())
 
     assert count_flops(forward) == pytest.approx(cost.forward, rel=1e-3)
     backward = count_flops(lambda: torch.stack(list(losses.values())).sum().backward())
     assert backward == pytest.approx(cost.backward, rel=1e-3)
-    held = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert held <= cost.passing <= 1.5 * held + 8 * trained
 
 
@@ -112,8 +105,8 @@ def test_memory_of_any_batch_follows_from_two() -> None:
 
 def test_options_that_save_memory_are_counted() -> None:
     def passing(precision: str = "fp32", **keys: Any) -> int:
-        named = {name.replace("__", "."): value for name, value in keys.items()}
-        return measure_step(load_config("demo", {**TINY, "model.vision.depth": 4, **named}), 16, precision).passing
+        config = load_config("demo", {**TINY, "model.vision.depth": 4, **dotted(keys)})
+        return measure_step(config, 16, precision).passing
 
     plain = passing()
     assert passing(train__grad_checkpointing=True) < 0.8 * plain
@@ -147,19 +140,22 @@ def test_init_decides_the_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "steps", "devices", "fits", "flags"),
+    ("batch", "steps", "devices", "fits", "advice"),
     [
-        (512, 1, 1, 294, "--train.batch_size 256 --optim.grad_accum_steps 2"),
-        (512, 2, 1, 100, "--train.batch_size 64 --optim.grad_accum_steps 16"),
-        (512, 1, 2, 100, "--train.batch_size 128 --optim.grad_accum_steps 4"),
-        (500, 1, 1, 300, "--train.batch_size 250 --optim.grad_accum_steps 2"),
-        (7, 1, 1, 3, "--train.batch_size 1 --optim.grad_accum_steps 7"),
-        (64, 1, 1, None, "--train.batch_size 32 --optim.grad_accum_steps 2"),
+        (512, 1, 1, 294, (256, 2)),
+        (512, 2, 1, 100, (64, 16)),
+        (512, 1, 2, 100, (128, 4)),
+        (500, 1, 1, 300, (250, 2)),
+        (7, 1, 1, 3, (1, 7)),
+        (64, 1, 1, None, (32, 2)),
     ],
 )
-def test_the_same_pairs_in_less_memory(batch: int, steps: int, devices: int, fits: int | None, flags: str) -> None:
-    keys = {"train.batch_size": batch, "optim.grad_accum_steps": steps}
-    assert flags in advise_less_memory(load_config("pretrain-4m", keys), devices, fits)
+def test_the_same_pairs_in_less_memory(
+    batch: int, steps: int, devices: int, fits: int | None, advice: tuple[int, int]
+) -> None:
+    config = load_config("pretrain-4m", {"train.batch_size": batch, "optim.grad_accum_steps": steps})
+    flags = f"--train.batch_size {advice[0]} --optim.grad_accum_steps {advice[1]}"
+    assert flags in advise_less_memory(config, devices, fits)
 
 
 def test_oom_in_training_names_flags(tmp_path: Path) -> None:
@@ -172,13 +168,13 @@ def test_oom_in_training_names_flags(tmp_path: Path) -> None:
         raise RuntimeError("something else")
 
 
-def test_only_a_step_that_may_not_fit_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config("demo", {**TINY, "train.batch_size": 256})
+def test_only_a_step_that_may_not_fit_gives_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {**TINY, "train.batch_size": 256}
+    config = load_config("demo", keys)
     need = MemoryModel(config, "fp32", cuda=False).bytes_for(256)
     for memory, warned in ((need + (1 << 20), False), (need - (1 << 20), True)):
         monkeypatch.setattr(dry_run, "available_memory", lambda device, memory=memory: memory)
         messages = warn_if_oom_likely(config, CPU, 1_300_000)
         assert bool(messages) == warned
     assert "256 pairs" in messages[0] and "--optim.grad_accum_steps" in messages[0]
-    fsdp = load_config("demo", {**TINY, "train.batch_size": 256, "train.parallel": "fsdp"})
-    assert not warn_if_oom_likely(fsdp, CPU, 1_300_000)
+    assert not warn_if_oom_likely(load_config("demo", {**keys, "train.parallel": "fsdp"}), CPU, 1_300_000)

@@ -1,4 +1,4 @@
-"""What a run leaves for its report: the matrix is the model's own, and each map lies over its image."""
+"""The entries of a report: the matrix is the model's own, and each heatmap has the size of its image."""
 
 from __future__ import annotations
 

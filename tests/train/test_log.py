@@ -1,18 +1,14 @@
-"""What a run writes while it goes."""
+"""What a run logs."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tercet.train.log import METRICS, open_logger
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / METRICS).read_text("utf-8").splitlines()]
+from tiny_run import lines
 
 
 def test_lines_after_the_resumed_step_and_half_lines_are_dropped(tmp_path: Path) -> None:
@@ -29,7 +25,7 @@ def test_metrics_jsonl_and_tensorboard_have_the_same_numbers(tmp_path: Path) -> 
     with open_logger(tmp_path, 2) as logger:
         logger.log_train(1, {"loss": 1.5, "grad_norm": float("inf"), "pairs_per_second": 1.0})
         logger.log_evaluation(2, "test", {"dual": {"r_mean": 12.5}})
-    first, second = lines(tmp_path)
+    (first,), (second,) = lines(tmp_path), lines(tmp_path, "evaluate")
     assert first["loss"] == 1.5 and first["grad_norm"] is None  # JSON has no infinity
     assert second["data"] == "test" and second["dual"]["r_mean"] == 12.5
     events = EventAccumulator(str(tmp_path / "tensorboard"))

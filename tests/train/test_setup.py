@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from tercet.model.tercet import Tercet
 from tercet.objectives.loss import total
 from tercet.tasks.pretrain import Pretraining
 from tercet.train.setup import compile_encoders, compiled_models
+from tiny_run import kept_bytes
 
 OBJECTIVES = ObjectivesConfig(queue_size=12)
 BATCH = 3
@@ -21,19 +24,12 @@ BATCH = 3
 
 def make_task(dropout: float = 0.0, objectives: ObjectivesConfig = OBJECTIVES) -> Pretraining:
     torch.manual_seed(0)
-    sizes = {
+    sizes: dict[str, Any] = {
         "vision": {"image_size": 32, "patch_size": 8, "width": 32, "depth": 3, "heads": 2},
-        "text": {
-            "vocabulary_size": 200,
-            "width": 32,
-            "mlp_width": 64,
-            "depth": 5,
-            "fusion_layer": 2,
-            "heads": 2,
-            "dropout": dropout,
-        },
+        "text": {"vocabulary_size": 200, "width": 32, "mlp_width": 64, "depth": 5, "fusion_layer": 2, "heads": 2},
         "embed_dim": 16,
     }
+    sizes["text"]["dropout"] = dropout
     return Pretraining(Tercet(ModelConfig.model_validate(sizes)), objectives).train()
 
 
@@ -85,7 +81,7 @@ def test_compiled_once_for_all_caption_lengths_with_the_same_losses() -> None:
     names = list(compiled.state_dict())
     assert compile_encoders(compiled_models(compiled), backend=counter) == 2 * (3 + 5)
     assert list(compiled.state_dict()) == names
-    # A single row, as of [CLS] or of one hidden word in each caption, has a graph of its own beside that of several.
+    # A single row, as for [CLS] or one masked token in each caption, has its own graph.
     for tokens in (5, 9, 17):
         assert_same_step(compiled, plain, tokens, 1e-5)
     compiled_so_far = counter.frame_count
@@ -96,54 +92,28 @@ def test_compiled_once_for_all_caption_lengths_with_the_same_losses() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
-def test_inductor_gives_the_same_losses() -> None:
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_inductor_gives_the_same_losses(device: str) -> None:
     torch._dynamo.reset()
-    plain, compiled = make_task(), make_task()
+    plain, compiled = make_task().to(device), make_task().to(device)
     compile_encoders(compiled_models(compiled))
     for tokens in (9, 12, 20):
         assert_same_step(compiled, plain, tokens, 1e-4)
     torch._dynamo.reset()
 
 
-@pytest.mark.gpu
-def test_compiled_for_a_gpu_with_the_same_losses() -> None:
-    torch._dynamo.reset()
-    plain, compiled = make_task().cuda(), make_task().cuda()
-    compile_encoders(compiled_models(compiled))
-    for tokens in (9, 12, 20):
-        assert_same_step(compiled, plain, tokens, 1e-4)
-    torch._dynamo.reset()
-
-
-def test_checkpointed_layers_give_the_same_step_bit_for_bit() -> None:
+def test_checkpointed_layers_give_the_same_step_bit_for_bit_and_keep_less() -> None:
     plain, checkpointed = make_task(dropout=0.1), make_task(dropout=0.1)
     set_grad_checkpointing(checkpointed.student)
     for tokens in (9, 14):
         assert_same_step(checkpointed, plain, tokens, 0.0)
-
-
-def kept_bytes(task: Pretraining) -> int:
-    """Bytes that the forward pass keeps for the backward one."""
-    weights = {weight.untyped_storage().data_ptr() for weight in task.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    prepared = task.prepare(draw_batch(12), torch.device("cpu"), seed=5)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = task(prepared, 0.4)
-    assert output.losses
-    return sum(kept.values())
-
-
-def test_checkpointed_layers_keep_less() -> None:
-    plain, checkpointed = make_task(dropout=0.1), make_task(dropout=0.1)
-    set_grad_checkpointing(checkpointed.student)
-    assert kept_bytes(checkpointed) < 0.6 * kept_bytes(plain)
+    kept = []
+    for task in (checkpointed, plain):
+        batch = task.prepare(draw_batch(12), torch.device("cpu"), seed=5)
+        kept.append(kept_bytes(lambda task=task, batch=batch: task(batch, 0.4), task.parameters()))
+    assert 0 < kept[0] < 0.6 * kept[1]
 
 
 def test_dropped_patches_train_the_student_alone() -> None:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from tercet.config import DataConfig
-from tercet.data.builders import ImageKeys, PairBuilder
+from tercet.data.builders import ImageKeys, PairBuilder, nothing_found
 from tercet.data.parts import RangePart
 from tercet.data.rows import Rejected, SplitFilter
 from tercet.data.storage import cache_folder, local_copy, open_to_read, read_range
@@ -113,7 +113,7 @@ def read_arrow(file: Any, suffix: str | None, data: DataConfig, need_captions: b
         file: path, URL or dataset.
         suffix: the split after '#', if any.
         data: names of the columns, root of image paths.
-        need_captions: leave out the images without a caption.
+        need_captions: skip the images without a caption.
 
     Raises:
         TercetError: the file cannot be read, a column is missing, or no row gives a pair.
@@ -139,7 +139,10 @@ def _read(
     rows = array("q")
     for number, row in enumerate(_rows(source, [image, *wanted] if by_path or not wanted else wanted)):
         where = f"{source.name} row {number + 1}"
-        name = _path_of(row[image]) if by_path else str(number)
+        name = str(number)
+        if by_path:
+            path = row[image].get("path") if isinstance(row[image], dict) else row[image]
+            name = path if isinstance(path, str) else ""
         key = None if images is None else images.key(number, row.get("image_id")) + str(row.get("split")).encode()
         if not name or (images is not None and not images.sizes[number]):
             builder.rejected.add(f"{where}: {image!r} is empty")
@@ -151,13 +154,12 @@ def _read(
                 continue
             rows.append(number)
     chosen.check(source.name)
-    builder.require_some(source.name, f"rows with {image!r} and {caption!r}", need_captions)
+    if not len(builder):
+        raise nothing_found(source.name, f"rows with {image!r} and {caption!r}", builder.rejected, need_captions)
     pairs = builder.finish()
     if images is None:
         folder = data.image_root if data.image_root is not None else source.folder
-        table = pairs.in_files(folder, builder.rejected)
-        table.require_some(source.name)
-        return table
+        return pairs.in_files(source.name, folder, builder.rejected)
     kept = np.array(rows, np.int64)[pairs.rows]
     arrays = [pairs.names, pairs.texts, pa.array(images.offsets[kept]), pa.array(images.sizes[kept])]
     columns = pa.RecordBatch.from_arrays(arrays, ["name", "texts", "offset", "size"])
@@ -191,11 +193,6 @@ def _damage_named(file: str) -> Iterator[None]:
 def _rows(source: ArrowSource | DatasetSource, columns: list[str]) -> Iterator[dict[str, Any]]:
     for batch in source.batches(columns):
         yield from batch.to_pylist()
-
-
-def _path_of(value: Any) -> str:
-    name = value.get("path") if isinstance(value, dict) else value
-    return name if isinstance(name, str) else ""
 
 
 def _texts_of(value: Any) -> list[str]:

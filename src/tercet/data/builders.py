@@ -1,20 +1,19 @@
-"""Builders that turn the rows of a file into a `SampleTable`: pairs of images and captions, and samples of tasks."""
+"""From the rows of a file to Arrow columns: images with their captions, the bad ones rejected with a reason."""
 
 from __future__ import annotations
 
-import json
 import re
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from tercet.data.parts import TEXTS, FilePart
+from tercet.data.parts import FilePart
 from tercet.data.rows import Rejected, digest, digest_of_id, shorten
-from tercet.data.table import Samples, SampleTable, shared_ids
+from tercet.data.table import SampleTable, shared_ids
 from tercet.data.tokenizer import clean_caption
 from tercet.errors import TercetError
 
@@ -33,8 +32,8 @@ class PairBuilder:
     def __init__(self, rejected: Rejected, max_words: int) -> None:
         self.rejected = rejected
         self._max_words = max_words
-        self._names = _Strings(pa.large_binary())
-        self._texts = _Strings(pa.large_string())
+        self._names = Strings(pa.large_binary())
+        self._texts = Strings(pa.large_string())
         self._counts = array("q")
         self._keys = array("Q")
         self._ids = array("Q")
@@ -84,13 +83,6 @@ class PairBuilder:
                 texts.append(caption)
         return texts
 
-    def require_some(self, file: str, looked_for: str, need_captions: bool = True) -> None:
-        """Raise TercetError, naming what was looked for and why rows were rejected, when no row was accepted."""
-        if not len(self):
-            reasons = f"; {len(self.rejected)} rejected, the first: {self.rejected[0]}" if self.rejected else ""
-            what = "no image with a caption" if need_captions else "no image"
-            raise TercetError(f"{file}: {what} found; looked for {looked_for}{reasons}")
-
     def finish(self) -> Pairs:
         """The rows as images in the order of their first row."""
         counts, keys = np.array(self._counts, np.int64), np.array(self._keys, np.uint64)
@@ -125,66 +117,20 @@ class Pairs:
     ids: np.ndarray
     rows: np.ndarray
 
-    def in_files(self, folder: str, rejected: Sequence[str]) -> SampleTable:
-        """A table of these images as files below `folder`."""
-        columns = pa.RecordBatch.from_arrays([self.names, self.texts], ["name", "texts"])
-        return SampleTable([FilePart(folder, columns)], rejected, shared_ids(self.ids))
-
-
-@dataclass
-class SampleBuilder:
-    """Takes task samples one by one; images that several samples name are held once."""
-
-    rejected: Rejected = field(default_factory=Rejected)
-
-    def __post_init__(self) -> None:
-        self._images: list[list[int]] = []
-        self._columns = {name: _Strings(pa.large_string()) for name in ("text", "target", "key")}
-        self._names: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def add(self, key: str, images: Sequence[str | int], text: str, target: object) -> None:
-        """Take one sample.
-
-        Args:
-            key: names it in messages: file and row.
-            images: names of its images below the image root, or their indices in the table given to `finish_over`.
-            text: its sentence or question.
-            target: plain values, as JSON has them.
-        """
-        self._images.append(
-            [image if isinstance(image, int) else self._names.setdefault(image, len(self._names)) for image in images]
-        )
-        for name, value in (("text", text), ("target", json.dumps(target)), ("key", key)):
-            self._columns[name].append(value.encode("utf-8", "replace").decode())
-
-    def finish(self, file: str, folder: str) -> SampleTable:
-        """The samples of `file` over images below `folder`.
-
-        Raises:
-            TercetError: there are none, or none of a few images exists.
-        """
-        if not self._images:
-            why = f"; {len(self.rejected)} rejected, the first: {self.rejected[0]}" if self.rejected else ""
-            raise TercetError(f"{file}: no samples in it{why}")
-        names = pa.array([encode_name(name) for name in self._names], pa.large_binary())
-        texts = pa.array([[]] * len(names), TEXTS)
-        part = FilePart(folder, pa.RecordBatch.from_arrays([names, texts], ["name", "texts"]))
+    def in_files(self, file: str, folder: str, rejected: Sequence[str]) -> SampleTable:
+        """A table of these images of `file` as files below `folder`.  Raises TercetError when none of a few exists."""
+        part = FilePart.of(folder, self.names, self.texts)
         part.require_some(file)
-        return SampleTable([part], self.rejected, None, self._samples())
-
-    def finish_over(self, images: SampleTable) -> SampleTable:
-        """The samples over those images of a table that they name."""
-        return images.with_samples(self._samples(), self.rejected)
-
-    def _samples(self) -> Samples:
-        columns = [column.finish() for column in self._columns.values()]
-        return Samples(np.array(self._images, np.int64), pa.RecordBatch.from_arrays(columns, list(self._columns)))
+        return SampleTable([part], rejected, shared_ids(self.ids))
 
 
-class _Strings:
+def nothing_found(file: str, looked_for: str, rejected: Rejected, need_captions: bool) -> TercetError:
+    """The error for a file without a single usable row."""
+    what = "no image with a caption" if need_captions else "no image"
+    return TercetError(f"{file}: {what} found; looked for {looked_for}{rejected.summary()}")
+
+
+class Strings:
     """Collects strings in Arrow arrays, a few as Python objects at a time."""
 
     def __init__(self, kind: pa.DataType) -> None:

@@ -15,10 +15,22 @@ from typing import Any, Literal
 from tercet.config import DataConfig
 from tercet.data.builders import PairBuilder
 from tercet.data.readers import IMAGE_SUFFIXES, open_samples, open_sources
-from tercet.data.rows import Rejected, choose_layout, lines_of, parse_json, parse_line, read_objects, text_of
+from tercet.data.rows import (
+    Rejected,
+    are_texts,
+    choose_layout,
+    get_field,
+    is_coordinate,
+    is_text,
+    lines_of,
+    parse_json,
+    parse_line,
+    read_objects,
+    text_of,
+)
 from tercet.data.storage import is_url, read_text
 from tercet.data.table import SampleTable, concatenate
-from tercet.data.task_readers import PROBED_ROWS, TaskBuilder, get_field, is_coordinate, is_text
+from tercet.data.task_readers import PROBED_ROWS, TaskBuilder
 from tercet.errors import TercetError
 
 Row = dict[str, Any]
@@ -57,7 +69,7 @@ def read_entailments(file: str, suffix: str | None, data: DataConfig) -> SampleT
     first = list(itertools.islice(rows, PROBED_ROWS))
     builder = TaskBuilder(file, data)
     names = [_flickr_image(row, where) for where, row in first]
-    folder = FLICKR_FOLDERS[choose_layout(builder.root, [[way + name for name in names] for way in FLICKR_FOLDERS])]
+    folder = choose_layout(builder.root, FLICKR_FOLDERS, lambda way: [way + name for name in names])
     for where, row in itertools.chain(first, rows):
         label = text_of(row, where, "gold_label", "label")
         if label == UNDECIDED:
@@ -99,8 +111,7 @@ def read_statements(file: str, suffix: str | None, data: DataConfig) -> SampleTa
     first = list(itertools.islice(rows, PROBED_ROWS))
     builder = TaskBuilder(file, data)
     official = [(where, row) for where, row in first if "images" not in row]
-    ways = [[_nlvr_images(*row, layout)[0] for row in official] for layout in NLVR_LAYOUTS]
-    layout = NLVR_LAYOUTS[choose_layout(builder.root, ways)]
+    layout = choose_layout(builder.root, NLVR_LAYOUTS, lambda way: [_nlvr_images(*row, way)[0] for row in official])
     for where, row in itertools.chain(first, rows):
         sentence = text_of(row, where, "sentence")
         if "images" in row:
@@ -180,7 +191,7 @@ def _read_class_folders(folder: Path, data: DataConfig) -> SampleTable:
     for part in sorted(part for part in folder.iterdir() if part.is_dir()):
         for image in sorted(image for image in part.rglob("*") if image.suffix.lower() in IMAGE_SUFFIXES):
             builder.add(str(image), str(image.relative_to(folder)), part.name.replace("_", " "))
-    return builder.finish().in_files(str(folder), builder.rejected)
+    return builder.finish().in_files(str(folder), str(folder), builder.rejected)
 
 
 def _has_class_folders(spec: str) -> bool:
@@ -260,7 +271,7 @@ def _aro(where: str, row: Any) -> Probe:
     if "relation_name" in row:
         (kind,) = _texts(where, row, "relation_name")
     else:
-        words = get_field(row, where, "attributes", _are_texts, "a list of texts")
+        words = get_field(row, where, "attributes", are_texts, "a list of texts")
         kind = "_".join(words)
     crop = None
     if "bbox_x" in row:
@@ -279,7 +290,3 @@ def _winoground(where: str, row: Any) -> Probe:
 
 def _texts(where: str, row: Any, *keys: str) -> list[str]:
     return [get_field(row, where, key, is_text, "a text") for key in keys]
-
-
-def _are_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)

@@ -23,10 +23,20 @@ from typing import Any, NoReturn
 from tercet.config import DataConfig
 from tercet.data.builders import is_empty
 from tercet.data.readers import open_samples, suffix_of
-from tercet.data.rows import SplitFilter, choose_layout, parse_json, read_objects, text_of
+from tercet.data.rows import (
+    SplitFilter,
+    are_texts,
+    choose_layout,
+    get_field,
+    is_coordinate,
+    is_id,
+    parse_json,
+    read_objects,
+    text_of,
+)
 from tercet.data.storage import read_bytes, read_text
 from tercet.data.table import SampleTable
-from tercet.data.task_readers import PROBED_ROWS, TaskBuilder, get_field, is_coordinate, is_id
+from tercet.data.task_readers import PROBED_ROWS, TaskBuilder
 from tercet.errors import TercetError
 
 Box = tuple[float, float, float, float]
@@ -94,8 +104,7 @@ def _read_official(
     split.check(file)
     builder = TaskBuilder(file, data)
     probed = [reference.image for reference in chosen[:: max(1, len(chosen) // PROBED_ROWS)]]
-    folders = ("", "train2014/")
-    folder = folders[choose_layout(builder.root, [[f"{way}{name}" for name in probed] for way in folders])]
+    folder = choose_layout(builder.root, ("", "train2014/"), lambda way: [way + name for name in probed])
     for reference in chosen:
         target = reference.target(reference.where)
         if detections is not None:
@@ -302,7 +311,7 @@ def _target_of_row(row: Row, where: str) -> Row:
 
     boxes = optional(("boxes_xyxy", "boxes"), _are_boxes, "a list of [left, top, right, bottom]") or []
     size = optional(("orig_size", "size"), lambda value: _are_numbers(value, 2) and min(value) > 0, "[width, height]")
-    kinds = optional(("types", "kinds"), _are_texts, "a list of texts") or []
+    kinds = optional(("types", "kinds"), are_texts, "a list of texts") or []
     if size is not None:
         check_boxes(boxes, size[0], size[1], where)
     split, ref_id = row.get("split"), row.get("ref_id")
@@ -337,7 +346,3 @@ def _are_numbers(value: object, count: int) -> bool:
 
 def _are_boxes(value: object) -> bool:
     return isinstance(value, list) and all(_are_numbers(box, 4) for box in value)
-
-
-def _are_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)

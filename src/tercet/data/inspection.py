@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tercet.data.augment import Pixels
 from tercet.data.images import reduction_for
-from tercet.data.loader import describe, encoded_image
+from tercet.data.loader import describe
 from tercet.data.rows import digest
 from tercet.data.table import SampleTable
 from tercet.data.tokenizer import clean_caption
@@ -58,13 +58,13 @@ class Measured:
     broken: list[str] = field(default_factory=list)
 
 
+@dataclass
 class Measurer:
     """Measures images number * CHUNK and following; copied to every worker process."""
 
-    def __init__(self, table: SampleTable, pixel_limit: int, max_words: int) -> None:
-        self.table = table
-        self.pixel_limit = pixel_limit
-        self.max_words = max_words
+    table: SampleTable
+    pixel_limit: int
+    max_words: int
 
     def __call__(self, number: int) -> Measured:
         """Read, decode and measure."""
@@ -80,7 +80,7 @@ class Measurer:
         )
         for row, index in enumerate(indices):
             try:
-                encoded = encoded_image(self.table, index, self.pixel_limit)
+                encoded = self.table.encoded(index, self.pixel_limit)
                 pixels = encoded.pixels(reduction_for(min(encoded.height, encoded.width), DECODED_SIDE))
             except (OSError, TercetError) as error:
                 found.broken.append(describe(self.table.key(index), error))

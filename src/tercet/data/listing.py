@@ -11,11 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-
 from tercet.config import DataConfig
 from tercet.data.arrow_files import images_file
-from tercet.data.parts import TEXTS, FilePart, RangePart
+from tercet.data.parts import FilePart, RangePart
 from tercet.data.readers import (
     IMAGE_SUFFIXES,
     TABLE_SUFFIXES,
@@ -117,9 +115,7 @@ def _open(spec: str) -> Iterator[SampleTable]:
             )
         path = file if is_url(file) else os.path.abspath(file)  # noqa: PTH100 - links stay as they are
         if kind in IMAGE_SUFFIXES and (is_url(path) or not Path(path).is_dir()):
-            names = pa.array([os.fsencode(path)], pa.large_binary())
-            columns = pa.RecordBatch.from_arrays([names, pa.array([[]], TEXTS)], ["name", "texts"])
-            yield SampleTable([FilePart(".", columns)])
+            yield SampleTable([FilePart.of(".", [os.fsencode(path)])])
         else:
             whole = suffix or ("all" if kind in {".tar", *TABLE_SUFFIXES} else None)
             yield open_sources([path if whole is None else f"{path}#{whole}"], DataConfig(), need_captions=False)

@@ -7,6 +7,7 @@ so that any number of workers, and none, give the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tercet.config import DataConfig
+from tercet.data.augment import Compat
 from tercet.data.batch import AnyBatch, Batch, ImageBatch, SkipReport
-from tercet.data.images import EncodedImage, ViewTransform, resize
+from tercet.data.images import ViewTransform, resize
 from tercet.data.order import PairOrder
 from tercet.data.table import Sample, SampleTable
 from tercet.data.tokenizer import Tokenizer, clean_caption, mentions_sides
@@ -25,29 +27,26 @@ from tercet.errors import TercetError
 
 AUGMENT_STREAM = 7  # keeps the augmentation's random stream apart from others of the same seed
 
-Compat = Literal["tercet", "published"]
 Clean = Callable[[str, int], str]
 
 
+@dataclass
 class _Plan:
     """What makes batches of a table, in any process.
 
-    Args:
+    Attributes:
         table: pairs or samples.
-        tokenizer: turns texts to ids; None for images alone.
+        tokenizer: turns texts to ids.
         data: augmentation, text lengths, pixel limit.
         image_size: side of the images in pixels.
         clean: cleans a text and cuts it to a number of words.
     """
 
-    def __init__(
-        self, table: SampleTable, tokenizer: Tokenizer | None, data: DataConfig, image_size: int, clean: Clean
-    ) -> None:
-        self.table = table
-        self.tokenizer = tokenizer
-        self.data = data
-        self.image_size = image_size
-        self.clean = clean
+    table: SampleTable
+    tokenizer: Tokenizer
+    data: DataConfig
+    image_size: int
+    clean: Clean
 
     def collate(
         self,
@@ -59,7 +58,6 @@ class _Plan:
         step: int,
     ) -> Batch:
         """A batch of `samples`; `views` are the first and, where there are any, the second views of the images."""
-        assert self.tokenizer is not None
         texts = [self.clean(sample.text, self.data.max_words) for sample in samples]
         input_ids, attention_mask = tokenize(self.tokenizer, texts, self.data.max_tokens)
         rows = None
@@ -81,32 +79,24 @@ class _Plan:
         )
 
 
+@dataclass
 class TrainPlan(_Plan):
     """Makes the training batch of (epoch, step): a pure function, whichever process calls it.
 
-    Args:
+    Attributes:
+        order: which pair or group of samples comes when.
+        compat: 'published' for the published code's augmentation.
         groups: samples in the order of their groups, and where each group begins; None for pairs.
         views: of each image.
     """
 
-    def __init__(
-        self,
-        table: SampleTable,
-        tokenizer: Tokenizer,
-        data: DataConfig,
-        image_size: int,
-        clean: Clean,
-        order: PairOrder,
-        compat: Compat,
-        groups: tuple[np.ndarray, np.ndarray] | None,
-        views: int,
-    ) -> None:
-        super().__init__(table, tokenizer, data, image_size, clean)
-        self.order = order
-        self.compat: Compat = compat
-        self.groups = groups
-        self.views = views
-        self._transform = ViewTransform(image_size, data.augment, data.crop_scale, compat)
+    order: PairOrder
+    compat: Compat
+    groups: tuple[np.ndarray, np.ndarray] | None
+    views: int
+
+    def __post_init__(self) -> None:
+        self._transform = ViewTransform(self.image_size, self.data.augment, self.data.crop_scale, self.compat)
 
     def __call__(self, number: tuple[int, int]) -> Batch:
         """The batch of `number`, an (epoch, step)."""
@@ -144,27 +134,17 @@ class TrainPlan(_Plan):
         words = " ".join(f"{sample.text} {'' if sample.target is None else sample.target}" for sample in samples)
         flip = self.data.flip and (self.compat == "published" or not mentions_sides(words))
         return [
-            self._transform(encoded_image(self.table, image, self.data.pixel_limit), rng, self.views, flip)
+            self._transform(self.table.encoded(image, self.data.pixel_limit), rng, self.views, flip)
             for image in samples[0].images
         ]
 
 
+@dataclass
 class SamplePlan(_Plan):
     """Makes evaluation batch `number`: samples in order, each different image of the batch once."""
 
-    def __init__(
-        self,
-        table: SampleTable,
-        tokenizer: Tokenizer,
-        data: DataConfig,
-        image_size: int,
-        clean: Clean,
-        batch_size: int,
-        count: int,
-    ) -> None:
-        super().__init__(table, tokenizer, data, image_size, clean)
-        self.batch_size = batch_size
-        self.count = count
+    batch_size: int
+    count: int
 
     def __call__(self, number: int) -> Batch:
         """Samples number * batch_size and following."""
@@ -190,13 +170,15 @@ class SamplePlan(_Plan):
         return self.collate([list(views.values())], kept, rows, skipped, 0, number)
 
 
-class ImagePlan(_Plan):
+@dataclass
+class ImagePlan:
     """Makes evaluation batch `number` of the images of a table."""
 
-    def __init__(self, table: SampleTable, data: DataConfig, image_size: int, batch_size: int, count: int) -> None:
-        super().__init__(table, None, data, image_size, clean_caption)
-        self.batch_size = batch_size
-        self.count = count
+    table: SampleTable
+    data: DataConfig
+    image_size: int
+    batch_size: int
+    count: int
 
     def __call__(self, number: int) -> ImageBatch:
         """Images number * batch_size and following."""
@@ -255,7 +237,8 @@ class TrainLoader:
     ) -> None:
         groups, block = None, table.block_size
         if table.has_samples and not as_pairs:
-            groups = table.image_groups() if data.share_images else table.single_groups()
+            count = table.sample_count
+            groups = table.image_groups() if data.share_images else (np.arange(count), np.arange(count + 1))
             counts, choice, views, block = np.ones(len(groups[1]) - 1, np.int64), "random", 1, 1
         else:
             counts, choice = table.caption_counts, data.caption_choice
@@ -299,7 +282,7 @@ def image_batches(
 ) -> Iterator[ImageBatch]:
     """The images of a table in order, or the first `limit` of them, by `data.workers` processes.
 
-    Batches before `first_batch` are passed over.  With `ranks` come those of `batch_numbers` alone.
+    Batches before `first_batch` are skipped.  With `ranks` come those of `batch_numbers` alone.
 
     Raises:
         TercetError: a worker process died.
@@ -356,11 +339,6 @@ def cleaned_captions(table: SampleTable, max_words: int, limit: int | None = Non
     for index in range(min(table.image_count, limit or table.image_count)):
         for caption in table.captions(index):
             yield clean_caption(caption, max_words)
-
-
-def encoded_image(table: SampleTable, index: int, pixel_limit: int) -> EncodedImage:
-    """Image `index`, its header read.  Raises OSError or TercetError when it cannot be read, or is no image."""
-    return EncodedImage(table.image(index), table.key(index), pixel_limit)
 
 
 def describe(key: str, error: OSError | TercetError) -> str:

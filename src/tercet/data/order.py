@@ -55,7 +55,7 @@ class PairOrder:
         seed: any non-negative integer.
         choice: 'random': each image once an epoch, with one of its captions; 'each': every pair once an epoch.
         rank, world: this process among all that train together.
-        drop_last: leave out the last batch of an epoch when it is smaller than the others (another few pairs each
+        drop_last: skip the last batch of an epoch when it is smaller than the others (another few pairs each
             epoch).  A set smaller than one batch always gives one smaller batch.
         block_size: neighbouring images that are best read about the same time; 1: shuffle freely.
 
@@ -137,8 +137,8 @@ def shuffled(positions: np.ndarray, size: int, key: int, block_size: int = 1) ->
 def _permute_blocks(positions: np.ndarray, size: int, key: int, block_size: int) -> np.ndarray:
     """Permute whole blocks; the shorter block that may be left at the end comes somewhere among them."""
     blocks, rest = divmod(size, block_size)
-    tail_place = mix(key, _TAIL) % (blocks + 1)
-    tail_start = tail_place * block_size
+    tail_block = mix(key, _TAIL) % (blocks + 1)
+    tail_start = tail_block * block_size
     in_tail = (positions >= tail_start) & (positions < tail_start + rest)
     among_whole = np.where(positions < tail_start, positions, positions - rest)
     among_whole = np.where(in_tail, 0, among_whole)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from tercet.data.loader import describe, encoded_image
+from tercet.data.loader import describe
 from tercet.data.rows import digest
 from tercet.data.table import SampleTable
 from tercet.data.workers import WorkerPool
@@ -103,15 +103,17 @@ class KeptPairs:
         return row < len(self.digests) and self.digests[row] == wanted
 
 
+@dataclass
 class ShardWriter:
     """Writes shard `number` of a source; copied to every worker process."""
 
-    def __init__(self, table: SampleTable, folder: Path, options: PackOptions, kept: KeptPairs | None) -> None:
-        self.table = table
-        self.folder = folder
-        self.options = options
-        self.kept = kept
-        ids = table.image_ids
+    table: SampleTable
+    folder: Path
+    options: PackOptions
+    kept: KeptPairs | None
+
+    def __post_init__(self) -> None:
+        ids = self.table.image_ids
         self._ids = ids if np.any(ids != np.arange(len(ids))) else None
 
     def __call__(self, number: int) -> PackReport:
@@ -160,7 +162,7 @@ class ShardWriter:
     def _encode(self, index: int) -> tuple[bytes, str, tuple[int, int]]:
         """An image's bytes, its kind and its height and width."""
         options = self.options
-        encoded = encoded_image(self.table, index, options.pixel_limit)
+        encoded = self.table.encoded(index, options.pixel_limit)
         size = encoded.height, encoded.width
         pixels = encoded.pixels()  # also of those kept as they are: a broken one must not be packed
         shrink = options.resize is not None and min(size) > options.resize

@@ -42,6 +42,13 @@ class FilePart:
     columns: pa.RecordBatch
     block_size = 1
 
+    @classmethod
+    def of(cls, folder: str, names: Any, texts: Any = None) -> FilePart:
+        """Images by their names, binary, and the texts of each; without `texts` they have none."""
+        names = names if isinstance(names, pa.Array) else pa.array(names, pa.large_binary())
+        texts = pa.array([[]] * len(names), TEXTS) if texts is None else texts
+        return cls(folder, pa.RecordBatch.from_arrays([names, texts], ["name", "texts"]))
+
     def __len__(self) -> int:
         return len(self.columns)
 
@@ -154,7 +161,9 @@ class RangePart:
     def _string(self, strings: Any, row: int) -> str:
         data = strings.buffers()[2]
         first, end = self._ends(strings, row, 0 if data is None else data.size)
-        return "" if first == end else bytes(memoryview(data)[first:end]).decode("utf-8", "replace")
+        if data is None or first == end:
+            return ""
+        return bytes(memoryview(data)[first:end]).decode("utf-8", "replace")
 
     def _ends(self, array: Any, row: int, limit: int) -> tuple[int, int]:
         """Where value `row` of a large array begins and ends.

@@ -27,7 +27,7 @@ from typing import Any
 
 from tercet.config import DataConfig
 from tercet.data.arrow_files import read_arrow
-from tercet.data.builders import PairBuilder
+from tercet.data.builders import PairBuilder, nothing_found
 from tercet.data.rows import (
     JSON_ERRORS,
     Rejected,
@@ -66,14 +66,14 @@ def open_sources(
     Args:
         specs: the specifications.
         data: names of the columns, the root of relative image paths, words that are kept of a caption.
-        split: 'train', 'validation' or 'test'; no source depends on it.
+        split: not used by pairs; every task opens its data by (specs, data, split).
         need_captions: reject images without a caption; else folders, shards and Parquet files give them without texts.
 
     Raises:
         TercetError: a file is missing or cannot be parsed, or gives no image with a caption.
     """
     specs = [specs] if isinstance(specs, str) else specs
-    return concatenate([table for spec in specs for table in _open(spec, data, split, need_captions)])
+    return concatenate([table for spec in specs for table in _open(spec, data, need_captions)])
 
 
 ReadFile = Callable[[str, str | None, DataConfig], SampleTable]
@@ -97,7 +97,7 @@ def open_samples(specs: Sequence[str], data: DataConfig, read: ReadFile) -> Samp
     return concatenate([read(file, suffix, data) for files, suffix in opened for file in files])
 
 
-def _open(spec: str, data: DataConfig, split: str, need_captions: bool) -> Iterator[SampleTable]:
+def _open(spec: str, data: DataConfig, need_captions: bool) -> Iterator[SampleTable]:
     files, suffix = find_files(spec)
     shards = [file for file in files if suffix_of(file) == ".tar"]
     if shards:
@@ -225,14 +225,9 @@ def _read_rows(file: str, suffix: str | None, data: DataConfig, need_captions: b
                 builder.add(row.where, row.image, row.captions, row.image_id)
     chosen.check(file)
     if not len(builder):
-        builder.require_some(file, _looked_for(file) if folder else _columns_of(data), need_captions)
-    table = builder.finish().in_files(file if folder else image_root(file, data), builder.rejected)
-    table.require_some(file)
-    return table
-
-
-def _columns_of(data: DataConfig) -> str:
-    return f"rows with {data.image_column!r} and {data.caption_column!r}"
+        rows = f"rows with {data.image_column!r} and {data.caption_column!r}"
+        raise nothing_found(file, _looked_for(file) if folder else rows, builder.rejected, need_captions)
+    return builder.finish().in_files(file, file if folder else image_root(file, data), builder.rejected)
 
 
 def _looked_for(folder: str) -> str:
@@ -390,37 +385,34 @@ def _token_rows(file: str, text: str) -> Iterator[Row]:
 
 
 def _folder_rows(folder: Path, need_captions: bool) -> Iterator[Row]:
-    """Images below `folder` in the order of their names, each with the lines of the .txt beside it."""
-    for parent, name, present in walk_folder(folder):
-        stem, suffix = os.path.splitext(name)  # noqa: PTH122 - called for every file of large folders
-        where, image = f"{parent}/{name}", os.path.relpath(f"{parent}/{name}", folder)
-        if suffix.lower() in UNREADABLE_SUFFIXES:
-            yield Row(where, fault=f"{where}: {suffix} images cannot be read; convert it to JPEG or PNG")
-        if suffix.lower() not in IMAGE_SUFFIXES:
-            continue
-        if f"{stem}.txt" not in present:
-            looked_for = f"{where}: no caption; looked for {stem}.txt beside it"
-            yield Row(where, "" if need_captions else image, fault=looked_for if need_captions else None)
-            continue
-        try:
-            lines = [line for line in read_text(f"{parent}/{stem}.txt").splitlines() if line.strip()]
-            fault = None if lines else f"{where}: {stem}.txt holds no caption"
-        except TercetError as error:
-            lines, fault = [], str(error)
-        if fault is None:
-            yield Row(where, image, lines)
-        else:
-            yield Row(where, "" if need_captions else image, fault=fault)
+    """Images below `folder` in the order of their names, each with the lines of the .txt beside it.
 
-
-def walk_folder(folder: Path) -> Iterator[tuple[str, str, set[str]]]:
-    """The files below a folder in the order of their names: (parent, name, all names there).
-
-    Hidden files and folders, and the folders that systems keep their thumbnails and waste in, are passed over.
+    Hidden files and folders, and the folders in which systems keep thumbnails and waste, are skipped.
     """
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in SYSTEM_FOLDERS)
         present = set(files)
         for name in sorted(files):
-            if not name.startswith("."):
-                yield parent, name, present
+            stem, suffix = os.path.splitext(name)  # noqa: PTH122 - called for every file of large folders
+            where, captions, fault = f"{parent}/{name}", None, None
+            if name.startswith("."):
+                continue
+            if suffix.lower() in UNREADABLE_SUFFIXES:
+                yield Row(where, fault=f"{where}: {suffix} images cannot be read; convert it to JPEG or PNG")
+            if suffix.lower() not in IMAGE_SUFFIXES:
+                continue
+            if f"{stem}.txt" in present:
+                captions, fault = _captions_beside(parent, stem, where)
+            elif need_captions:
+                fault = f"{where}: no caption; looked for {stem}.txt beside it"
+            image = "" if fault and need_captions else os.path.relpath(where, folder)
+            yield Row(where, image, captions, fault=fault)
+
+
+def _captions_beside(parent: str, stem: str, where: str) -> tuple[list[str] | None, str | None]:
+    """The lines of an image's .txt, or what is wrong with it."""
+    try:
+        lines = [line for line in read_text(f"{parent}/{stem}.txt").splitlines() if line.strip()]
+    except TercetError as error:
+        return None, str(error)
+    return (lines, None) if lines else (None, f"{where}: {stem}.txt holds no caption")

@@ -10,9 +10,9 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 from tercet.config import DataConfig
 from tercet.data.storage import is_file, is_url, read_text
@@ -22,6 +22,7 @@ from tercet.errors import TercetError
 JSON_ERRORS = (ValueError, RecursionError)
 SPLIT_ALIASES = {"validation": "val", "dev": "val"}
 MESSAGES_KEPT = 1000
+T = TypeVar("T")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -55,6 +56,10 @@ class Rejected(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._messages)
+
+    def summary(self) -> str:
+        """What an error about the whole file ends with: how many rows were rejected, and why the first."""
+        return f"; {len(self)} rejected, the first: {self[0]}" if self else ""
 
     def lines(self, limit: int = 20) -> list[str]:
         """What to print: the first `limit` messages and how many more there are."""
@@ -179,19 +184,18 @@ def broken_json(where: str, text: str, error: ValueError | RecursionError) -> Te
     return TercetError(f"{where}: {what} (line {error.lineno}, column {error.colno}, character {error.pos})")
 
 
-def read_objects(file: str, suffix: str | None = None, inside: str | None = None) -> Iterator[tuple[str, dict]]:
+def read_objects(file: str, suffix: str | None = None) -> Iterator[tuple[str, dict]]:
     """The objects of a JSON list or of JSON lines, each with its file and row for messages.
 
     Args:
         file: path or URL.
         suffix: take the rows of this `split` alone; needed where rows carry different ones.
-        inside: when the file is one object, the key that holds the list.
 
     Raises:
         TercetError: not JSON, cut short, or an entry that is no object.
     """
     chosen = SplitFilter(suffix)
-    for where, value in _values(file, read_text(file), inside):
+    for where, value in _values(file, read_text(file)):
         if not isinstance(value, dict):
             raise TercetError(f"{where}: {type(value).__name__} {str(value)[:60]!r} is no object with keys")
         if chosen.accepts(value.get("split")):
@@ -199,20 +203,49 @@ def read_objects(file: str, suffix: str | None = None, inside: str | None = None
     chosen.check(file)
 
 
-def _values(file: str, text: str, inside: str | None) -> Iterator[tuple[str, Any]]:
+def _values(file: str, text: str) -> Iterator[tuple[str, Any]]:
     start = skip_space(text, 0)
     if text[start : start + 1] == "[":
         for number, value in enumerate(list_items(file, text, start + 1), 1):
             yield f"{file} row {number}", value
-    elif inside is not None:
-        whole = parse_json(text, file)
-        if not isinstance(whole, dict) or not isinstance(whole.get(inside), list):
-            raise TercetError(f"{file}: neither a list of objects nor an object with a list of {inside!r}")
-        for number, value in enumerate(whole[inside], 1):
-            yield f"{file} {inside} {number}", value
     else:
         for where, line in lines_of(file, text):
             yield where, parse_line(line, where)
+
+
+def get_field(row: object, where: str, key: str, is_valid: Callable[[Any], bool], expected: str) -> Any:
+    """What a row of JSON has under `key`.
+
+    Raises:
+        TercetError: it is no object, lacks the key, or the value is not valid; names file, row and key.
+    """
+    if not isinstance(row, dict):
+        raise TercetError(f"{where}: {type(row).__name__} {str(row)[:60]!r} is no object with keys")
+    if key not in row:
+        raise TercetError(f"{where}: no {key!r}; the keys there are {', '.join(map(str, row))}")
+    if not is_valid(row[key]):
+        raise TercetError(f"{where}: {key!r} is {str(row[key])[:60]!r}, not {expected}")
+    return row[key]
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a string with more than white space in it."""
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_id(value: object) -> bool:
+    """Whether a value can name something in another list: a number or a text."""
+    return isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63)
+
+
+def is_coordinate(value: object) -> bool:
+    """Whether a value can be a position in an image: finite, and within a million pixels."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1_000_000 < value < 1_000_000
+
+
+def are_texts(value: object) -> bool:
+    """Whether a value is a list of strings."""
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
 
 
 def text_of(row: dict, where: str, *keys: str) -> str:
@@ -221,12 +254,10 @@ def text_of(row: dict, where: str, *keys: str) -> str:
     Raises:
         TercetError: it has none of them, or what it holds is no text; names file and row.
     """
-    for key in keys:
-        if key in row:
-            if isinstance(row[key], str) and row[key]:
-                return row[key]
-            raise TercetError(f"{where}: {key!r} is {str(row[key])[:60]!r}, not a text")
-    raise TercetError(f"{where}: no {' or '.join(map(repr, keys))}; the keys there are {', '.join(map(str, row))}")
+    found = next((key for key in keys if key in row), None)
+    if found is None:
+        raise TercetError(f"{where}: no {' or '.join(map(repr, keys))}; the keys there are {', '.join(map(str, row))}")
+    return get_field(row, where, found, lambda value: isinstance(value, str) and value != "", "a text")
 
 
 def image_root(file: str, data: DataConfig) -> str:
@@ -236,20 +267,21 @@ def image_root(file: str, data: DataConfig) -> str:
     return file.rsplit("/", 1)[0] if is_url(file) else str(Path(file).parent)
 
 
-def choose_layout(root: str, layouts: Sequence[Sequence[str]]) -> int:
-    """Which of several layouts of a data set's images this disk has.
+def choose_layout(root: str, layouts: Sequence[T], paths: Callable[[T], Iterable[str]]) -> T:
+    """The layout of a data set's images that this disk has.
 
     Args:
         root: the folder that paths start from.
-        layouts: for each layout, the paths of a few images.
+        layouts: those to try.
+        paths: of a few images in a layout.
 
     Returns:
-        The first layout by which any of the images exists; 0 when there is none, or `root` is a URL.
+        The first layout by which any of the images exists; the first when there is none, or `root` is a URL.
     """
     if is_url(root):
-        return 0
-    found = (index for index, paths in enumerate(layouts) if any(is_file(Path(root) / path) for path in paths))
-    return next(found, 0)
+        return layouts[0]
+    found = (layout for layout in layouts if any(is_file(Path(root) / path) for path in paths(layout)))
+    return next(found, layouts[0])
 
 
 def digest(data: bytes) -> int:

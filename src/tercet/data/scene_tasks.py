@@ -6,7 +6,9 @@ the words without the picture.
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -155,7 +157,7 @@ def location_questions(scene: Scene) -> list[Question]:
     """In which halves of the picture each object is that words tell from the others, across and down.
 
     One scene in ten is asked all of `questions` too: locations are learned where they are most of what is asked, and
-    without some of the rest a model would forget it (docs/results.md).
+    without some of the rest a model would forget it (benchmarks/notes/results.md).
     """
     rng = scene_generator(scene.seed, _LOCATIONS)
     named = [(item, refer(scene, item, rng)) for item in scene.objects]
@@ -254,7 +256,9 @@ def _half_question(name: str, half: str) -> Question:
 
 def _claim(scene: Scene, rng: np.random.Generator, truth: bool) -> Claim:
     """Something said of the scene that is true or false as asked for, in a form drawn without regard to the truth."""
-    forms = (_exists, _has_colour, _has_size, _has_relation, _is_in_half, _has_count)
+    has_colour = functools.partial(_has_attribute, attribute="colour", values=COLOURS)
+    has_size = functools.partial(_has_attribute, attribute="size", values=SIZES)
+    forms = (_exists, has_colour, has_size, _has_relation, _is_in_half, _has_count)
     while True:
         claim = pick(rng, forms)(scene, rng, truth)
         if claim is not None:
@@ -277,21 +281,16 @@ def _exists(scene: Scene, rng: np.random.Generator, truth: bool) -> Claim:
     return Claim(statement.format(name), pick(rng, ("is there {}?", "can {} be seen?")).format(name))
 
 
-def _has_colour(scene: Scene, rng: np.random.Generator, truth: bool) -> Claim | None:
-    referred = _referred(scene, rng, "colour")
+def _has_attribute(
+    scene: Scene, rng: np.random.Generator, truth: bool, attribute: str, values: Sequence[str]
+) -> Claim | None:
+    """An object's colour or size."""
+    referred = _referred(scene, rng, attribute)
     if referred is None:
         return None
     item, name = referred
-    colour = item.colour if truth else pick(rng, [colour for colour in COLOURS if colour != item.colour])
-    return _says(name, colour)
-
-
-def _has_size(scene: Scene, rng: np.random.Generator, truth: bool) -> Claim | None:
-    referred = _referred(scene, rng, "size")
-    if referred is None:
-        return None
-    item, name = referred
-    return _says(name, next(size for size in SIZES if (size == item.size) == truth))
+    own = getattr(item, attribute)
+    return _says(name, own if truth else pick(rng, [value for value in values if value != own]))
 
 
 def _has_relation(scene: Scene, rng: np.random.Generator, truth: bool) -> Claim | None:
@@ -395,10 +394,6 @@ _DOES = ("likes", "dislikes", "asked for", "remembers", "is proud of", "dreamt o
 def _neutral(scene: Scene, rng: np.random.Generator) -> str:
     starts, ends = pick(rng, _NEUTRAL)
     name = refer(scene, pick(rng, scene.objects), rng) or "figure drawn last"
-    words = {
-        "colour": pick(rng, COLOURS),
-        "shape": pick(rng, SHAPES),
-        "size": pick(rng, SIZES),
-        "does": pick(rng, _DOES),
-    }
+    options = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "does": _DOES}
+    words = {key: pick(rng, values) for key, values in options.items()}
     return f"{pick(rng, starts)} {pick(rng, ends)}".format(name=f"the {name}", **words)

@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 
 from tercet.config import DataConfig
-from tercet.data.builders import ImageKeys, PairBuilder
+from tercet.data.builders import ImageKeys, PairBuilder, nothing_found
 from tercet.data.parts import TAR_BLOCK, TEXTS, RangePart, list_lengths
 from tercet.data.rows import Rejected, SplitFilter
 from tercet.data.storage import (
@@ -128,7 +128,7 @@ def open_shards(
         suffix: the split after '#', if any.
         data: columns and cache.
         name: what the user called them, for messages; default the first shard.
-        need_captions: leave out the images without a caption.
+        need_captions: skip the images without a caption.
 
     Raises:
         TercetError: a shard is missing, unreadable or compressed, or no shard gives a pair.
@@ -153,10 +153,8 @@ def open_shards(
         parts.append(part if keep is None else part.select(keep))
         ids.append(given if keep is None else given[keep])
     if not any(map(len, parts)):
-        reasons = f"; {len(rejected)} rejected, the first: {rejected[0]}" if rejected else ""
         looked_for = "KEY.jpg, .png, .webp ... with KEY.json or KEY.txt"
-        what = "no image with a caption" if need_captions else "no image"
-        raise TercetError(f"{shown}: {what} found; looked for {looked_for}{reasons}")
+        raise nothing_found(shown, looked_for, rejected, need_captions)
     shared = any(notes["has_ids"] for _, notes in found)
     return SampleTable(parts, rejected, shared_ids(np.concatenate(ids)) if shared else None)
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tercet.data.images import decode
+from tercet.data.images import EncodedImage
 from tercet.data.parts import FilePart, Part, RangePart
 from tercet.data.rows import Rejected
 from tercet.errors import TercetError
@@ -148,10 +148,6 @@ class SampleTable:
         rank = np.argsort(np.argsort(first))[group.reshape(-1)]
         return np.argsort(rank, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(rank))])
 
-    def single_groups(self) -> tuple[np.ndarray, np.ndarray]:
-        """As `image_groups`, with every sample in a group of its own."""
-        return np.arange(self.sample_count), np.arange(self.sample_count + 1)
-
     def image(self, index: int) -> bytes:
         """The encoded image.  Raises OSError or TercetError when it cannot be read."""
         number, row = self.find(index)
@@ -162,9 +158,13 @@ class SampleTable:
         self._read_ahead(number, row, handle)
         return part.read(row, handle)
 
+    def encoded(self, index: int, pixel_limit: int) -> EncodedImage:
+        """Image `index`, its header read.  Raises OSError or TercetError when it cannot be read, or is no image."""
+        return EncodedImage(self.image(index), self.key(index), pixel_limit)
+
     def pixels(self, index: int, pixel_limit: int) -> np.ndarray:
         """Image `index` decoded, uint8 `[height, width, 3]`.  Raises OSError or TercetError when it cannot be read."""
-        return decode(self.image(index), self.key(index), pixel_limit)
+        return self.encoded(index, pixel_limit).pixels()
 
     def key(self, index: int) -> str:
         """What names image `index` in messages: its path, or `shard.tar#KEY`."""
@@ -220,12 +220,6 @@ class SampleTable:
             part.read_ahead(row, handle)
         self._blocks.move_to_end(block)
 
-    def require_some(self, file: str) -> None:
-        """Raise TercetError when none of a few image files of each part exists."""
-        for part in self.parts:
-            if isinstance(part, FilePart):
-                part.require_some(file)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": OrderedDict(), "_blocks": OrderedDict()}
 
@@ -254,7 +248,8 @@ def concatenate(tables: Sequence[SampleTable]) -> SampleTable:
     if all(table._samples is not None for table in tables):
         given = [table._samples for table in tables if table._samples is not None]
         rows = np.concatenate([one.images + start for one, start in zip(given, starts, strict=False)])
-        samples = Samples(rows, _one_batch(pa.Table.from_batches([one.columns for one in given])))
+        columns = pa.Table.from_batches([one.columns for one in given])
+        samples = Samples(rows, columns.combine_chunks().to_batches()[0])
     return SampleTable(parts, rejected, ids, samples)
 
 
@@ -265,7 +260,3 @@ def shared_ids(digests: np.ndarray) -> np.ndarray:
     _, first, group = np.unique(digests[named], return_index=True, return_inverse=True)
     ids[named] = named[first[group]]
     return ids
-
-
-def _one_batch(table: pa.Table) -> pa.RecordBatch:
-    return table.combine_chunks().to_batches()[0]

@@ -9,17 +9,31 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from tercet.config import DataConfig
-from tercet.data.builders import SampleBuilder
+from tercet.data.builders import Strings, encode_name
+from tercet.data.parts import FilePart
 from tercet.data.readers import TABLE_SUFFIXES, find_files, open_samples, open_sources, suffix_of
-from tercet.data.rows import choose_layout, image_root, parse_json, read_objects, text_of
+from tercet.data.rows import (
+    Rejected,
+    choose_layout,
+    get_field,
+    image_root,
+    is_id,
+    is_text,
+    parse_json,
+    read_objects,
+    text_of,
+)
 from tercet.data.storage import is_file, is_url, missing, read_text
-from tercet.data.table import SampleTable
+from tercet.data.table import Samples, SampleTable
 from tercet.errors import TercetError
 
 Row = dict[str, Any]
@@ -37,7 +51,7 @@ COCO_LAYOUTS = (
 
 
 class TaskBuilder:
-    """Collects the samples of an annotation file.
+    """Collects the samples of an annotation file; images that several samples name are held once.
 
     Attributes:
         root: what image names are relative to.
@@ -46,11 +60,12 @@ class TaskBuilder:
 
     def __init__(self, file: str, data: DataConfig) -> None:
         self.root = image_root(file, data)
+        self.rejected = Rejected()
         self._file, self._data = file, data
-        self._samples = SampleBuilder()
-        self.rejected = self._samples.rejected
+        self._images: list[list[int]] = []
+        self._columns = {name: Strings(pa.large_string()) for name in ("text", "target", "key")}
         self._archive: SampleTable | None = None
-        self._index: dict[str, int] | None = None
+        self._index: dict[str, int] | None = None  # of each image, by its name
 
     def add(self, where: str, images: Sequence[str], text: str, target: object) -> None:
         """Take one sample; one whose images the shards lack is rejected.
@@ -64,27 +79,37 @@ class TaskBuilder:
         if self._index is None:
             self._archive = self._open_archive(images[0])
             self._index = {} if self._archive is None else _index_by_name(self._archive)
-        if self._archive is None:
-            self._samples.add(where, images, text, target)
-            return
         rows: list[int] = []
-        for name in map(PurePosixPath, images):
-            row = self._index.get(name.stem, self._index.get(name.name))
+        for name in images:
+            if self._archive is None:
+                row = self._index.setdefault(name, len(self._index))
+            else:
+                path = PurePosixPath(name)
+                row = self._index.get(path.stem, self._index.get(path.name))
             if row is None:
                 self.rejected.add(f"{where}: no image {name} in {self.root}")
                 return
             rows.append(row)
-        self._samples.add(where, rows, text, target)
+        self._images.append(rows)
+        for column, value in (("text", text), ("target", json.dumps(target)), ("key", where)):
+            self._columns[column].append(value.encode("utf-8", "replace").decode())
 
     def finish(self) -> SampleTable:
-        """The samples.
+        """The samples over those images that they name.
 
         Raises:
             TercetError: there are none, or none of a few images exists.
         """
-        if self._archive is None or not len(self._samples):
-            return self._samples.finish(self._file, self.root)
-        return self._samples.finish_over(self._archive)
+        if not self._images:
+            raise TercetError(f"{self._file}: no samples in it{self.rejected.summary()}")
+        table = self._archive
+        if table is None:
+            part = FilePart.of(self.root, [encode_name(name) for name in self._index or ()])
+            part.require_some(self._file)
+            table = SampleTable([part])
+        columns = [column.finish() for column in self._columns.values()]
+        batch = pa.RecordBatch.from_arrays(columns, list(self._columns))
+        return table.with_samples(Samples(np.array(self._images, np.int64), batch), self.rejected)
 
     def _open_archive(self, image: str) -> SampleTable | None:
         """The shards or tables at the image root; None where images are files."""
@@ -104,36 +129,6 @@ def _index_by_name(table: SampleTable) -> dict[str, int]:
     """Where each image of shards or tables is, by the last part of its key `shard.tar#KEY`."""
     keys = (table.key(index) for index in range(table.image_count))
     return {PurePosixPath(key.rpartition("#")[2]).name: index for index, key in enumerate(keys)}
-
-
-def get_field(row: object, where: str, key: str, is_valid: Callable[[Any], bool], expected: str) -> Any:
-    """What a row of JSON has under `key`.
-
-    Raises:
-        TercetError: it is no object, lacks the key, or the value is not valid; names file, row and key.
-    """
-    if not isinstance(row, dict):
-        raise TercetError(f"{where}: {type(row).__name__} {str(row)[:60]!r} is no object with keys")
-    if key not in row:
-        raise TercetError(f"{where}: no {key!r}; the keys there are {', '.join(map(str, row))}")
-    if not is_valid(row[key]):
-        raise TercetError(f"{where}: {key!r} is {str(row[key])[:60]!r}, not {expected}")
-    return row[key]
-
-
-def is_text(value: object) -> bool:
-    """Whether a value is a string with more than white space in it."""
-    return isinstance(value, str) and bool(value.strip())
-
-
-def is_id(value: object) -> bool:
-    """Whether a value can name something in another list: a number or a text."""
-    return isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63)
-
-
-def is_coordinate(value: object) -> bool:
-    """Whether a value can be a position in an image: finite, and within a million pixels."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1_000_000 < value < 1_000_000
 
 
 @dataclass(frozen=True)
@@ -365,8 +360,9 @@ def _coco_names(file: str, subtype: object, image_ids: Sequence[int], root: str)
     split = found.replace("-dev", "")  # test-dev asks about a part of the images of test
     numbers = list(dict.fromkeys(image_ids))
     probed = numbers[:: max(1, len(numbers) // PROBED_ROWS)]
-    layouts = [[layout.format(split=split, number=number) for number in probed] for layout in COCO_LAYOUTS]
-    layout = COCO_LAYOUTS[choose_layout(root, layouts)]
+    layout = choose_layout(
+        root, COCO_LAYOUTS, lambda way: [way.format(split=split, number=number) for number in probed]
+    )
     return {number: layout.format(split=split, number=number) for number in numbers}
 
 

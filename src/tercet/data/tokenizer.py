@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -15,7 +14,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from tercet.data.rows import JSON_ERRORS, broken_json
+from tercet.data.rows import parse_json
 from tercet.errors import TercetError
 from tercet.files import write_atomic
 
@@ -227,10 +226,7 @@ def _read(path: Path) -> str:
 
 
 def _parse_json(path: Path, text: str) -> tokenizers.Tokenizer:
-    try:
-        content = json.loads(text)
-    except JSON_ERRORS as error:
-        raise broken_json(str(path), text, error) from error
+    content = parse_json(text, str(path))
     if not isinstance(content, dict) or "model" not in content:
         raise TercetError(f"{path}: JSON, but not a tokenizer (no key 'model'); give the {TOKENIZER_FILE} beside it")
     try:
@@ -260,10 +256,7 @@ def _from_vocabulary(path: Path, text: str) -> tokenizers.Tokenizer:
 def _is_uncased(settings: Path) -> bool:
     if not settings.is_file():
         return True
-    try:
-        content = json.loads(_read(settings))
-    except JSON_ERRORS as error:
-        raise TercetError(f"{settings}: not JSON ({' '.join(str(error).split())})") from error
+    content = parse_json(_read(settings), str(settings))
     return not (isinstance(content, dict) and content.get("do_lower_case") is False)
 
 

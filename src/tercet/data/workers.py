@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from tercet.errors import TercetError
 
@@ -44,7 +44,7 @@ class WorkerPool(Generic[Made]):
     """
 
     def __init__(self, make: Callable[[Any], Made], workers: int) -> None:
-        self._tasks = _Tasks()
+        self._tasks: list[Any] = []
         self._workers = workers
         self._loader: DataLoader[Made] | None = None
         self._make = make
@@ -72,7 +72,7 @@ class WorkerPool(Generic[Made]):
                 print(f"a data worker process died and is started again: {reason}", file=sys.stderr)
 
     def _run(self, tasks: Sequence[Any]) -> Iterator[Made]:
-        self._tasks.tasks = tasks
+        self._tasks[:] = tasks
         if self._loader is None:
             self._loader = self._start()
         with _deaths_found_on_read():
@@ -122,19 +122,6 @@ def _deaths_found_on_read() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGCHLD)
     yield
     signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
-
-
-class _Tasks(Sampler[Any]):
-    """The tasks of the list that is running now."""
-
-    def __init__(self) -> None:
-        self.tasks: Sequence[Any] = ()
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.tasks)
-
-    def __len__(self) -> int:
-        return len(self.tasks)
 
 
 class _Calls(Dataset[Made]):

@@ -26,7 +26,7 @@ class VisionTransformer(Encoder):
     """Patches and a class token through pre-norm blocks, with a final norm over all tokens (ViT, arXiv 2010.11929).
 
     A convolution stem, pooling by the maximum and patches that see their neighbours alone (`model.vision.stem`, `pool`
-    and `window`) are ours, for few images: docs/results.md has what they do.
+    and `window`) are ours, for few images: see benchmarks/notes/results.md.
     """
 
     image_mean: Tensor

@@ -49,7 +49,7 @@ class ClassBatch(HostBatch):
         input_ids: `[batch, tokens]`.
         attention_mask: bool `[batch, tokens]`.
         labels: `[batch]`.
-        spread: layout of the whole batch over the ranks; None: all of it is here.
+        layout: layout of the whole batch over the ranks; None: all of it is here.
     """
 
     images: Tensor
@@ -57,7 +57,7 @@ class ClassBatch(HostBatch):
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
-    spread: RankLayout | None = None
+    layout: RankLayout | None = None
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device) -> ClassBatch:
@@ -111,13 +111,13 @@ class ClassificationTask(FineTuning):
 
     def prepare(self, batch: Batch, device: torch.device, seed: int) -> ClassBatch:
         """Send a batch to `device`; nothing is random."""
-        return replace(ClassBatch.of(batch, device), spread=rank_layout(len(batch)))
+        return replace(ClassBatch.of(batch, device), layout=rank_layout(len(batch)))
 
     def forward(self, batch: ClassBatch, alpha: float, /) -> ClassOutput:
         """The loss of a batch; `alpha` is the teacher's weight in the targets now."""
         logits = self.head.logits(self.student, batch)
         teacher_logits = self.teacher_logits(self.head.logits, batch, alpha)
-        count = None if batch.spread is None else batch.spread.mean
+        count = None if batch.layout is None else batch.layout.mean
         loss = distilled_cross_entropy(logits, batch.labels, teacher_logits, alpha, count)
         return ClassOutput({self.loss_name: loss}, logits, teacher_logits)
 
@@ -222,7 +222,7 @@ class AssignmentBatch(HostBatch):
         input_ids: `[batch, tokens]`.
         attention_mask: bool `[batch, tokens]`.
         image_ids: `[batch]`, the same for all captions of one image; None: every pair has an image of its own.
-        spread: layout of the whole batch over the ranks; None: all of it is here.
+        layout: layout of the whole batch over the ranks; None: all of it is here.
         count: texts with another image in the batch of their rank, on a rank on average; None: those that are here.
     """
 
@@ -230,7 +230,7 @@ class AssignmentBatch(HostBatch):
     input_ids: Tensor
     attention_mask: Tensor
     image_ids: Tensor | None
-    spread: RankLayout | None = None
+    layout: RankLayout | None = None
     count: float | None = None
 
 
@@ -268,8 +268,8 @@ class TextAssignment(FineTuning):
         ids = batch.image_ids if self.match_ids else None
         others = ~same_image(ids, len(batch), batch.image_ids.device).all(dim=1)
         count = rank_layout(int(others.sum())).mean or 1.0
-        spread = rank_layout(len(batch))
-        own = AssignmentBatch(batch.images, batch.input_ids, batch.attention_mask, ids, spread, count)
+        layout = rank_layout(len(batch))
+        own = AssignmentBatch(batch.images, batch.input_ids, batch.attention_mask, ids, layout, count)
         return to_device(own, device)
 
     def forward(

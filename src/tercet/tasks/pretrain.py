@@ -38,8 +38,8 @@ class PairBatch:
         attention_mask: bool `[batch, tokens]`.
         image_ids: `[batch]`, the same for all captions of one image.
         masked: the texts with masked tokens; None without masked language modelling.
-        spread: layout of the whole batch over the ranks; by default all of it is here.
-        pool: layout of the pairs that `itm` and `lmi` draw negatives from: those of this rank, or `spread`.
+        layout: layout of the whole batch over the ranks; by default all of it is here.
+        pool: layout of the pairs that `itm` and `lmi` draw negatives from: those of this rank, or `layout`.
         all_image_ids: `image_ids` of the whole batch.
         counts: what the losses divide by, see `collate`; without an entry by as many as there are here.
         seed: what the step draws on the device follows from it.
@@ -51,7 +51,7 @@ class PairBatch:
     attention_mask: Tensor
     image_ids: Tensor
     masked: MaskedTexts | None = None
-    spread: RankLayout = None  # type: ignore[assignment] - set below
+    layout: RankLayout = None  # type: ignore[assignment] - set below
     pool: RankLayout = None  # type: ignore[assignment] - set below
     all_image_ids: Tensor = None  # type: ignore[assignment] - set below
     counts: dict[str, float] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class PairBatch:
 
     def __post_init__(self) -> None:
         here = RankLayout((len(self.images),))
-        self.spread = self.spread or here
+        self.layout = self.layout or here
         self.pool = self.pool or here
         if self.all_image_ids is None:
             self.all_image_ids = self.image_ids
@@ -185,9 +185,9 @@ class Pretraining(Task):
 
         with torch.autocast(device.type, enabled=False):
             if enabled & {"cma", "imc"}:
-                queued = batch.spread.gather(targets[0]), batch.spread.gather(targets[1])
+                queued = batch.layout.gather(targets[0]), batch.layout.gather(targets[1])
                 ids = batch.all_image_ids if self.match_ids else None
-                candidates = gather_candidates(*queued, ids, self.queue, not self.published, batch.spread.rows)
+                candidates = gather_candidates(*queued, ids, self.queue, not self.published, batch.layout.rows)
                 pairs = counts.get("pairs")
                 if "cma" in enabled:
                     losses["cma"] = cross_modal(*feats, candidates, temperature, pairs, teacher.feats, alpha)
@@ -276,7 +276,7 @@ class Pretraining(Task):
         pool, temperature, device = batch.pool, self.student.temperature, batch.images.device
         images, texts = (pool.gather(part) for part in targets)
         # Drawn for the whole pool on every rank that shares it, so that its rows get the same wherever they are.
-        generator = torch.Generator(device).manual_seed(mix(batch.seed, batch.spread.start - pool.start))
+        generator = torch.Generator(device).manual_seed(mix(batch.seed, batch.layout.start - pool.start))
         noise = gumbel_noise((2, pool.total, pool.total), device, generator)
         same = self._same_image(batch, by_id=self.match_ids)
         with torch.autocast(device.type, enabled=False):
@@ -361,23 +361,23 @@ def collate(
     ranks = Ranks()
     worded = int(batch.attention_mask[:, 1:].any(dim=1).sum())
     sizes, tokens, words = ranks.gather_tensor(torch.tensor([len(batch), batch.input_ids.shape[1], worded])).unbind(1)
-    spread = RankLayout(tuple(sizes.tolist()), ranks.rank)
+    layout = RankLayout(tuple(sizes.tolist()), ranks.rank)
     longest = int(tokens.max())
     masked = None
     if mask_probability is not None:
         generator = torch.Generator().manual_seed(seed)
-        whole = (spread.total, longest)
+        whole = (layout.total, longest)
         masked = mask_tokens(
-            batch.input_ids, batch.attention_mask, mask_probability, text, generator, whole, spread.start
+            batch.input_ids, batch.attention_mask, mask_probability, text, generator, whole, layout.start
         )
-    padded_ids = F.pad(batch.image_ids, (0, max(spread.sizes) - len(batch)))
+    padded_ids = F.pad(batch.image_ids, (0, max(layout.sizes) - len(batch)))
     labels = 0 if masked is None else len(masked.labels)
     numbers = ranks.gather_tensor(torch.cat([torch.tensor([labels]), padded_ids]))
-    image_ids = [row[1 : 1 + size] for row, size in zip(numbers, spread.sizes, strict=True)]
+    image_ids = [row[1 : 1 + size] for row, size in zip(numbers, layout.sizes, strict=True)]
     all_image_ids = torch.cat(image_ids)
     pools = [all_image_ids] if gather else image_ids
     counts = {
-        "pairs": spread.total,
+        "pairs": layout.total,
         "worded": int(words.sum()),
         "masked": int(numbers[:, 0].sum()),
         "judged": sum(_count_judged(ids if by_id else None, len(ids)) for ids in pools),
@@ -399,8 +399,8 @@ def collate(
         attention_mask=batch.attention_mask,
         image_ids=batch.image_ids,
         masked=None if masked is None else masked.to(device),
-        spread=spread,
-        pool=spread if gather else RankLayout((len(batch),)),
+        layout=layout,
+        pool=layout if gather else RankLayout((len(batch),)),
         all_image_ids=all_image_ids.to(device, non_blocking=True),
         counts={name: (count or 1) / ranks.world for name, count in counts.items()},
         seed=seed,

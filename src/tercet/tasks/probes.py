@@ -59,8 +59,7 @@ def _probe_table(file: str, benchmark: Benchmark, probes: Sequence[Probe], data:
     step = max(1, len(probes) // ROWS_PROBED)
     names = [name for probe in probes[::step] for name in probe.images]
     ways = [(inside, suffix) for inside in ("", "images/") for suffix in ("", ".png", ".jpg")]
-    layouts = [[f"{inside}{name}{suffix}" for name in names] for inside, suffix in ways]
-    inside, suffix = ways[choose_layout(builder.root, layouts)]
+    inside, suffix = choose_layout(builder.root, ways, lambda way: [f"{way[0]}{name}{way[1]}" for name in names])
     for probe in probes:
         target = {"benchmark": benchmark, "texts": probe.texts, "kind": probe.kind, "crop": probe.crop}
         builder.add(probe.where, [f"{inside}{name}{suffix}" for name in probe.images], probe.texts[0], target)

@@ -72,7 +72,7 @@ class Task(nn.Module, ABC):
     def prepare(self, batch: Any, device: torch.device, seed: int) -> Any:
         """The host's part of a step: `batch` of the task's loader, on `device`; random choices follow from `seed`.
 
-        The result has a `spread` (`tercet.distributed.RankLayout`), the layout of the batch over the ranks.
+        The result has a `layout` (`tercet.distributed.RankLayout`), the layout of the batch over the ranks.
         """
 
     def begin_step(self) -> None:

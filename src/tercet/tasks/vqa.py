@@ -46,7 +46,7 @@ class AnswerBatch(HostBatch):
         labels: what they are to predict, `[predictions]`.
         weights: weight of the answer that each belongs to, `[predictions]`.
         image_rows: the image of each question, `[questions]`; None: each has its own.
-        spread: layout of the questions of the whole batch over the ranks; None: all of them are here.
+        layout: layout of the questions of the whole batch over the ranks; None: all of them are here.
     """
 
     images: Tensor
@@ -58,7 +58,7 @@ class AnswerBatch(HostBatch):
     labels: Tensor
     weights: Tensor
     image_rows: Tensor | None = None
-    spread: RankLayout | None = None
+    layout: RankLayout | None = None
 
 
 def collate_answers(
@@ -112,12 +112,12 @@ class QuestionAnswering(FineTuning):
         rows = None if batch.image_rows is None else batch.image_rows[:, 0]
         tokenizer = require_tokenizer(self.student)
         collated = collate_answers(batch.images, batch.input_ids, batch.attention_mask, answers, tokenizer, rows)
-        return to_device(replace(collated, spread=rank_layout(len(batch))), device)
+        return to_device(replace(collated, layout=rank_layout(len(batch))), device)
 
     def forward(self, batch: AnswerBatch, alpha: float, /) -> TaskOutput:
         """The loss of a batch; `alpha` is the teacher's weight in the targets now."""
         logits, teacher_logits = answer_logits(self.student, batch), self.teacher_logits(answer_logits, batch, alpha)
-        questions = len(batch.input_ids) if batch.spread is None else batch.spread.mean
+        questions = len(batch.input_ids) if batch.layout is None else batch.layout.mean
         loss = distilled_cross_entropy(logits, batch.labels, teacher_logits, alpha, questions or 1, batch.weights)
         return TaskOutput({self.loss_name: loss})
 

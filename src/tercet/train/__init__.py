@@ -1,1 +1,1 @@
-"""The training loop and what it stands on: optimizer, devices, checkpoints and tracking."""
+"""The training loop: setup, optimizer, checkpoints, evaluation and logging."""

@@ -1,15 +1,15 @@
-"""Checkpoints: written while the training goes on, complete or absent, verified when read.
+"""Checkpoints: written while training continues, complete or absent, verified when read.
 
 checkpoints/
     step-00000500/
         shard-00001-….safetensors   tensors of each rank, by torch.distributed.checkpoint
         checkpoint.json             step, fingerprint of the data, and a digest of every other file
-    .step-00001000.partial/         one that is being written, or that a killed run left; never read
+    .step-00001000.partial/         being written, or left by a killed run; never read
     best.json                       which step validated best, and how well
 
-The newest few and the best are kept.  `save` copies tensors to host memory, which is all that the training waits for,
-and a thread writes the copy.  Any number of ranks read what any other number wrote, sharded or not.  Reading runs
-nothing that a file holds: tensors lie in safetensors, all else in JSON.
+The newest few and the best are kept.  Training waits only while `save` copies tensors to host memory; a thread writes
+the copy.  A checkpoint can be read by any number of ranks, sharded or not.  Reading executes no code from a file:
+tensors are in safetensors, everything else in JSON.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ WRITE_ERRORS = (OSError, RuntimeError, ValueError, CheckpointException)
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands.
+    """The progress of a run.
 
     Attributes:
         step: optimizer steps taken.
@@ -71,7 +71,7 @@ class Best:
     Attributes:
         step: optimizer steps taken then.
         metric: what was compared, such as `reranked.r_mean`.
-        value: how much it was; more is better.
+        value: of the metric; higher is better.
     """
 
     step: int
@@ -100,12 +100,12 @@ class Checkpoints:
         self.best = _read_best(folder)
 
     def save(self, task: nn.Module, optimizer: torch.optim.Optimizer, position: Position) -> None:
-        """Copy the state of a run and write it, whole or not at all, while the run goes on; drop older checkpoints.
+        """Copy the state of a run and write it atomically while the run continues; delete older checkpoints.
 
-        A write that is still under way is waited for.
+        Waits for an earlier write that has not finished.
 
         Raises:
-            TercetError: the write before this one failed.
+            TercetError: the earlier write failed.
         """
         self.wait()
         if position == self._newest:
@@ -127,17 +127,17 @@ class Checkpoints:
         """Wait until nothing is being written.
 
         Raises:
-            TercetError: the disk is full, or another rank has gone.
+            TercetError: the disk is full, or another rank died.
         """
         write, self._write = self._write, None
         if write is not None:
             write.result()
 
     def load(self, task: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Position, list[str]]:
-        """Load the newest intact checkpoint, and remove what a killed run left half-written.
+        """Load the newest intact checkpoint, and remove the partial ones of a killed run.
 
         Returns:
-            Where the run stands, and a message for each newer checkpoint that was damaged.
+            The progress of the run, and a message for each newer checkpoint that was damaged.
 
         Raises:
             TercetError: there is no checkpoint, or none is intact.
@@ -195,7 +195,7 @@ class Checkpoints:
         there = {file.name for file in path.iterdir()} - {RECORD}
         own = names[self._ranks.rank :: self._ranks.world]
         damaged = [name for name in own if name not in there or _digest(path / name) != record["files"][name]]
-        damaged += sorted(there - set(names))  # the reader would read those too
+        damaged += sorted(there - set(names))  # the reader would read them too
         for name in self._ranks.gather(next(iter(damaged), None)):
             if name is not None:
                 raise TercetError(f"checkpoint {path} is damaged: {name} is not what was written")
@@ -203,7 +203,7 @@ class Checkpoints:
         try:
             with _one_process():
                 load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=self._ranks.world == 1)
-        except (Exception, CheckpointException) as error:  # files made to do harm raise nearly anything
+        except (Exception, CheckpointException) as error:  # malicious files can raise nearly anything
             if lost_rank(error):
                 raise
             if any(isinstance(failure, KeyboardInterrupt) for failure, _ in getattr(error, "failures", {}).values()):
@@ -227,7 +227,9 @@ def _read_record(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise TercetError(f"checkpoint {path} is damaged: {RECORD} cannot be read ({error})") from error
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
-        raise TercetError(f"checkpoint {path} is of another version of tercet; resume with that, or start a new run")
+        raise TercetError(
+            f"checkpoint {path} was written by another version of tercet; resume with that version, or start a new run"
+        )
     counts = [record.get("step"), record.get("pairs_per_step")]
     sound = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
     files = record.get("files")
@@ -247,7 +249,9 @@ def _read_best(folder: Path) -> Best | None:
             raise ValueError("no step, metric and value")
         return best
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise TercetError(f"{file} cannot be read ({error}); remove it, and the next validation is the best") from error
+        raise TercetError(
+            f"{file} cannot be read ({error}); remove it, and the next validation counts as the best"
+        ) from error
 
 
 def _state(task: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -262,7 +266,7 @@ def _clear(folder: Path) -> None:
 
 
 def _on_rank0(ranks: Ranks, act: Callable[[], None]) -> None:
-    """Do something on rank 0 that all ranks wait for and fail with.
+    """Run `act` on rank 0 while the other ranks wait; if it fails, all fail.
 
     Raises:
         OSError: what rank 0 raised.
@@ -280,14 +284,14 @@ def _on_rank0(ranks: Ranks, act: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def _one_process() -> Iterator[None]:
-    """Without the warning that there is no process group."""
+    """Ignore the warning that there is no process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong; of a failure on several ranks, of the first rank's."""
+    """The first line of an error; of a failure on several ranks, of the first rank's."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]

@@ -38,13 +38,13 @@ from tercet.tasks.task import build_task, get_task
 COUNTED_TASKS = ("pretrain", "retrieval", "grounding")  # those that train on pairs
 SHARED_BY = (2, 4, 8)  # numbers of devices whose memory is reported
 CARD_BYTES = 80e9
-# Of a card's memory, what its context, its libraries and gaps between tensors take.
+# Share of a card's memory that its context, its libraries and gaps between tensors take.
 CARD_OVERHEAD = 0.08
-# What a process holds before the model: interpreter, libraries, threads.
+# Memory of a process without the model: interpreter, libraries, threads.
 PROCESS_BYTES = 400 << 20
 # On a CPU, gaps that the C library leaves between blocks of many sizes; fitted to the base model (docs/performance.md).
 CPU_GAPS = 1.25
-# How PyTorch reports on a CPU that there is no memory; on CUDA it has an error of its own.
+# How PyTorch reports that a CPU is out of memory; for CUDA it has an error class.
 CPU_OOM = ("DefaultCPUAllocator", "not enough memory")
 
 
@@ -74,7 +74,7 @@ class StepCost:
         return self.forward + self.backward
 
     def bytes_on(self, cuda: bool) -> int:
-        """What a device holds at the most; on a CPU with the process itself."""
+        """Peak memory of a device; on a CPU including the process itself."""
         held = sum(self.fixed.values())
         return held + self.passing if cuda else PROCESS_BYTES + held + round(CPU_GAPS * self.passing)
 
@@ -225,7 +225,7 @@ class MemoryModel:
         self.base = below - self.a_pair * small
 
     def bytes_for(self, pairs: int) -> int:
-        """What a device holds that takes so many pairs."""
+        """Memory of a device that takes so many pairs."""
         return round(self.base + self.a_pair * pairs)
 
     def largest_batch(self, memory: float) -> int:
@@ -298,13 +298,13 @@ def share_of(config: Config, devices: int) -> int:
 
 
 def warn_if_oom_likely(config: Config, spec: DeviceSpec, parameters: int) -> list[str]:
-    """A message where a step may need more memory than the device has; empty otherwise, and where nothing is known."""
+    """A message where a step may need more memory than the device has; empty otherwise, and where that is unknown."""
     memory = available_memory(spec.device)
     if memory is None or config.task not in COUNTED_TASKS or config.train.parallel != "ddp":
         return []
     devices, cuda = Ranks().world, spec.device.type == "cuda"
     vision, text, share = config.model.vision, config.model.text, share_of(config, devices)
-    # Far from the limit a step is not worth measuring: weights, gradients and moments of student and teacher, and for
+    # Far from the limit a rough estimate is enough: weights, gradients and moments of student and teacher, and for
     # each token and layer of a pair some 30 values.
     tokens = vision.grid**2 * vision.width * (vision.depth + 2) + 4 * config.data.max_tokens * text.width * text.depth
     if 20 * parameters + 120 * share * tokens + 3000 * config.objectives.queue_size < memory / 4:
@@ -314,14 +314,14 @@ def warn_if_oom_likely(config: Config, spec: DeviceSpec, parameters: int) -> lis
     if needed <= memory:
         return []
     return [
-        f"a step over {share} pairs needs up to about {needed / 2**30:.1f} GiB and there are {memory / 2**30:.1f}; "
-        f"if the run ends for lack of memory, {advise_less_memory(config, devices, model.largest_batch(memory))}"
+        f"a step over {share} pairs needs up to about {needed / 2**30:.1f} GiB of the {memory / 2**30:.1f} available; "
+        f"if training runs out of memory, {advise_less_memory(config, devices, model.largest_batch(memory))}"
     ]
 
 
 @contextlib.contextmanager
 def explain_oom(config: Config) -> Iterator[None]:
-    """Within, a lack of memory is one error with the flags that need less.
+    """Turn an out-of-memory error inside the block into one that names the flags that need less.
 
     Raises:
         TercetError: there is not enough memory.

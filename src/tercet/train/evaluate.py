@@ -1,4 +1,4 @@
-"""What a run measures and leaves behind: checkpoints, evaluations, what its report shows, and the model."""
+"""What a run measures and writes: checkpoints, evaluations, the files of its report, and the model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Json = dict[str, Any]
 
 
 def save_checkpoint(state: TrainState, wait: bool = False) -> None:
-    """Write a checkpoint while the training goes on; `wait` until it is written."""
+    """Write a checkpoint while training continues, or `wait` until it is written."""
     state.checkpoints.save(state.task, state.optimizer, state.position)
     if wait:
         state.checkpoints.wait()

@@ -21,7 +21,7 @@ from tercet.errors import TercetError
 from tercet.files import write_atomic
 
 METRICS = "metrics.jsonl"
-# What a training line holds besides losses.
+# Fields of a training line that are not losses.
 NOT_LOSSES = frozenset({"epoch", "lr", "temperature", "grad_norm", "alpha", "pairs_per_second", "skipped"})
 # Lines a run prints into a log file, where a bar cannot be redrawn.
 PLAIN_LINES = 40
@@ -61,7 +61,7 @@ class RunLogger(NullLogger):
         self.console = Console(stderr=True, soft_wrap=True)
         with self._report_full_disk():
             _drop_later_lines(folder / METRICS, step)
-            # Unbuffered, so that a line that does not fit is noticed at once, and taken back.
+            # Unbuffered, so that a line that does not fit on the disk is noticed at once and removed again.
             self._stream = (folder / METRICS).open("ab", buffering=0)
         self._board = self._open_tensorboard(step)
         self._progress = Progress(
@@ -81,7 +81,7 @@ class RunLogger(NullLogger):
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[RunLogger]:
-        """While open, the bar is drawn; then all files are closed."""
+        """Show the bar inside the block, and close all files at its end."""
         try:
             with self._progress, contextlib.closing(self._stream):
                 yield self
@@ -176,7 +176,7 @@ def open_logger(folder: Path, total: int, step: int = 0, writes: bool = True) ->
 
 
 def append(stream: FileIO, data: bytes) -> None:
-    """Append all of `data` to an unbuffered file, or nothing of it.
+    """Append `data` to an unbuffered file, completely or not at all.
 
     Raises:
         OSError: the disk is full.
@@ -192,7 +192,7 @@ def append(stream: FileIO, data: bytes) -> None:
 
 
 def _drop_later_lines(file: Path, step: int) -> None:
-    """Keep the whole lines of steps that the run has really taken."""
+    """Keep the complete lines of steps up to `step`."""
     if not file.is_file():
         return
     kept: list[str] = []

@@ -28,7 +28,7 @@ from tercet.train.log import NullLogger, open_logger
 from tercet.train.optim import alpha_at, gradient_norm, learning_rate, step_clipped
 from tercet.train.setup import TrainState, open_run_folder, set_up
 
-# What the report and the model card say of a run beside its config.
+# Facts that the report and the model card show beside the config.
 FACTS = "run.json"
 
 
@@ -41,13 +41,13 @@ def train(config: Config, resume: Path | None = None) -> Path:
 
     Args:
         config: the resolved config.
-        resume: run folder to go on in; None starts a new one.
+        resume: folder of the run to continue; None starts a new one.
 
     Returns:
         The run folder, with `model/`, `metrics.jsonl` and checkpoints in it.
 
     Raises:
-        TercetError: the input is wrong, memory is lacking, or the loss was not finite too many times in a row.
+        TercetError: the input is wrong, there is not enough memory, or the loss was not finite too many times in a row.
         Stopped: Ctrl-C or SIGTERM came; a checkpoint is written first.
     """
     with init_distributed(config.train.device), explain_oom(config), open_run_folder(config, resume) as folder:
@@ -65,7 +65,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
 
 
 def run_steps(state: TrainState, logger: NullLogger) -> None:
-    """The steps that are still due, with logging, checkpoints and evaluations between them."""
+    """The remaining steps, with logging, checkpoints and evaluations between them."""
     settings = state.config.train
     meter = ThroughputMeter()
     guard = NonFiniteGuard(state, logger)
@@ -139,7 +139,7 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
     alpha = alpha_at(config.objectives, state.step, state.steps_per_epoch)
     seeds = [mix(config.train.seed, state.step, index) for index in range(len(batches))]
     prepared = [task.prepare(batch, state.spec.device, seed) for batch, seed in zip(batches, seeds, strict=True)]
-    parts = [(batch, seed) for batch, seed in zip(prepared, seeds, strict=True) if batch.spread.total]
+    parts = [(batch, seed) for batch, seed in zip(prepared, seeds, strict=True) if batch.layout.total]
     if not parts:
         return StepResult({}, torch.zeros(()), 0, lambda: "every sample of the step is broken")
 
@@ -158,7 +158,7 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
         for name, loss in output.losses.items():
             losses[name] = losses.get(name, torch.zeros(())) + loss.detach() / len(parts)
 
-    # --- step and queue, on the device left as they are where the gradient is not finite
+    # --- step and queue, which stay unchanged where the gradient is not finite; decided on the device
     grad_norm = gradient_norm(task.student)
     finite = torch.isfinite(grad_norm)
     step_clipped(optimizer, grad_norm, config.optim.clip_norm)
@@ -169,11 +169,11 @@ def train_step(state: TrainState, batches: Sequence[Batch]) -> StepResult:
     def diagnose() -> str | None:
         return None if bool(finite) else describe_failure(losses, batches, bool(sound), state.ranks)
 
-    return StepResult(losses, grad_norm, sum(batch.spread.total for batch, _ in parts), diagnose)
+    return StepResult(losses, grad_norm, sum(batch.layout.total for batch, _ in parts), diagnose)
 
 
 def describe_failure(losses: dict[str, Tensor], batches: Sequence[Batch], sound: bool, ranks: Ranks) -> str:
-    """Which objectives were not finite, on which samples; of several ranks those where it began, if that is known."""
+    """Which objectives were not finite, on which samples; of several ranks those where it started, if known."""
     names = [name for name, loss in losses.items() if not bool(torch.isfinite(loss))]
     keys = [key for batch in batches for key in batch.keys]
     shown = ", ".join(keys[:16]) + (f" and {len(keys) - 16} more" if len(keys) > 16 else "")
@@ -189,7 +189,7 @@ def describe_failure(losses: dict[str, Tensor], batches: Sequence[Batch], sound:
 
 
 class NonFiniteGuard:
-    """Looks at each step once the next one is on its way, so that the device never waits for the host."""
+    """Checks each step after the next one is launched, so that the device never waits for the host."""
 
     def __init__(self, state: TrainState, logger: NullLogger) -> None:
         self._state = state
@@ -198,7 +198,7 @@ class NonFiniteGuard:
         self._bad_steps = 0
 
     def add(self, result: StepResult) -> None:
-        """Check the step before, and keep `result`, of the step that was just given to the device.
+        """Check the previous step, and keep `result`, of the step that was just launched on the device.
 
         Raises:
             TercetError: too many steps in a row were not finite; a checkpoint is written first.
@@ -264,7 +264,7 @@ def step_metrics(state: TrainState, result: StepResult, meter: ThroughputMeter) 
 
 
 def announce(state: TrainState, logger: NullLogger) -> None:
-    """Say what is about to run."""
+    """Report what is about to run."""
     config, source, spec, ranks = state.config, state.source, state.spec, state.ranks
     parameters = sum(parameter.numel() for parameter in state.task.student.parameters())
     texts = source.sample_count

@@ -1,4 +1,4 @@
-"""The model card of a run: what it was trained on and how, what it reached, what it is for, and its limits."""
+"""The model card of a run: training data and settings, results, intended use and limits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Line = dict[str, Any]
 
 
 def run_card(model: Tercet, config: Config, folder: Path) -> str:
-    """README.md of the model that the run in `folder` trained; what is not known is left out."""
+    """README.md of the model that the run in `folder` trained; unknown facts are omitted."""
     metrics, facts = folder / METRICS, folder / "run.json"
     text = metrics.read_text("utf-8") if metrics.is_file() else ""
     lines: list[Line] = [json.loads(line) for line in text.splitlines() if line.endswith("}")]

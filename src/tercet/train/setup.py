@@ -38,7 +38,7 @@ CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 LOCK = ".lock"
-# Seconds that a resumed run waits for the workers of a killed one to notice that it is gone.
+# Seconds that a resumed run waits for the workers of a killed run to exit.
 LOCK_TIMEOUT = 5.0
 
 Result = TypeVar("Result")
@@ -157,7 +157,7 @@ class TrainState:
 
     @property
     def position(self) -> Position:
-        """What a checkpoint says of where the run stands."""
+        """The current step, data and batch size, as a checkpoint records them."""
         pairs = self.config.train.batch_size * self.config.optim.grad_accum_steps
         return Position(self.step, fingerprint(self.source), pairs)
 
@@ -186,7 +186,7 @@ def set_up(config: Config, folder: Path, resume: bool = False) -> TrainState:
     if not config.data.train:
         raise TercetError("data.train names no source; give --data.train FILE or FOLDER")
     source = open_data(config.task, config.data.train, config.data, "train")
-    # Before the first step: a mistake in these should not come to light when the training is over.
+    # Opened before the first step, so that a mistake in them is not found only when training is over.
     named = {"validation": config.data.validation, "test": config.data.test}
     held_out = {split: open_data(config.task, specs, config.data, split) for split, specs in named.items() if specs}
     messages = []
@@ -249,7 +249,9 @@ def name_folder(config: Config) -> Path:
     if config.output is not None:
         folder = Path(config.output)
         if (folder / CONFIG).exists():
-            raise TercetError(f"{folder} holds a run already; go on with --resume {folder}, or name another --output")
+            raise TercetError(
+                f"{folder} holds a run already; continue it with --resume {folder}, or name another --output"
+            )
         return folder
     names = itertools.chain([config.name], (f"{config.name}-{number}" for number in itertools.count(2)))
     return next(folder for folder in (Path("runs", name) for name in names) if not folder.exists())
@@ -280,8 +282,8 @@ def _restore(state: TrainState) -> None:
     before, now = position.pairs_per_step, state.position.pairs_per_step
     if before != now:
         state.messages.append(
-            f"a step takes {now} pairs and took {before}: the epoch goes on at another place, so that some of its "
-            "pairs come twice or not at all"
+            f"a step takes {now} pairs and took {before}: the epoch continues from a different pair, so some pairs "
+            "come twice or not at all"
         )
     state.step = position.step
     state.messages.append(f"resumed at step {position.step}")
@@ -303,7 +305,7 @@ def _build_student(
         return student, require_tokenizer(student), [f"starts from {config.init}{new}"]
     tokenizer, messages = ranks.on_rank0(lambda: find_tokenizer(config, source, folder / TOKENIZER))
     student = Tercet(fit_sizes(config.model, tokenizer, config.data.max_tokens))
-    # Added and not built in, so that they start alike in a new run, a resumed one and a fine-tuning.
+    # Added afterwards, so that they get the same initial values in a new run, a resumed one and a fine-tuning.
     student.add_heads(heads)
     return student, tokenizer, messages
 
@@ -353,7 +355,7 @@ COMPILED_VARIANTS = 32
 
 
 def compile_encoders(models: Iterable[nn.Module], backend: str = "inductor") -> int:
-    """Compile, in place, the blocks of the image tower, and of the text layers what does not read an image.
+    """Compile, in place, the vision blocks and the parts of the text layers that do not read an image.
 
     All layers of a kind share one graph, so that a deep model compiles as fast as a shallow one.  The number of tokens
     is dynamic: a caption length that was not seen before compiles nothing.  Cross-attention stays as it is, since it
@@ -379,7 +381,7 @@ def compile_encoders(models: Iterable[nn.Module], backend: str = "inductor") -> 
 
 
 def compiled_models(task: nn.Module) -> list[nn.Module]:
-    """What of a task is worth compiling: its student, and its teacher where it has one."""
+    """The models of a task that are compiled: its student, and its teacher if it has one."""
     teacher = getattr(task, "teacher", None)
     student = cast(nn.Module, task.student)
     return [student] if teacher is None else [student, cast(nn.Module, teacher.model)]

@@ -16,7 +16,7 @@ class FakeHub(ThreadingHTTPServer):
 
     Attributes:
         models: files of each model by path.
-        private: what `create` was told of each.
+        private: whether each was created private.
     """
 
     def __init__(self) -> None:
