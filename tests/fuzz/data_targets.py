@@ -19,10 +19,12 @@ from tercet.config import DataConfig
 from tercet.data.class_readers import read_entailments, read_statements
 from tercet.data.grounding_readers import open_expressions
 from tercet.data.images import EncodedImage, decode
+from tercet.data.loader import describe
 from tercet.data.readers import open_sources
 from tercet.data.storage import read_bytes
 from tercet.data.table import SampleTable
 from tercet.data.task_readers import open_questions, read_answer_list, read_gold, read_results
+from tercet.errors import TercetError
 from tercet.tasks.probes import crop, open_probes
 from tercet.tasks.score import score_predictions
 
@@ -213,8 +215,10 @@ def read_probe_pixels(folder: Path) -> None:
     probes = open_probes([str(folder / "probe.json")], DataConfig(), "test")
     for sample in map(probes.sample, range(probes.sample_count)):
         for image in sample.images:
-            with contextlib.suppress(OSError):
+            try:
                 crop(probes.pixels(image, PIXEL_LIMIT), sample)
+            except OSError as error:  # an evaluation skips the row with these words
+                raise TercetError(describe(sample.key, error)) from error
 
 
 def sample_targets() -> dict[str, Target]:

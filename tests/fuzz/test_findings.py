@@ -128,7 +128,7 @@ FINDINGS: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "an image named /dev/zero": ("json", lambda: changed(PAIRS, (0, "image"), "/dev/zero"), READ),
     "an image with a name of 5,000 characters": ("json", lambda: changed(PAIRS, (0, "image"), "x" * 5000), READ),
     "a probe whose image is gone": ("probes", lambda: as_json(
-        [{"image_0": "9", "image_1": "2", "caption_0": "a b", "caption_1": "b a"}]), READ),
+        [{"image_0": "9", "image_1": "2", "caption_0": "a b", "caption_1": "b a"}]), "probe.json"),
     "a probe whose image is a device far outside": ("probes", lambda: as_json(
         [{"filename": f"{'../' * 20}dev/zero", "caption": "a b", "negative_caption": "b a"}]), "probe.json"),
     "YAML of aliases of aliases": ("config", lambda: aliases(12), "c.yaml"),
